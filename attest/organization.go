@@ -1,0 +1,111 @@
+// Package attest holds the vocabulary of remote attestation as RFC 9334 (RATS)
+// names it: evidence, reference values, attestation results, and the
+// organisation whose policy is in force. It does no I/O.
+package attest
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+)
+
+// OrganizationFile is where the host domain finds its Organization.
+const OrganizationFile = "/etc/sekisho/organization.json"
+
+// maxOrganizationFile bounds ParseOrganization's input in bytes.
+const maxOrganizationFile = 256 << 10
+
+// Endpoint is a server that a laptop may talk to outside the tunnel.
+type Endpoint struct {
+	Address    netip.AddrPort `json:"address"`     // IP address and TCP port; never a host name
+	ServerName string         `json:"server_name"` // name in the server's certificate
+}
+
+// WorkDomain says how the host domain runs the work domain.
+type WorkDomain struct {
+	MemoryMiB int `json:"memory_mib"`
+	VCPUs     int `json:"vcpus"`
+}
+
+// Organization is the configuration of one organisation's laptops. It is part
+// of the signed image and therefore of what is measured; it holds no secret.
+type Organization struct {
+	Name       string     `json:"name"`
+	CA         string     `json:"ca"` // PEM, roots for the servers' certificates
+	Verifiers  []Endpoint `json:"verifiers"`
+	Gateways   []Endpoint `json:"gateways"`
+	WorkDomain WorkDomain `json:"work_domain"`
+}
+
+// ParseOrganization reads and validates an Organization from JSON. Unknown
+// fields, data after the document and documents over 256 KiB are errors.
+func ParseOrganization(data []byte) (*Organization, error) {
+	if len(data) > maxOrganizationFile {
+		return nil, fmt.Errorf("organization: %d bytes, at most %d", len(data), maxOrganizationFile)
+	}
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	var o Organization
+	if err := d.Decode(&o); err != nil {
+		return nil, fmt.Errorf("organization: %w", err)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, errors.New("organization: data after the document")
+	}
+	return &o, o.Validate()
+}
+
+// Validate reports every fault of o, joined.
+func (o *Organization) Validate() error {
+	var errs []error
+	fail := func(format string, a ...any) { errs = append(errs, fmt.Errorf("organization: "+format, a...)) }
+	if o.Name == "" || len(o.Name) > 64 {
+		fail("name %q: want 1 to 64 bytes", o.Name)
+	}
+	if _, err := o.Roots(); err != nil {
+		errs = append(errs, err)
+	}
+	for what, list := range map[string][]Endpoint{"verifiers": o.Verifiers, "gateways": o.Gateways} {
+		if len(list) == 0 || len(list) > 16 {
+			fail("%s: %d entries, want 1 to 16", what, len(list))
+		}
+		for i, e := range list {
+			if !e.Address.IsValid() || e.Address.Port() == 0 || e.Address.Addr().IsLoopback() || e.Address.Addr().IsMulticast() || e.Address.Addr().IsUnspecified() {
+				fail("%s[%d]: address %s is not a unicast address with a port", what, i, e.Address)
+			}
+			if e.ServerName == "" {
+				fail("%s[%d]: server_name is empty", what, i)
+			}
+		}
+	}
+	if w := o.WorkDomain; w.MemoryMiB < 64 || w.MemoryMiB > 1<<20 || w.VCPUs < 1 || w.VCPUs > 256 {
+		fail("work_domain: %d MiB and %d vCPUs: want 64 to 1048576 and 1 to 256", w.MemoryMiB, w.VCPUs)
+	}
+	return errors.Join(errs...)
+}
+
+// Roots returns the certificate pool made of o.CA.
+func (o *Organization) Roots() (*x509.CertPool, error) {
+	pool, rest, n := x509.NewCertPool(), []byte(o.CA), 0
+	for {
+		var b *pem.Block
+		if b, rest = pem.Decode(rest); b == nil {
+			break
+		}
+		c, err := x509.ParseCertificate(b.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("organization: ca: %w", err)
+		}
+		pool.AddCert(c)
+		n++
+	}
+	if n == 0 {
+		return nil, errors.New("organization: ca: no certificate in it")
+	}
+	return pool, nil
+}
