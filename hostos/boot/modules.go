@@ -1,0 +1,72 @@
+package boot
+
+// Module is one kernel module that init loads, by the name modprobe knows.
+// What a module depends on is not listed: modules.dep says that.
+type Module struct {
+	// Name is the module's name with underscores.
+	Name string
+	// CPU restricts the module to one vendor_id of /proc/cpuinfo; empty means
+	// every CPU. An image holds the modules of every vendor.
+	CPU string
+	// Serves says what cannot work without the module; empty for a module
+	// whose absence is only worth a warning, because it may drive hardware
+	// that this machine does not have.
+	Serves string
+}
+
+// What a required module serves. Init refuses the stage of that name when the
+// module is absent from both the image and the kernel.
+const (
+	ServesRuleset    = "ruleset"     // netd close, hence everything after it
+	ServesInside     = "inside"      // work0 and tun0 in the namespace inside
+	ServesWorkDomain = "work domain" // QEMU with KVM and vsock
+)
+
+// BaseModules lists what is loaded before the ruleset is closed, in order. No
+// network device driver is among them.
+func BaseModules() []Module {
+	return []Module{
+		{Name: "nf_tables", Serves: ServesRuleset},
+		{Name: "nf_conntrack"},
+		{Name: "nft_ct"},
+		{Name: "nft_limit"},
+		{Name: "tun", Serves: ServesInside},
+		{Name: "veth"},
+
+		{Name: "virtio_pci"},
+		{Name: "virtio_blk"},
+		{Name: "virtio_scsi"},
+		{Name: "virtio_console"},
+		{Name: "ahci"},
+		{Name: "nvme"},
+		{Name: "sd_mod"},
+
+		{Name: "tpm_crb"},
+		{Name: "tpm_tis"},
+		{Name: "efivarfs"},
+
+		{Name: "kvm_amd", CPU: "AuthenticAMD", Serves: ServesWorkDomain},
+		{Name: "kvm_intel", CPU: "GenuineIntel", Serves: ServesWorkDomain},
+		{Name: "vhost_vsock", Serves: ServesWorkDomain},
+	}
+}
+
+// NICModules lists the network device drivers. They are loaded only after the
+// closed ruleset is in force in both namespaces. The USB family is thin on
+// purpose: Ethernet and tethering that need no firmware.
+func NICModules() []Module {
+	return []Module{
+		{Name: "virtio_net"},
+		{Name: "e1000e"},
+		{Name: "igc"},
+		{Name: "realtek"}, // PHY driver that r8169 asks for by softdep only
+		{Name: "r8169"},
+		{Name: "xhci_pci"},
+		{Name: "usbnet"},
+		{Name: "cdc_ether"},
+		{Name: "cdc_ncm"},
+		{Name: "rndis_host"},
+		{Name: "r8152"},
+		{Name: "ax88179_178a"},
+	}
+}
