@@ -1,0 +1,40 @@
+# make run   build everything, boot the laptop in the virtual lab, show the page
+# make test  every test, the real boots among them
+# make bench measurements for docs/performance.md
+# Both install what they lack (Debian, as root); the logic is in Go: bin/lab, bin/mkimage.
+SHELL    := /bin/bash
+GO       := GOTOOLCHAIN=local CGO_ENABLED=0 go
+COMMANDS := $(patsubst %/main.go,./%,$(wildcard */cmd/*/main.go images/cmd/*/main.go images/lab/cmd/lab/main.go))
+# Everything make run and make test start that is not in this repository.
+PACKAGES := ca-certificates iproute2 nftables procps kmod qemu-system-x86 ovmf swtpm swtpm-tools \
+            dnsmasq-base sbsigntool mtools dosfstools tcpdump iperf3
+
+.PHONY: run test bench build packages vet clean
+run: packages build
+	@bin/lab run
+
+test: packages vet build
+	@set -o pipefail; echo "== unit and privileged tests"; \
+	 SEKISHO_TEST=all $(GO) test -timeout 20m $$($(GO) list ./... | grep -v '/images/lab$$') || { echo "make test: FAIL"; exit 1; }
+	@echo "== the laptop in the lab: real boots"; \
+	 SEKISHO_TEST=all $(GO) test -count=1 -timeout 40m -v ./images/lab || { echo "make test: FAIL"; exit 1; }
+	@echo "make test: PASS"
+
+bench: packages build
+	@bin/lab bench
+
+build:
+	@echo "== building bin/"; mkdir -p bin; $(GO) build -trimpath -o bin/ $(COMMANDS)
+
+vet:
+	@echo "== go vet (linux, windows)"; $(GO) vet ./... && $(GO) vet -tags lab ./... && GOOS=windows $(GO) vet ./guestlink/...
+
+packages:
+	@[ "$$(id -u)" = 0 ] || { echo "make: run as root: the lab makes network namespaces"; exit 1; }
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${db:Status-Abbrev}' $$p 2>/dev/null | grep -q '^ii' || echo $$p; done); \
+	 [ -z "$$missing" ] || { echo "== installing" $$missing; apt-get update -qq && \
+	 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; }
+
+clean:
+	@[ ! -x bin/lab ] || bin/lab down || true
+	@rm -rf bin out
