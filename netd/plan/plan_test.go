@@ -1,0 +1,98 @@
+package plan
+
+import (
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"sekisho/netd"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+var (
+	uplink = netd.Uplink{Name: "eth0", Carrier: true, Address: netip.MustParsePrefix("192.168.50.23/24"), Router: netip.MustParseAddr("192.168.50.1"), MTU: 1500}
+	ends   = []netip.AddrPort{netip.MustParseAddrPort("203.0.113.20:443"), netip.MustParseAddrPort("203.0.113.10:443")}
+	inner  = netip.MustParseAddr("10.80.0.2")
+)
+
+func situation(s netd.State) Situation {
+	return Situation{State: s, Links: []string{"eth1", "eth0"}, Uplink: uplink, Endpoints: ends, Inner: inner, MTU: 1400, Work: true, Tun: true}
+}
+
+func TestGolden(t *testing.T) {
+	onLink := situation(netd.Attesting)
+	onLink.Endpoints = []netip.AddrPort{netip.MustParseAddrPort("192.168.50.9:8443"), netip.MustParseAddrPort("192.168.50.1:443")}
+	noWork := situation(netd.Tunnel)
+	noWork.Work = false
+	gw := MakeGateway(Gateway{Tun: "tunlg", LGWAN: "lgwan0", Self: netip.MustParseAddr("10.80.0.1"), Pool: netip.MustParsePrefix("10.80.0.0/16"), MTU: 1400})
+	for name, got := range map[string]string{
+		"closed":    Closed().String(),
+		"dark":      Make(situation(netd.Dark)).String(),
+		"linked":    Make(situation(netd.Linked)).String(),
+		"tunnel":    Make(situation(netd.Tunnel)).String(),
+		"on-link":   Make(onLink).String(),
+		"no-work":   Make(noWork).String(),
+		"attesting": Make(situation(netd.Attesting)).String(),
+		"gateway":   gw.String(),
+	} {
+		path := filepath.Join("testdata", name+".txt")
+		if *update {
+			if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got != string(want) {
+			t.Errorf("%s:\n%s\nwant:\n%s", name, got, want)
+		}
+	}
+}
+
+// TestNothingOpensButTheTunnel checks, over every state and every missing
+// piece, what must never be planned.
+func TestNothingOpensButTheTunnel(t *testing.T) {
+	for state := netd.State(0); state < 8; state++ {
+		for n := range 1 << 4 {
+			s := situation(state)
+			if n&1 != 0 {
+				s.Work = false
+			}
+			if n&2 != 0 {
+				s.Tun = false
+			}
+			if n&4 != 0 {
+				s.Inner = netip.Addr{}
+			}
+			if n&8 != 0 {
+				s.Uplink.Carrier = false
+			}
+			p := Make(s)
+			if open := len(p.Inside.Routes) > 0 || len(p.Inside.Ruleset.Chains[2].Rules) > 0; open != (state == netd.Tunnel && n&7 == 0) {
+				t.Errorf("state %s, pieces %b: inside open = %v", state, n, open)
+			}
+			for _, c := range append(p.Inside.Ruleset.Chains, p.Outside.Ruleset.Chains...) {
+				if c.Open {
+					t.Errorf("state %s: chain %s is not closed by default", state, c.Hook)
+				}
+			}
+			if len(p.Inside.Addresses) > 0 || len(p.Outside.Ruleset.Chains[2].Rules) > 0 {
+				t.Errorf("state %s: an address inside, or forwarding outside", state)
+			}
+			for _, r := range p.Outside.Routes {
+				if !r.Destination.IsSingleIP() {
+					t.Errorf("state %s: route outside to more than one host: %s", state, r)
+				}
+			}
+			if strings.Contains(p.Outside.Ruleset.String(), "10.80.") {
+				t.Errorf("state %s: the inner address appears outside", state)
+			}
+		}
+	}
+}

@@ -1,0 +1,99 @@
+// Package netd is the vocabulary of the laptop's network: the states, the
+// facts that they follow from, and the status that people and programs read.
+// It does no I/O.
+//
+// The states, the zero value closed:
+//
+//	Dark ──► Linked ──► (Portal) ──► Attesting ──► Tunnel
+//	  ▲         └──────► (Office)                    │
+//	  └────────────────── any fault ─────────────────┘
+//
+// Nothing moves along these arrows by itself: Next derives the state from the
+// facts that hold now, and an event means only "derive it again".
+package netd
+
+import "fmt"
+
+// Names of the two devices in the namespace inside.
+const (
+	WorkLink   = "work0" // the work domain's packets; made by linkd
+	TunnelLink = "tun0"  // the tunnel's end; made by netd
+)
+
+// State says how far the network is open.
+type State uint8
+
+// The states. 2 (Portal) and 5 (Office) are kept free.
+const (
+	// Dark: no usable uplink, or the kernel does not hold what was planned.
+	Dark State = 0
+	// Linked: an uplink has a sound lease; attestation is not under way.
+	Linked State = 1
+	// Attesting: papers are shown. The verifier has not granted a credential
+	// yet, or the gateway has not opened the tunnel for it yet.
+	Attesting State = 3
+	// Tunnel: the work domain's packets go through the tunnel, and nowhere else.
+	Tunnel State = 4
+)
+
+func (s State) String() string {
+	switch s {
+	case Dark:
+		return "Dark"
+	case Linked:
+		return "Linked"
+	case Attesting:
+		return "Attesting"
+	case Tunnel:
+		return "Tunnel"
+	}
+	return fmt.Sprintf("State(%d)", uint8(s))
+}
+
+// ParseState is the inverse of State.String.
+func ParseState(s string) (State, error) {
+	for _, st := range []State{Dark, Linked, Attesting, Tunnel} {
+		if st.String() == s {
+			return st, nil
+		}
+	}
+	return Dark, fmt.Errorf("unknown network state %q", s)
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (s State) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (s *State) UnmarshalText(b []byte) (err error) {
+	*s, err = ParseState(string(b))
+	return err
+}
+
+// Facts is all that a State follows from. The zero value is the closed one:
+// what is not known to be true is false.
+type Facts struct {
+	// Sealed: the kernel was read back and holds the last plan.
+	Sealed bool
+	// Uplink: a link has carrier and a sound lease.
+	Uplink bool
+	// Asked: attestd answers.
+	Asked bool
+	// Affirming: attestation opens the tunnel's gate now (gate.Open).
+	Affirming bool
+	// Session: a tunnel session is open and has assigned an inner address.
+	Session bool
+}
+
+// Next derives the state. It is total, and Tunnel takes every fact but Asked:
+// a tunnel outlives attestd's restart until the credential lapses.
+func Next(f Facts) State {
+	switch {
+	case !f.Sealed, !f.Uplink:
+		return Dark
+	case f.Affirming && f.Session:
+		return Tunnel
+	case f.Affirming, f.Asked:
+		return Attesting
+	}
+	return Linked
+}

@@ -1,0 +1,92 @@
+package netd
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// Reason codes of Status and of an uplink. Attestation's own codes (package
+// attest) appear in Status.Reason too while the state is Attesting.
+const (
+	ReasonKernel      = "kernel"              // the kernel refused the plan, or does not hold it
+	ReasonNoLink      = "no-link"             // no Ethernet link
+	ReasonNoCarrier   = "no-carrier"          // no cable, or the far end is off
+	ReasonNoLease     = "no-lease"            // no DHCP server has answered
+	ReasonBadLease    = "bad-lease"           // a DHCP server's answer is absurd
+	ReasonAttestd     = "attestd-unreachable" // attestd's socket does not answer
+	ReasonVerifier    = "verifier-unreachable"
+	ReasonAttestation = "not-affirming" // attestd gave no code of its own
+	ReasonConnecting  = "connecting"    // credential in force, the tunnel is being opened
+	ReasonGateway     = "gateway-unreachable"
+)
+
+// Uplink is what is known of the link in use towards the Internet.
+type Uplink struct {
+	Name    string       `json:"name"` // empty while there is no link
+	Carrier bool         `json:"carrier"`
+	Address netip.Prefix `json:"address,omitzero"` // zero while there is no sound lease
+	Router  netip.Addr   `json:"router,omitzero"`
+	MTU     int          `json:"mtu,omitempty"`    // bytes
+	Expires time.Time    `json:"expires,omitzero"` // end of the lease
+	Reason  string       `json:"reason,omitempty"` // why it is unusable, empty when it is usable
+	Detail  string       `json:"detail,omitempty"`
+}
+
+// Usable reports whether the uplink has carrier and a sound lease.
+func (u Uplink) Usable() bool { return u.Carrier && u.Address.IsValid() && u.Reason == "" }
+
+// Counters count one direction pair of a tunnel session since it opened.
+type Counters struct {
+	SentPackets     uint64 `json:"sent_packets"`
+	SentBytes       uint64 `json:"sent_bytes"`
+	ReceivedPackets uint64 `json:"received_packets"`
+	ReceivedBytes   uint64 `json:"received_bytes"`
+	Dropped         uint64 `json:"dropped"` // full queue, spoofed or malformed
+}
+
+// TunnelStatus describes the open session.
+type TunnelStatus struct {
+	Gateway  netip.AddrPort `json:"gateway"`
+	Inner    netip.Addr     `json:"inner"`
+	MTU      int            `json:"mtu"`   // bytes, of inner packets
+	DNS      []netip.Addr   `json:"dns"`   // resolvers behind the tunnel
+	Since    time.Time      `json:"since"` // when the present session opened
+	Until    time.Time      `json:"until"` // end of the certificate, when it closes
+	Cipher   string         `json:"cipher"`
+	Counters Counters       `json:"counters"`
+}
+
+// Transition is one change of state.
+type Transition struct {
+	At     time.Time `json:"at"`
+	State  State     `json:"state"`
+	Reason string    `json:"reason"`
+	Detail string    `json:"detail"`
+}
+
+// Status is the answer to GET /v1/status.
+type Status struct {
+	State   State         `json:"state"`
+	Since   time.Time     `json:"since"`
+	Reason  string        `json:"reason"` // code, empty when all is well
+	Detail  string        `json:"detail"` // one sentence
+	Uplink  Uplink        `json:"uplink"`
+	Tunnel  *TunnelStatus `json:"tunnel,omitempty"`
+	Device  string        `json:"device,omitempty"` // device id that attestd reports
+	History []Transition  `json:"history"`          // oldest first, bounded
+}
+
+// Line is the status in one line for the console. It begins with the state and
+// leaves out what changes by the second.
+func (s Status) Line() string {
+	switch s.State {
+	case Linked:
+		return fmt.Sprintf("Linked %s %s", s.Uplink.Name, s.Uplink.Address)
+	case Tunnel:
+		if s.Tunnel != nil {
+			return fmt.Sprintf("Tunnel inner %s gateway %s", s.Tunnel.Inner, s.Tunnel.Gateway)
+		}
+	}
+	return s.State.String() + " " + s.Detail
+}
