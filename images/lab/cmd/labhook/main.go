@@ -1,0 +1,72 @@
+//go:build lab
+
+// labhook is the lab's way into the host domain. It exists in lab images only.
+//
+// Synopsis:
+//
+//	labhook
+//
+// Description:
+//
+//	Serves requests of the lab (package images/lab/hook) on the virtio serial
+//	port org.sekisho.lab: commands and questions to the daemons of the host
+//	domain, and, over vsock, of the stand-in work domain. It ends with status 0
+//	on SIGTERM, 1 when the port cannot be used.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/mdlayher/vsock"
+
+	"sekisho/guestlink"
+	"sekisho/images/lab/hook"
+)
+
+func main() {
+	flag.Usage = func() {
+		fmt.Fprintf(os.Stderr, "usage: labhook\nserves the lab's requests on %s; lab images only\n", hook.PortFile)
+	}
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	if err := run(ctx); err != nil && ctx.Err() == nil {
+		slog.Error("labhook", "err", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context) error {
+	port, err := hook.OpenPort(ctx, hook.PortFile)
+	if err != nil {
+		return err
+	}
+	defer port.Close()
+	return hook.Serve(ctx, port, func(ctx context.Context, r hook.Request) hook.Response {
+		if r.Target == hook.Host {
+			return hook.Local(ctx, r)
+		}
+		a, err := forward(ctx, r)
+		if err != nil {
+			a.Error = err.Error()
+		}
+		return a
+	})
+}
+
+// forward passes r to labguest in the work domain.
+func forward(ctx context.Context, r hook.Request) (hook.Response, error) {
+	conn, err := vsock.Dial(guestlink.WorkCID, hook.GuestPort, nil)
+	if err != nil {
+		return hook.Response{}, fmt.Errorf("labguest: %w", err)
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	return hook.Call(conn, r)
+}
