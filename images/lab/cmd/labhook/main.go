@@ -23,9 +23,8 @@ import (
 	"os/signal"
 	"syscall"
 
-	"github.com/mdlayher/vsock"
-
 	"sekisho/guestlink"
+	"sekisho/guestlink/vsock"
 	"sekisho/images/lab/hook"
 )
 
@@ -62,7 +61,7 @@ func run(ctx context.Context) error {
 
 // forward passes r to labguest in the work domain.
 func forward(ctx context.Context, r hook.Request) (hook.Response, error) {
-	conn, err := vsock.Dial(guestlink.WorkCID, hook.GuestPort, nil)
+	conn, err := vsock.Dial(ctx, guestlink.WorkCID, hook.GuestPort)
 	if err != nil {
 		return hook.Response{}, fmt.Errorf("labguest: %w", err)
 	}
