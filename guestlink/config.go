@@ -1,8 +1,12 @@
 // Package guestlink is the contract between the host domain and the work
-// domain: vsock addresses, frames and control messages. It does no I/O.
+// domain: vsock addresses, frames and control messages. It does no I/O of its
+// own; docs/guestlink.md describes the same bytes in words.
 package guestlink
 
-import "net/netip"
+import (
+	"fmt"
+	"net/netip"
+)
 
 const (
 	// HostCID is the vsock context id of the host domain (VMADDR_CID_HOST).
@@ -13,9 +17,52 @@ const (
 	PortPackets = 1024
 )
 
-// Config is what the work domain's network device is set to.
+// Limits of a Config. The lower bound of MTU is what IPv6 asks of every link
+// (RFC 8200, section 5); the upper one is the largest IP packet.
+const (
+	MinMTU = 1280
+	MaxMTU = MaxPacket
+	MaxDNS = 8
+)
+
+// Config is what the work domain's network device is set to. The zero value is
+// no configuration: nothing is carried.
 type Config struct {
 	Address netip.Prefix `json:"address"` // inner address, /32 or /128
 	MTU     int          `json:"mtu"`     // bytes
 	DNS     []netip.Addr `json:"dns"`     // may be empty
+}
+
+// Validate reports the first fault of c.
+func (c Config) Validate() error {
+	a := c.Address.Addr()
+	switch {
+	case !c.Address.IsValid() || !c.Address.IsSingleIP():
+		return fmt.Errorf("config: address %q is not a single address (/32 or /128)", c.Address)
+	case a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a.Is4In6() || a.Zone() != "":
+		return fmt.Errorf("config: address %s is not a unicast address", c.Address)
+	case c.MTU < MinMTU || c.MTU > MaxMTU:
+		return fmt.Errorf("config: mtu %d, want %d to %d", c.MTU, MinMTU, MaxMTU)
+	case len(c.DNS) > MaxDNS:
+		return fmt.Errorf("config: %d name servers, at most %d", len(c.DNS), MaxDNS)
+	}
+	for _, d := range c.DNS {
+		if !d.IsValid() || d.IsUnspecified() || d.IsLoopback() || d.IsMulticast() || d.Zone() != "" {
+			return fmt.Errorf("config: name server %q is not a unicast address", d)
+		}
+	}
+	return nil
+}
+
+// Equal reports whether c and d set a device to the same.
+func (c Config) Equal(d Config) bool {
+	if c.Address != d.Address || c.MTU != d.MTU || len(c.DNS) != len(d.DNS) {
+		return false
+	}
+	for i := range c.DNS {
+		if c.DNS[i] != d.DNS[i] {
+			return false
+		}
+	}
+	return true
 }
