@@ -1,0 +1,104 @@
+package disk
+
+import (
+	"bytes"
+	"crypto/rand"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/diskfs/go-diskfs"
+)
+
+func TestCreateAndFind(t *testing.T) {
+	dir := t.TempDir()
+	boot := make([]byte, 9<<20+123)
+	rand.Read(boot)
+	work := filepath.Join(dir, "work.img")
+	workData := make([]byte, 5<<20+7)
+	rand.Read(workData[3<<20:])
+	if err := os.WriteFile(work, workData, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	img := filepath.Join(dir, "laptop.img")
+	if err := Create(img, Layout{Boot: boot, State: true, Work: work, WorkSize: 8 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []struct {
+		name string
+		size int64
+	}{{ESP, espSize(0)}, {State, StateSize}, {Work, 8 << 20}} {
+		offset, size, err := Find(img, p.name)
+		if err != nil || size != p.size || offset%(1<<20) != 0 {
+			t.Errorf("%s: offset %d, size %d, error %v; want size %d", p.name, offset, size, err, p.size)
+		}
+		if p.name == Work && !bytes.Equal(data[offset:][:len(workData)], workData) {
+			t.Error("work partition differs from its file")
+		}
+	}
+	if _, _, err := Find(img, "other"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("unknown partition: %v", err)
+	}
+
+	d, err := diskfs.Open(img, diskfs.WithOpenMode(diskfs.ReadOnly))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	esp, err := d.GetFilesystem(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := fs.ReadFile(esp, "EFI/BOOT/BOOTX64.EFI")
+	if err != nil || !bytes.Equal(got, boot) {
+		t.Errorf("boot file: %d bytes, error %v; want the %d written", len(got), err, len(boot))
+	}
+}
+
+// The file system must please others than the library that made it.
+func TestCheckedByDosfstools(t *testing.T) {
+	fsck, err := exec.LookPath("fsck.vfat")
+	if err != nil {
+		t.Skip("dosfstools is not installed")
+	}
+	dir := t.TempDir()
+	img := filepath.Join(dir, "disk.img")
+	if err := Create(img, Layout{Boot: bytes.Repeat([]byte("sekisho!"), 4<<20)}); err != nil {
+		t.Fatal(err)
+	}
+	offset, size, err := Find(img, ESP)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	part := filepath.Join(dir, "esp.img")
+	if err := os.WriteFile(part, data[offset:offset+size], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(fsck, "-n", "-v", part).CombinedOutput(); err != nil {
+		t.Errorf("fsck.vfat: %v\n%s", err, out)
+	}
+}
+
+func TestCreateRefuses(t *testing.T) {
+	img := filepath.Join(t.TempDir(), "disk.img")
+	if err := Create(img, Layout{}); err == nil {
+		t.Error("a disk with nothing to boot was made")
+	}
+	if err := Create(img, Layout{Boot: []byte("MZ"), Work: "absent"}); err == nil {
+		t.Error("a disk with an absent work image was made")
+	}
+	if _, err := os.Stat(img); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a failed disk left a file: %v", err)
+	}
+}
