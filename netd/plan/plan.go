@@ -53,8 +53,9 @@ func Make(in Situation) Plan {
 // quiet lists the settings of both namespaces: no IPv6 address of its own
 // making, and no redirect or source route obeyed (kernel
 // Documentation/networking/ip-sysctl.rst).
-func quiet() []Sysctl {
-	var s []Sysctl
+func quiet(forward string) []Sysctl {
+	// First, because the kernel resets others of these when it changes.
+	s := []Sysctl{{"net/ipv4/ip_forward", forward}}
 	for _, where := range []string{"all", "default"} {
 		v4, v6 := "net/ipv4/conf/"+where, "net/ipv6/conf/"+where
 		s = append(s,
@@ -74,7 +75,7 @@ func quiet() []Sysctl {
 
 func outside(in Situation) Namespace {
 	n := Namespace{
-		Sysctls: append(quiet(), Sysctl{"net/ipv4/ip_forward", "0"}, Sysctl{"net/ipv4/tcp_mtu_probing", "1"}),
+		Sysctls: append(quiet("0"), Sysctl{"net/ipv4/tcp_mtu_probing", "1"}),
 		Ruleset: closed(),
 	}
 	up := in.Uplink
@@ -121,14 +122,15 @@ func inside(in Situation) Namespace {
 		forward = "1"
 	}
 	n := Namespace{
-		Sysctls: append(quiet(), Sysctl{"net/ipv4/ip_forward", forward}),
+		Sysctls: quiet(forward),
 		Ruleset: closed(),
 	}
 	if in.Tun {
 		n.Links = append(n.Links, Link{Name: netd.TunnelLink, Up: open, MTU: in.MTU})
 	}
 	if in.Work {
-		n.Links = append(n.Links, Link{Name: netd.WorkLink, Up: open, MTU: in.MTU})
+		// Up also while closed: a write to a TUN that is down is an error to linkd.
+		n.Links = append(n.Links, Link{Name: netd.WorkLink, Up: true, MTU: in.MTU})
 	}
 	if !open {
 		return n

@@ -1,0 +1,228 @@
+//go:build linux
+
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"sekisho/netd/plan"
+)
+
+// protocol marks our routes (rtnetlink(7), rtm_protocol; values above
+// RTPROT_STATIC are free for daemons).
+const protocol = 0x5e
+
+// change is one difference between the kernel and a plan, and its remedy.
+type change struct {
+	what string
+	do   func() error
+}
+
+// rounds is how often Apply looks again: some changes bring others about, as
+// an address that goes takes its routes along, and net.ipv4.ip_forward resets
+// other settings (kernel Documentation/networking/ip-sysctl.rst).
+const rounds = 3
+
+// Apply makes the namespace equal to want and reads it back. Without
+// differences it changes nothing. After an error the kernel may hold anything
+// between the two: the ruleset comes first, so that a plan that closes has
+// closed even then.
+func (n *Namespace) Apply(want plan.Namespace) error {
+	var errs []error
+	for range rounds {
+		todo, err := n.changes(want)
+		if err != nil || len(todo) == 0 {
+			return err
+		}
+		errs = nil
+		for _, c := range todo {
+			if err := c.do(); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", c.what, err))
+			}
+		}
+	}
+	if err := n.Check(want); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	return nil
+}
+
+// Check reads the namespace back. A nil error proves that it holds want.
+func (n *Namespace) Check(want plan.Namespace) error {
+	left, err := n.changes(want)
+	if err != nil {
+		return err
+	}
+	if len(left) == 0 {
+		return nil
+	}
+	var what []string
+	for _, c := range left {
+		what = append(what, c.what)
+	}
+	return fmt.Errorf("network namespace %s does not hold the plan: %s", n.path, strings.Join(what, "; "))
+}
+
+func (n *Namespace) changes(want plan.Namespace) ([]change, error) {
+	var todo []change
+	add := func(what string, do func() error) { todo = append(todo, change{what, do}) }
+
+	held, err := n.holdsRules(want.Ruleset)
+	if err != nil {
+		return nil, fmt.Errorf("network namespace %s: %w", n.path, err)
+	}
+	if !held {
+		add("ruleset", func() error { return n.replaceRules(want.Ruleset) })
+	}
+	sysctls, err := n.sysctlChanges(want.Sysctls)
+	if err != nil {
+		return nil, err
+	}
+	todo = append(todo, sysctls...)
+
+	for _, l := range want.Links {
+		link, err := n.link.LinkByName(l.Name)
+		if err != nil {
+			return nil, fmt.Errorf("network namespace %s: link %s: %w", n.path, l.Name, err)
+		}
+		attrs := link.Attrs()
+		if l.MTU != 0 && attrs.MTU != l.MTU {
+			add(fmt.Sprintf("link %s mtu %d", l.Name, l.MTU), func() error { return n.link.LinkSetMTU(link, l.MTU) })
+		}
+		if up := attrs.Flags&net.FlagUp != 0; up != l.Up {
+			set := n.link.LinkSetDown
+			if l.Up {
+				set = n.link.LinkSetUp
+			}
+			add(fmt.Sprintf("link %s up=%v", l.Name, l.Up), func() error { return set(link) })
+		}
+		c, err := n.addressChanges(link, want.Addresses)
+		if err != nil {
+			return nil, err
+		}
+		todo = append(todo, c...)
+	}
+	for _, l := range want.Links { // after every address: routes may need one
+		link, err := n.link.LinkByName(l.Name)
+		if err != nil {
+			return nil, fmt.Errorf("network namespace %s: link %s: %w", n.path, l.Name, err)
+		}
+		c, err := n.routeChanges(link, want.Routes)
+		if err != nil {
+			return nil, err
+		}
+		todo = append(todo, c...)
+	}
+	return todo, nil
+}
+
+// sysctlChanges compares in the namespace: /proc/sys/net shows that of the
+// thread. A kernel without IPv6 has nothing to switch off.
+func (n *Namespace) sysctlChanges(want []plan.Sysctl) ([]change, error) {
+	var differ []plan.Sysctl
+	err := n.do(func() error {
+		for _, s := range want {
+			b, err := os.ReadFile(filepath.Join("/proc/sys", s.Path))
+			if errors.Is(err, fs.ErrNotExist) && strings.HasPrefix(s.Path, "net/ipv6/") {
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("sysctl %s: %w", s.Path, err)
+			}
+			if strings.TrimSpace(string(b)) != s.Value {
+				differ = append(differ, s)
+			}
+		}
+		return nil
+	})
+	var todo []change
+	for _, s := range differ {
+		todo = append(todo, change{fmt.Sprintf("sysctl %s=%s", s.Path, s.Value), func() error {
+			return n.do(func() error { return os.WriteFile(filepath.Join("/proc/sys", s.Path), []byte(s.Value), 0) })
+		}})
+	}
+	return todo, err
+}
+
+func (n *Namespace) addressChanges(link netlink.Link, want []plan.Address) ([]change, error) {
+	name := link.Attrs().Name
+	have, err := n.link.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("addresses of %s: %w", name, err)
+	}
+	var todo []change
+	var kept []netip.Prefix
+	for _, a := range have {
+		p := prefix(a.IPNet)
+		if a.Flags&unix.IFA_F_NOPREFIXROUTE != 0 && slices.Contains(want, plan.Address{Link: name, Prefix: p}) {
+			kept = append(kept, p)
+			continue
+		}
+		todo = append(todo, change{fmt.Sprintf("remove address %s from %s", p, name), func() error { return n.link.AddrDel(link, &a) }})
+	}
+	for _, a := range want {
+		if a.Link != name || slices.Contains(kept, a.Prefix) {
+			continue
+		}
+		addr := &netlink.Addr{IPNet: ipNet(a.Prefix), Flags: unix.IFA_F_NOPREFIXROUTE}
+		todo = append(todo, change{fmt.Sprintf("add address %s to %s", a.Prefix, name), func() error { return n.link.AddrAdd(link, addr) }})
+	}
+	return todo, nil
+}
+
+func (n *Namespace) routeChanges(link netlink.Link, want []plan.Route) ([]change, error) {
+	name, index := link.Attrs().Name, link.Attrs().Index
+	have, err := n.link.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{LinkIndex: index, Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return nil, fmt.Errorf("routes of %s: %w", name, err)
+	}
+	var todo []change
+	var kept []plan.Route
+	for _, h := range have {
+		r := plan.Route{Destination: prefix(h.Dst), Link: name}
+		if via, ok := netip.AddrFromSlice(h.Gw); ok {
+			r.Via = via.Unmap()
+		}
+		if h.Protocol == protocol && slices.Contains(want, r) {
+			kept = append(kept, r)
+			continue
+		}
+		todo = append(todo, change{"remove " + r.String(), func() error { return n.link.RouteDel(&h) }})
+	}
+	for _, r := range want {
+		if r.Link != name || slices.Contains(kept, r) {
+			continue
+		}
+		route := &netlink.Route{LinkIndex: index, Dst: ipNet(r.Destination), Protocol: protocol, Scope: netlink.SCOPE_LINK, Table: unix.RT_TABLE_MAIN}
+		if r.Via.IsValid() {
+			route.Gw, route.Scope = r.Via.AsSlice(), netlink.SCOPE_UNIVERSE
+		}
+		todo = append(todo, change{"add " + r.String(), func() error { return n.link.RouteAdd(route) }})
+	}
+	return todo, nil
+}
+
+// prefix converts what netlink reports; nil is the IPv4 default route.
+func prefix(n *net.IPNet) netip.Prefix {
+	if n == nil {
+		return netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	}
+	a, _ := netip.AddrFromSlice(n.IP)
+	bits, _ := n.Mask.Size()
+	return netip.PrefixFrom(a.Unmap(), bits)
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}

@@ -1,0 +1,164 @@
+//go:build linux
+
+package kernel_test
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"sekisho/netd"
+	"sekisho/netd/internal/nstest"
+	"sekisho/netd/kernel"
+	"sekisho/netd/plan"
+)
+
+var situation = plan.Situation{
+	State: netd.Tunnel, Links: []string{"eth0"},
+	Uplink:    netd.Uplink{Name: "eth0", Carrier: true, Address: netip.MustParsePrefix("192.168.50.23/24"), Router: netip.MustParseAddr("192.168.50.1"), MTU: 1400},
+	Endpoints: []netip.AddrPort{netip.MustParseAddrPort("203.0.113.20:443"), netip.MustParseAddrPort("203.0.113.10:443")},
+	Inner:     netip.MustParseAddr("10.80.0.2"), MTU: 1400, Work: true, Tun: true,
+}
+
+func open(t *testing.T, ns *nstest.NS) *kernel.Namespace {
+	t.Helper()
+	n, err := kernel.Open(ns.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(n.Close)
+	return n
+}
+
+func TestApplyReadBackAndRepair(t *testing.T) {
+	nstest.Require(t, "nft")
+	outside, inside := nstest.New(t, "outside"), nstest.New(t, "inside")
+	outside.Run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "far")
+	outside.Run("ip", "link", "set", "far", "up")
+	inside.Run("ip", "tuntap", "add", "work0", "mode", "tun")
+	o, i := open(t, outside), open(t, inside)
+	dev, err := i.CreateTUN(netd.TunnelLink, 1400)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+
+	want := plan.Make(situation)
+	for _, step := range []struct {
+		name string
+		n    *kernel.Namespace
+		want plan.Namespace
+	}{{"outside", o, want.Outside}, {"inside", i, want.Inside}} {
+		if step.n.Check(step.want) == nil {
+			t.Fatalf("%s: a fresh namespace passes the check", step.name)
+		}
+		for range 2 { // the second time finds nothing to do
+			if err := step.n.Apply(step.want); err != nil {
+				t.Fatalf("%s: %v", step.name, err)
+			}
+		}
+	}
+	rules := outside.Run("nft", "list", "ruleset")
+	for _, line := range []string{
+		"type filter hook input priority filter; policy drop;",
+		"type filter hook forward priority filter; policy drop;",
+		`oifname "eth0" ip daddr 203.0.113.20 tcp dport 443 accept`,
+		`iifname "eth0" ip saddr 203.0.113.10 tcp sport 443 ct state established accept`,
+	} {
+		if !strings.Contains(rules, line) {
+			t.Errorf("nft does not show %q in:\n%s", line, rules)
+		}
+	}
+	rules = inside.Run("nft", "list", "ruleset")
+	for _, line := range []string{
+		`iifname "work0" oifname "tun0" ip saddr 10.80.0.2 accept`,
+		`tcp option maxseg size set 1360`,
+	} {
+		if !strings.Contains(rules, line) {
+			t.Errorf("nft does not show %q in:\n%s", line, rules)
+		}
+	}
+
+	// Whatever somebody else changes is found and put right.
+	for _, meddle := range [][]string{
+		{"nft", "add rule inet sekisho output accept"},
+		{"nft", "delete table inet sekisho"},
+		{"nft", "chain inet sekisho input { policy accept; }"},
+		{"ip", "route", "add", "0.0.0.0/0", "dev", "eth0"},
+		{"ip", "route", "add", "0.0.0.0/1", "via", "192.168.50.1", "dev", "eth0", "onlink"},
+		{"ip", "address", "add", "10.9.9.9/24", "dev", "eth0"},
+		{"ip", "link", "set", "eth0", "mtu", "1300"},
+		{"ip", "link", "set", "eth0", "down"},
+		{"sysctl", "-qw", "net.ipv4.ip_forward=1"},
+		{"sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=0"},
+	} {
+		outside.Run(meddle[0], meddle[1:]...)
+		if o.Check(want.Outside) == nil {
+			t.Errorf("%v: not noticed", meddle)
+		}
+		if err := o.Apply(want.Outside); err != nil {
+			t.Errorf("%v: not repaired: %v", meddle, err)
+		}
+	}
+
+	// Closing leaves nothing that carries a packet.
+	closed := plan.Closed()
+	closed.Outside.Links = []plan.Link{{Name: "eth0", Up: true}}
+	closed.Inside.Links = []plan.Link{{Name: "work0"}, {Name: "tun0"}}
+	if err := o.Apply(closed.Outside); err != nil {
+		t.Error(err)
+	}
+	if err := i.Apply(closed.Inside); err != nil {
+		t.Error(err)
+	}
+	if r := outside.Run("ip", "route"); r != "" {
+		t.Errorf("routes outside after closing: %s", r)
+	}
+	if r := inside.Run("ip", "route"); r != "" {
+		t.Errorf("routes inside after closing: %s", r)
+	}
+	if a := outside.Run("ip", "-o", "address", "show", "dev", "eth0"); a != "" {
+		t.Errorf("addresses after closing: %s", a)
+	}
+}
+
+func TestWatchAndLinks(t *testing.T) {
+	nstest.Require(t)
+	ns := nstest.New(t, "outside")
+	n := open(t, ns)
+	changes, err := n.Watch(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns.Run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "far")
+	ns.Run("ip", "link", "add", "br0", "type", "bridge")
+	ns.Run("ip", "link", "set", "eth0", "up")
+	carrier := func() bool {
+		links, err := n.Links()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range links {
+			if l.Name == "br0" && l.Ethernet {
+				t.Error("a bridge is taken for an Ethernet device")
+			}
+			if l.Name == "eth0" && l.Ethernet && l.Carrier {
+				return true
+			}
+		}
+		return false
+	}
+	if carrier() {
+		t.Error("carrier although the far end is down")
+	}
+	ns.Run("ip", "link", "set", "far", "up")
+	limit := time.After(10 * time.Second)
+	for !carrier() {
+		select {
+		case <-changes:
+		case <-limit:
+			t.Fatal("no carrier seen within 10 s")
+		}
+	}
+}

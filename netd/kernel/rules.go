@@ -1,0 +1,184 @@
+//go:build linux
+
+package kernel
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"sekisho/netd/plan"
+)
+
+// TCP option kind of the maximum segment size, its length in the header and
+// the offset of the value (RFC 9293, section 3.2).
+const (
+	tcpOptionMSS = 2
+	mssOffset    = 2
+	mssLength    = 2
+)
+
+// compile returns r as nftables expressions. It is pure.
+func compile(r plan.Rule) []expr.Any {
+	equal := func(data []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data} }
+	e := []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, equal([]byte{unix.NFPROTO_IPV4})}
+	link := func(key expr.MetaKey, name string) {
+		if name != "" {
+			padded := make([]byte, unix.IFNAMSIZ)
+			copy(padded, name)
+			e = append(e, &expr.Meta{Key: key, Register: 1}, equal(padded))
+		}
+	}
+	address := func(offset uint32, p netip.Prefix) {
+		if !p.IsValid() {
+			return
+		}
+		a := p.Masked().Addr().As4()
+		e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4})
+		if !p.IsSingleIP() {
+			mask := binary.BigEndian.AppendUint32(nil, ^uint32(0)<<(32-p.Bits()))
+			e = append(e, &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)})
+		}
+		e = append(e, equal(a[:]))
+	}
+	port := func(offset uint32, p uint16) {
+		if p != 0 {
+			e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2},
+				equal(binary.BigEndian.AppendUint16(nil, p)))
+		}
+	}
+	link(expr.MetaKeyIIFNAME, r.In)
+	link(expr.MetaKeyOIFNAME, r.Out)
+	address(12, r.Source) // offsets in the IPv4 header, RFC 791 section 3.1
+	address(16, r.Destination)
+	if r.Protocol != 0 {
+		e = append(e, &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, equal([]byte{byte(r.Protocol)}))
+	}
+	port(0, r.SourcePort)
+	port(2, r.DestinationPort)
+	if r.Tracked != plan.Any {
+		bit := uint32(expr.CtStateBitESTABLISHED)
+		if r.Tracked == plan.Related {
+			bit = expr.CtStateBitRELATED
+		}
+		e = append(e, &expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binary.NativeEndian.AppendUint32(nil, bit), Xor: make([]byte, 4)},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)})
+	}
+	switch r.Verdict {
+	case plan.Accept:
+		e = append(e, &expr.Verdict{Kind: expr.VerdictAccept})
+	case plan.Clamp:
+		// SYN set, RST clear, in the flags at offset 13. The kernel only ever
+		// lowers the option (net/netfilter/nft_exthdr.c, nft_exthdr_tcp_set_eval).
+		e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{0x06}, Xor: []byte{0}},
+			equal([]byte{0x02}),
+			&expr.Immediate{Register: 1, Data: binary.BigEndian.AppendUint16(nil, r.MSS)},
+			&expr.Exthdr{SourceRegister: 1, Type: tcpOptionMSS, Offset: mssOffset, Len: mssLength, Op: expr.ExthdrOpTcpopt})
+	default:
+		e = append(e, &expr.Verdict{Kind: expr.VerdictDrop})
+	}
+	return e
+}
+
+func hook(h plan.Hook) *nftables.ChainHook {
+	switch h {
+	case plan.Input:
+		return nftables.ChainHookInput
+	case plan.Output:
+		return nftables.ChainHookOutput
+	}
+	return nftables.ChainHookForward
+}
+
+func policy(c plan.Chain) nftables.ChainPolicy {
+	if c.Open {
+		return nftables.ChainPolicyAccept
+	}
+	return nftables.ChainPolicyDrop
+}
+
+// replaceRules puts the whole table in place in one transaction: either every
+// chain and rule of it is in force afterwards, or none of the change is.
+func (n *Namespace) replaceRules(r plan.Ruleset) error {
+	table := &nftables.Table{Name: r.Table, Family: nftables.TableFamilyINet}
+	n.nft.AddTable(table) // so that the deletion finds one
+	n.nft.DelTable(table)
+	n.nft.AddTable(table)
+	for _, c := range r.Chains {
+		p := policy(c)
+		chain := n.nft.AddChain(&nftables.Chain{
+			Name: string(c.Hook), Table: table, Type: nftables.ChainTypeFilter,
+			Hooknum: hook(c.Hook), Priority: nftables.ChainPriorityFilter, Policy: &p,
+		})
+		for _, rule := range c.Rules {
+			n.nft.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: compile(rule)})
+		}
+	}
+	if err := n.nft.Flush(); err != nil {
+		return fmt.Errorf("nftables table %s: %w", r.Table, err)
+	}
+	return nil
+}
+
+// holdsRules reports whether the kernel's table is exactly r.
+func (n *Namespace) holdsRules(r plan.Ruleset) (bool, error) {
+	chains, err := n.nft.ListChainsOfTableFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false, fmt.Errorf("nftables chains: %w", err)
+	}
+	chains = slices.DeleteFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name != r.Table })
+	if len(chains) != len(r.Chains) {
+		return false, nil
+	}
+	for _, want := range r.Chains {
+		i := slices.IndexFunc(chains, func(c *nftables.Chain) bool { return c.Name == string(want.Hook) })
+		if i < 0 {
+			return false, nil
+		}
+		c := chains[i]
+		if c.Hooknum == nil || *c.Hooknum != *hook(want.Hook) || c.Policy == nil || *c.Policy != policy(want) || c.Priority == nil || *c.Priority != *nftables.ChainPriorityFilter {
+			return false, nil
+		}
+		rules, err := n.nft.GetRules(c.Table, c)
+		if err != nil {
+			return false, fmt.Errorf("nftables rules of %s: %w", c.Name, err)
+		}
+		if len(rules) != len(want.Rules) {
+			return false, nil
+		}
+		for j, rule := range rules {
+			if same, err := sameExpressions(rule.Exprs, compile(want.Rules[j])); err != nil || !same {
+				return false, err
+			}
+		}
+	}
+	return true, nil
+}
+
+func sameExpressions(a, b []expr.Any) (bool, error) {
+	if len(a) != len(b) {
+		return false, nil
+	}
+	for i := range a {
+		x, err := expr.Marshal(byte(nftables.TableFamilyINet), a[i])
+		if err != nil {
+			return false, err
+		}
+		y, err := expr.Marshal(byte(nftables.TableFamilyINet), b[i])
+		if err != nil {
+			return false, err
+		}
+		if !bytes.Equal(x, y) {
+			return false, nil
+		}
+	}
+	return true, nil
+}

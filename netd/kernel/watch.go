@@ -1,0 +1,89 @@
+//go:build linux
+
+package kernel
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Link is a network device as the kernel reports it.
+type Link struct {
+	Index    int
+	Name     string
+	Hardware net.HardwareAddr
+	Ethernet bool // an Ethernet device, real or one end of a veth pair
+	Carrier  bool // the far end is there (IFF_LOWER_UP, netdevice(7)); only known of a link that is up
+}
+
+// Links lists the devices of the namespace but the loopback device.
+func (n *Namespace) Links() ([]Link, error) {
+	list, err := n.link.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("network namespace %s: links: %w", n.path, err)
+	}
+	var out []Link
+	for _, l := range list {
+		a := l.Attrs()
+		if a.Flags&net.FlagLoopback != 0 {
+			continue
+		}
+		kind := l.Type() // "device" is a driver's own, as opposed to bridges, tunnels and the like
+		out = append(out, Link{
+			Index: a.Index, Name: a.Name, Hardware: a.HardwareAddr,
+			Ethernet: a.EncapType == "ether" && (kind == "device" || kind == "veth"),
+			Carrier:  a.RawFlags&unix.IFF_LOWER_UP != 0,
+		})
+	}
+	return out, nil
+}
+
+// Watch returns a channel that holds a value whenever a link, address or route
+// has changed since it was last received from. Many changes may be one value.
+// The channel is closed once ctx is done or the kernel's messages are lost.
+func (n *Namespace) Watch(ctx context.Context) (<-chan struct{}, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	links, addrs, routes := make(chan netlink.LinkUpdate, 16), make(chan netlink.AddrUpdate, 16), make(chan netlink.RouteUpdate, 16)
+	lost := func(error) { cancel() }
+	err := netlink.LinkSubscribeWithOptions(links, ctx.Done(), netlink.LinkSubscribeOptions{Namespace: &n.fd, ErrorCallback: lost})
+	if err == nil {
+		err = netlink.AddrSubscribeWithOptions(addrs, ctx.Done(), netlink.AddrSubscribeOptions{Namespace: &n.fd, ErrorCallback: lost})
+	}
+	if err == nil {
+		err = netlink.RouteSubscribeWithOptions(routes, ctx.Done(), netlink.RouteSubscribeOptions{Namespace: &n.fd, ErrorCallback: lost})
+	}
+	if err != nil {
+		cancel()
+		return nil, fmt.Errorf("network namespace %s: watch: %w", n.path, err)
+	}
+	out := make(chan struct{}, 1)
+	changed := func() {
+		select {
+		case out <- struct{}{}:
+		default:
+		}
+	}
+	var all sync.WaitGroup
+	all.Go(func() { forward(links, changed) })
+	all.Go(func() { forward(addrs, changed) })
+	all.Go(func() { forward(routes, changed) })
+	go func() {
+		<-ctx.Done()
+		all.Wait()
+		cancel()
+		close(out)
+	}()
+	return out, nil
+}
+
+// forward drains in, which netlink closes, and reports each value.
+func forward[T any](in <-chan T, changed func()) {
+	for range in {
+		changed()
+	}
+}
