@@ -1,0 +1,163 @@
+package lab
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"os"
+	"path/filepath"
+	"time"
+
+	"sekisho/attest"
+)
+
+// pkiLife is how long the lab's certificates are good for.
+const pkiLife = 10 * 365 * 24 * time.Hour
+
+// authority is a certificate with its key.
+type authority struct {
+	cert *x509.Certificate
+	key  crypto.Signer
+}
+
+// preparePKI makes, on first use, the organisation's CA, the CA for the
+// devices' certificates and the servers' certificates below out/lab/pki, and
+// the organisation's configuration. The CA is part of the image, so all of it
+// stays as it is until out/ is removed.
+func (l *Lab) preparePKI() error {
+	if _, err := os.Stat(l.OrganizationFile()); err == nil {
+		return nil
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("lab: %w", err)
+	}
+	org, err := l.issue("ca", nil, &x509.Certificate{
+		Subject: pkix.Name{Organization: []string{"Sekisho Lab"}, CommonName: "Sekisho Lab organisation CA"},
+		IsCA:    true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign})
+	if err != nil {
+		return err
+	}
+	if _, err := l.issue("device-ca", &org, &x509.Certificate{
+		Subject: pkix.Name{Organization: []string{"Sekisho Lab"}, CommonName: "Sekisho Lab device CA"},
+		IsCA:    true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign}); err != nil {
+		return err
+	}
+	for file, name := range map[string]string{"verifier": verifierName, "gateway": gatewayName} {
+		if _, err := l.issue(file, &org, &x509.Certificate{
+			Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
+			KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}); err != nil {
+			return err
+		}
+	}
+	ca, err := os.ReadFile(l.lab("pki", "ca.pem"))
+	if err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	o := attest.Organization{
+		Name: "Sekisho Lab", CA: string(ca),
+		Verifiers:  []attest.Endpoint{{Address: verifierAddress, ServerName: verifierName}},
+		Gateways:   []attest.Endpoint{{Address: gatewayAddress, ServerName: gatewayName}},
+		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1},
+	}
+	if err := o.Validate(); err != nil {
+		return err
+	}
+	b, err := json.MarshalIndent(o, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeFile(l.OrganizationFile(), append(b, '\n'), 0o644) // last: it says that all the rest is there
+}
+
+// OrganizationFile is the configuration that the lab's images are built with.
+func (l *Lab) OrganizationFile() string { return l.lab("organization.json") }
+
+// issue makes a key and a certificate signed by parent, or by itself, as
+// out/lab/pki/NAME.key and NAME.pem.
+func (l *Lab) issue(name string, parent *authority, template *x509.Certificate) (authority, error) {
+	fail := func(err error) (authority, error) {
+		return authority{}, fmt.Errorf("lab: certificate %s: %w", name, err)
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return fail(err)
+	}
+	if template.SerialNumber, err = rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120)); err != nil {
+		return fail(err)
+	}
+	now := time.Now()
+	template.NotBefore, template.NotAfter = now.Add(-24*time.Hour), now.Add(pkiLife)
+	self := authority{cert: template, key: key}
+	if parent == nil {
+		parent = &self
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent.cert, key.Public(), parent.key)
+	if err != nil {
+		return fail(err)
+	}
+	if self.cert, err = x509.ParseCertificate(der); err != nil {
+		return fail(err)
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return fail(err)
+	}
+	err = errors.Join(
+		writeFile(l.lab("pki", name+".pem"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644),
+		writeFile(l.lab("pki", name+".key"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret}), 0o600))
+	return self, err
+}
+
+// swtpmConfig and localcaConfig make swtpm_setup(8) use the lab's own CA for
+// endorsement key certificates.
+const (
+	swtpmConfig = `create_certs_tool = /usr/bin/swtpm_localca
+create_certs_tool_config = %[1]s/localca.conf
+create_certs_tool_options = %[1]s/localca.options
+active_pcr_banks = sha256
+`
+	localcaConfig = `statedir = %[1]s
+signingkey = %[1]s/signkey.pem
+issuercert = %[1]s/issuercert.pem
+certserial = %[1]s/certserial
+`
+	localcaOptions = `--platform-manufacturer Sekisho
+--platform-version 1
+--platform-model Lab
+`
+)
+
+// prepareTPM makes a new TPM with an endorsement key certificate of the lab.
+func (l *Lab) prepareTPM(run func(argv ...string) error) error {
+	ca, tpm := l.lab("swtpm-ca"), l.lab("tpm")
+	if err := os.RemoveAll(tpm); err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	for _, dir := range []string{ca, tpm} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("lab: %w", err)
+		}
+	}
+	for file, text := range map[string]string{"setup.conf": swtpmConfig, "localca.conf": localcaConfig} {
+		if err := writeFile(filepath.Join(ca, file), fmt.Appendf(nil, text, ca), 0o600); err != nil {
+			return err
+		}
+	}
+	if err := writeFile(filepath.Join(ca, "localca.options"), []byte(localcaOptions), 0o600); err != nil {
+		return err
+	}
+	return run("swtpm_setup", "--tpm2", "--tpmstate", tpm, "--config", filepath.Join(ca, "setup.conf"),
+		"--create-ek-cert", "--pcr-banks", "sha256", "--overwrite", "--logfile", l.lab("swtpm_setup.log"))
+}
+
+// ekRoots are the certificates of the CA that prepareTPM uses.
+func (l *Lab) ekRoots() []string {
+	return []string{l.lab("swtpm-ca", "swtpm-localca-rootca-cert.pem"), l.lab("swtpm-ca", "issuercert.pem")}
+}
