@@ -18,6 +18,12 @@ const (
 	sectionSBAT    = ".sbat"
 )
 
+// sectionOrder is the order in which ukify 257 adds sections.
+var sectionOrder = [...]string{sectionOSRel, sectionCmdline, sectionUname, sectionLinux, sectionInitrd}
+
+// maxAlignment bounds section alignments; a huge page.
+const maxAlignment = 2 << 20
+
 // Section flags by the PE format specification, "Section Flags".
 const (
 	flagCode     = 0x00000020
@@ -53,33 +59,35 @@ func Build(parts Parts) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("uki: kernel: %w", err)
 	}
-	if len(parts.Initrd) == 0 || len(stub.sections) == 0 {
-		return nil, fmt.Errorf("uki: initramfs of %d bytes, boot stub with %d sections; want both", len(parts.Initrd), len(stub.sections))
+	if len(stub.sections) == 0 {
+		return nil, errors.New("uki: boot stub has no sections")
 	}
-	add := []struct {
-		name  string
-		data  []byte
-		flags uint32
-	}{
-		{sectionOSRel, []byte(parts.OSRelease), flagInitData},
-		{sectionCmdline, []byte(parts.Cmdline), flagInitData},
-		{sectionUname, []byte(parts.Uname), flagInitData},
-		{sectionLinux, parts.Kernel, flagCode},
-		{sectionInitrd, parts.Initrd, flagInitData},
+	content := map[string][]byte{
+		sectionOSRel:   []byte(parts.OSRelease),
+		sectionCmdline: []byte(parts.Cmdline),
+		sectionUname:   []byte(parts.Uname),
+		sectionLinux:   parts.Kernel,
+		sectionInitrd:  parts.Initrd,
 	}
 	fileAlign, memAlign := int(stub.u32(optFileAlignment)), int(stub.u32(optSectionAlignment))
-	if fileAlign < 512 || fileAlign > 1<<16 || memAlign < fileAlign || memAlign > 1<<21 {
+	if fileAlign < 512 || fileAlign > 1<<16 || memAlign < fileAlign || memAlign > maxAlignment {
 		return nil, fmt.Errorf("uki: boot stub with alignments %d and %d", fileAlign, memAlign)
 	}
 	total := align(len(parts.Stub), fileAlign)
-	for _, a := range add {
-		total += align(len(a.data), fileAlign)
+	for _, name := range sectionOrder {
+		if len(content[name]) == 0 {
+			return nil, fmt.Errorf("uki: nothing for section %s", name)
+		}
+		if _, ok := stub.Section(name); ok {
+			return nil, fmt.Errorf("uki: boot stub already has a section %s", name)
+		}
+		total += align(len(content[name]), fileAlign)
 	}
 	if total > MaxImage {
 		return nil, fmt.Errorf("uki: %d bytes, at most %d", total, MaxImage)
 	}
-	if stub.table+(len(stub.sections)+len(add))*sectionSize > stub.headers {
-		return nil, fmt.Errorf("uki: no room for %d more section headers in %d bytes", len(add), stub.headers)
+	if stub.table+(len(stub.sections)+len(sectionOrder))*sectionSize > stub.headers {
+		return nil, fmt.Errorf("uki: no room for %d more section headers in %d bytes", len(sectionOrder), stub.headers)
 	}
 
 	out := bytes.NewBuffer(make([]byte, 0, total))
@@ -89,27 +97,25 @@ func Build(parts Parts) ([]byte, error) {
 	address := align(int(last.VirtualAddress+last.VirtualSize), memAlign)
 	header, count, initData := stub.table+len(stub.sections)*sectionSize, len(stub.sections), stub.u32(optSizeOfInitData)
 	le := binary.LittleEndian
-	for _, a := range add {
-		if _, ok := stub.Section(a.name); ok {
-			return nil, fmt.Errorf("uki: boot stub already has a section %s", a.name)
-		}
-		if len(a.data) == 0 {
-			continue
-		}
-		at := out.Len()
-		out.Write(a.data)
+	for _, name := range sectionOrder {
+		data, at := content[name], out.Len()
+		out.Write(data)
 		pad(out, fileAlign)
 		h := out.Bytes()[header : header+sectionSize]
 		clear(h)
-		copy(h, a.name)
-		le.PutUint32(h[8:], uint32(len(a.data)))
+		copy(h, name)
+		le.PutUint32(h[8:], uint32(len(data)))
 		le.PutUint32(h[12:], uint32(address))
 		le.PutUint32(h[16:], uint32(out.Len()-at))
 		le.PutUint32(h[20:], uint32(at))
-		le.PutUint32(h[36:], a.flags|flagRead)
+		flags := uint32(flagRead | flagInitData)
+		if name == sectionLinux {
+			flags = flagRead | flagCode
+		}
+		le.PutUint32(h[36:], flags)
 		header, count = header+sectionSize, count+1
-		initData += uint32(len(a.data))
-		address = align(address+len(a.data), memAlign)
+		initData += uint32(len(data))
+		address = align(address+len(data), memAlign)
 	}
 
 	b := out.Bytes()
@@ -127,28 +133,61 @@ func Build(parts Parts) ([]byte, error) {
 	return b, nil
 }
 
-// Split reads the parts back from a UKI, without the boot stub, which cannot be
-// told apart from the rest of the file.
+// Split reads the parts back from a UKI that Build made: Build of the result
+// gives the unsigned image again, byte for byte. A signature is left behind.
 func Split(image []byte) (Parts, error) {
 	p, err := ParsePE(image)
 	if err != nil {
+		return Parts{}, fmt.Errorf("uki: %w", err)
+	}
+	own, err := p.stubSections()
+	if err != nil {
 		return Parts{}, err
 	}
-	var parts Parts
-	for name, set := range map[string]func([]byte){
-		sectionLinux:   func(b []byte) { parts.Kernel = b },
-		sectionInitrd:  func(b []byte) { parts.Initrd = b },
-		sectionCmdline: func(b []byte) { parts.Cmdline = string(b) },
-		sectionOSRel:   func(b []byte) { parts.OSRelease = string(b) },
-		sectionUname:   func(b []byte) { parts.Uname = string(b) },
-	} {
-		b, ok := p.Section(name)
-		if !ok {
-			return Parts{}, fmt.Errorf("uki: no section %s; is this a unified kernel image?", name)
-		}
-		set(b)
+	section := func(name string) []byte { b, _ := p.Section(name); return b }
+	parts := Parts{
+		Kernel:    section(sectionLinux),
+		Initrd:    section(sectionInitrd),
+		Cmdline:   string(section(sectionCmdline)),
+		OSRelease: string(section(sectionOSRel)),
+		Uname:     string(section(sectionUname)),
 	}
+
+	// Undo what Build did to the headers.
+	stub := bytes.Clone(p.data[:p.sections[own].FileOffset])
+	clear(stub[p.table+own*sectionSize : p.table+len(p.sections)*sectionSize])
+	initData := p.u32(optSizeOfInitData)
+	for _, s := range p.sections[own:] {
+		initData -= s.VirtualSize
+	}
+	last, le := p.sections[own-1], binary.LittleEndian
+	le.PutUint16(stub[p.coff+coffSections:], uint16(own))
+	le.PutUint32(stub[p.opt+optSizeOfInitData:], initData)
+	le.PutUint32(stub[p.opt+optSizeOfImage:], uint32(align(int(last.VirtualAddress+last.VirtualSize), int(p.u32(optSectionAlignment)))))
+	clear(stub[p.opt+optCertificateDir : p.opt+optCertificateDir+8])
+	parts.Stub = stub
 	return parts, nil
+}
+
+// stubSections returns how many sections come before those that Build added,
+// and refuses an image whose other sections are not exactly these.
+func (p *PE) stubSections() (int, error) {
+	own := len(p.sections) - len(sectionOrder)
+	for i, name := range sectionOrder {
+		if _, ok := p.Section(name); !ok || own < 1 || p.sections[own+i].Name != name {
+			return 0, fmt.Errorf("uki: image does not end with the sections %v; was it made by mkimage?", sectionOrder)
+		}
+	}
+	if a := p.u32(optSectionAlignment); a == 0 || a > maxAlignment {
+		return 0, fmt.Errorf("uki: section alignment %d", a)
+	}
+	first := p.sections[own].FileOffset
+	for i, s := range p.sections {
+		if (i < own) == (s.FileOffset >= first) {
+			return 0, fmt.Errorf("uki: section %q is out of order", s.Name)
+		}
+	}
+	return own, nil
 }
 
 func align(n, to int) int { return (n + to - 1) / to * to }

@@ -111,9 +111,6 @@ func ParsePE(data []byte) (*PE, error) {
 		if s.FileSize > 0 && (uint64(s.FileOffset)+uint64(s.FileSize) > uint64(len(data)) || uint64(s.FileOffset) < headers) {
 			return nil, fmt.Errorf("pe: section %q lies outside the file", s.Name)
 		}
-		if s.VirtualSize > MaxImage {
-			return nil, fmt.Errorf("pe: section %q has %d bytes in memory, at most %d", s.Name, s.VirtualSize, MaxImage)
-		}
 		p.sections = append(p.sections, s)
 	}
 	p.certs = len(data)
@@ -142,20 +139,16 @@ func (p *PE) Sections() []Section { return slices.Clone(p.sections) }
 // verify them.
 func (p *PE) Signed() bool { return p.certs < len(p.data) }
 
-// Section returns what the first section of that name holds in memory:
-// VirtualSize bytes, zero beyond those in the file. ok is false when there is
-// none.
+// Section returns the data of the first section of that name. ok is false when
+// there is none, or when it has memory beyond its bytes in the file and is
+// therefore a program's and not data.
 func (p *PE) Section(name string) (data []byte, ok bool) {
 	i := slices.IndexFunc(p.sections, func(s Section) bool { return s.Name == name })
-	if i < 0 {
+	if i < 0 || p.sections[i].VirtualSize > p.sections[i].FileSize || p.sections[i].FileSize == 0 {
 		return nil, false
 	}
 	s := p.sections[i]
-	inFile := p.data[s.FileOffset:][:min(s.FileSize, s.VirtualSize)]
-	if s.VirtualSize <= s.FileSize {
-		return inFile, true
-	}
-	return append(inFile[:len(inFile):len(inFile)], make([]byte, s.VirtualSize-s.FileSize)...), true
+	return p.data[s.FileOffset:][:s.VirtualSize:s.VirtualSize], true
 }
 
 // Authenticode returns the SHA-256 image digest that signatures cover and that

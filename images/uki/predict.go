@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"sekisho/attest"
@@ -65,9 +66,12 @@ func Predict(image []byte, trust SecureBoot, name, version string) (*attest.Refe
 	if err != nil {
 		return nil, fmt.Errorf("predict: %w", err)
 	}
-	for _, other := range otherSections {
-		if _, ok := p.Section(other); ok {
-			return nil, fmt.Errorf("predict: section %s has no rule here", other)
+	for _, s := range p.sections {
+		// A measured section that is not plain data would be zero-filled in
+		// memory; none of ours is.
+		_, plain := p.Section(s.Name)
+		if slices.Contains(otherSections[:], s.Name) || slices.Contains(measuredSections[:], s.Name) && !plain {
+			return nil, fmt.Errorf("predict: section %s has no rule here", s.Name)
 		}
 	}
 
