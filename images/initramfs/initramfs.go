@@ -27,7 +27,7 @@ type Options struct {
 	// Dir is the root of this module's source tree.
 	Dir string
 	// Cache is a directory kept between builds (packages, generated sources).
-	// Builds that share it must follow each other.
+	// Builds that share it wait for each other.
 	Cache string
 	// Version is recorded in the manifest as the version of our own files.
 	Version string
@@ -123,17 +123,21 @@ var debianPackages = []string{"linux-image-amd64", "ovmf", "qemu-system-x86", "s
 const stubPath = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub"
 
 // build makes an image of what s says.
-func build(ctx context.Context, s spec, o Options) (*Image, error) {
+func build(ctx context.Context, s spec, o Options) (im *Image, err error) {
 	if o.Progress == nil {
 		o.Progress = func(string, int64, int64) {}
 	}
-	var err error
 	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
 		return nil, fmt.Errorf("%s image: %w", s.name, err)
 	}
 	if o.Cache, err = filepath.Abs(o.Cache); err != nil {
 		return nil, fmt.Errorf("%s image: %w", s.name, err)
 	}
+	unlock, err := lockCache(o.Cache)
+	if err != nil {
+		return nil, fmt.Errorf("%s image: %w", s.name, err)
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
 	set, err := debian.Fetch(ctx, debian.Config{
 		Cache: filepath.Join(o.Cache, "debian"), Mirror: o.Mirror, SecurityMirror: o.SecurityMirror,
 		Refresh: o.Refresh, Progress: o.Progress,
@@ -141,7 +145,7 @@ func build(ctx context.Context, s spec, o Options) (*Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s image: %w", s.name, err)
 	}
-	im := &Image{Manifest: Manifest{Name: s.name, Version: o.Version, Lab: o.Lab}}
+	im = &Image{Manifest: Manifest{Name: s.name, Version: o.Version, Lab: o.Lab}}
 	m := &im.Manifest
 
 	kernel, err := im.boot(set)

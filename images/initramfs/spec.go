@@ -107,7 +107,7 @@ func workSpec(o Options) spec {
 			"sekisho/images/work/cmd/workinit",
 			"sekisho/images/work/cmd/fetch",
 			"sekisho/guestlink/cmd/guestagent",
-		}, urootCommands("cat date dd df dmesg echo find free gosh grep head hexdump id ip kill ls lsmod mkdir mount ping ps rm sleep tail time uname wc")...),
+		}, urootCommands("cat date df dmesg echo find free gosh grep head hexdump id ip kill ls lsmod mkdir mount ping ps rm sleep tail time uname wc")...),
 		tags: tags(o.Lab),
 		modules: []string{
 			"virtio_pci", "virtio_blk", // its disk
