@@ -2,3 +2,322 @@
 // the closed ruleset before any network device exists, and supervises the
 // services of docs/host-domain.md with the systemd service protocol.
 package boot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sekisho/attest"
+	"sekisho/hostos/vmm"
+)
+
+const (
+	// closeTimeout bounds `netd close`.
+	closeTimeout = 30 * time.Second
+	// workTimeout is how long the work domain may take to switch itself off
+	// after its power button was pressed.
+	workTimeout = 60 * time.Second
+	// workDir belongs to vmm: firmware variables and control socket.
+	workDir = RunDir + "/vmm"
+)
+
+// host is the running host domain.
+type host struct {
+	console  *console
+	children *children
+	sup      *supervisor
+	loader   *loader
+	machine  *vmm.Machine
+	off      chan struct{} // closed when the machine is to go off
+	offOnce  sync.Once
+
+	mu      sync.Mutex
+	state   Status      // without the parts that status adds
+	work    *supervised // QEMU, nil while there is none
+	missing []node
+}
+
+// Run is the life of PID 1. It returns only when the machine could not be
+// switched off.
+func Run() error {
+	unix.Umask(0o022)
+	h := &host{console: newConsole(openConsole()), children: newChildren(), off: make(chan struct{})}
+	h.set("booting", "", "the host domain starts")
+	warnings, err := mountAll()
+	h.console = newConsole(openConsole()) // now that /dev is there
+	h.console.line("init", "started")
+	for _, w := range warnings {
+		h.console.line("init", "warning: %v", w)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() { h.children.run(ctx) })
+	if err == nil {
+		err = h.boot(ctx, &wg)
+	}
+	if err != nil {
+		h.set("closed", "boot-failed", err.Error())
+		h.console.line("init", "closed: %v; the network stays off / 起動を中止しました。ネットワークは閉じたままです", err)
+	}
+	h.awaitOff(ctx)
+	h.shutdown()
+	unix.Sync()
+	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
+		return fmt.Errorf("power off: %w", err)
+	}
+	return nil
+}
+
+// boot goes through the stages. An error means that the stage after which
+// everything would have been closed was not reached: nothing that could carry
+// a packet has been started.
+func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
+	for _, dir := range []string{RunDir, LogDir} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	h.sup = &supervisor{children: h.children, self: self, notify: NotifySocket, console: h.console, now: time.Now}
+	notify, err := listenNotify(NotifySocket)
+	if err != nil {
+		return err
+	}
+	wg.Go(func() {
+		if err := receiveNotify(notify, h.sup.deliver); err != nil {
+			h.console.line("init", "warning: %v", err)
+		}
+	})
+	h.loader = newLoader(h.console)
+	h.machine = vmm.NewMachine(workDir+"/qmp.sock", time.Now, h.workChanged)
+	if err := h.serveAPI(wg); err != nil {
+		return err
+	}
+
+	broken := h.loader.load(BaseModules())
+	if slices.Contains(broken, ServesRuleset) {
+		return errors.New("no nf_tables: the ruleset cannot be closed")
+	}
+	if m := mountEFIVars(); exists(m.path) {
+		if err := m.mount(); err != nil {
+			h.console.line("init", "warning: %v", err)
+		}
+	}
+	if err := makeNamespaces(); err != nil {
+		return err
+	}
+	if err := h.closeRuleset(ctx); err != nil {
+		return err
+	}
+	h.console.line("init", "closed ruleset in force")
+	h.loader.load(NICModules())
+	missing := awaitDevices(ctx, deviceTimeout)
+	h.mu.Lock()
+	h.missing = missing
+	h.mu.Unlock()
+	for _, n := range missing {
+		h.console.line("init", "missing: %s", n.needed)
+	}
+	if err := shareBootLog(); err != nil {
+		h.console.line("init", "warning: event log: %v", err)
+	}
+	for _, svc := range Services() {
+		if _, err := h.sup.add(ctx, svc); err != nil {
+			h.console.line("init", "warning: %v", err)
+		}
+	}
+	h.set("running", "", "all stages are done")
+	if len(h.missing) > 0 {
+		h.set("running", "device-missing", h.missing[0].needed)
+	}
+	if err := h.startWork(ctx, wg, broken); err != nil {
+		h.set("running", "no-work-domain", err.Error())
+		h.console.line("init", "no work domain: %v / 業務領域を起動できません", err)
+		return nil
+	}
+	h.console.line("init", "running")
+	return nil
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// closeRuleset runs `netd close` and insists that it succeeds.
+func (h *host) closeRuleset(ctx context.Context) error {
+	log, err := os.OpenFile(LogDir+"/netd-close.log", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	svc := closeCommand()
+	pid, exited, err := h.children.start(svc.Args[0], svc.Args, &syscall.ProcAttr{
+		Dir: "/", Env: []string{"PATH=/bbin:/usr/bin:/bin", "HOME=/"},
+		Files: []uintptr{log.Fd(), log.Fd(), log.Fd()}, Sys: &syscall.SysProcAttr{Setsid: true},
+	}, "")
+	if err != nil {
+		return err
+	}
+	select {
+	case ws := <-exited:
+		if ws.ExitStatus() == 0 {
+			return nil
+		}
+		said, _ := os.ReadFile(LogDir + "/netd-close.log")
+		return fmt.Errorf("%s: %s: %.160s", svc.Name, exitText(ws), said)
+	case <-time.After(closeTimeout):
+		h.children.signal(pid, syscall.SIGKILL)
+		return fmt.Errorf("%s: no answer in %v", svc.Name, closeTimeout)
+	}
+}
+
+// startWork starts the work domain if everything it needs is there.
+func (h *host) startWork(ctx context.Context, wg *sync.WaitGroup, broken []string) error {
+	if slices.Contains(broken, ServesWorkDomain) {
+		return errors.New("a module for KVM or vsock could not be loaded")
+	}
+	for _, n := range h.missing {
+		if slices.Contains([]string{"/dev/kvm", "/dev/vhost-vsock", byPartlabel + "/" + WorkPart}, n.path) {
+			return fmt.Errorf("%s is missing", n.path)
+		}
+	}
+	b, err := os.ReadFile(attest.OrganizationFile)
+	if err != nil {
+		return err
+	}
+	org, err := attest.ParseOrganization(b)
+	if err != nil {
+		return err
+	}
+	uid, _ := lookup("vmm")
+	c, err := vmm.Prepare(vmm.Config{
+		MemoryMiB: org.WorkDomain.MemoryMiB, VCPUs: org.WorkDomain.VCPUs,
+		Disk: byPartlabel + "/" + WorkPart, Code: vmm.FirmwareCode, GuestCID: 3,
+	}, workDir, vmm.FirmwareVars, int(uid))
+	if err != nil {
+		return err
+	}
+	if err := c.Validate(); err != nil {
+		return err
+	}
+	work, err := h.sup.add(ctx, Service{
+		Name: "vmm", Args: append([]string{vmm.Binary}, vmm.Args(c)...),
+		User: "vmm", NewNetns: true, Log: WorkConsole,
+	})
+	if err != nil {
+		return err
+	}
+	h.mu.Lock()
+	h.work = work
+	h.mu.Unlock()
+	wg.Go(func() { h.machine.Run(ctx) })
+	return nil
+}
+
+// workChanged follows the work domain: when its user has switched it off, the
+// laptop goes off.
+func (h *host) workChanged(s vmm.Status) {
+	h.console.line("vmm", "%s %s", s.State, s.Detail)
+	if s.State == vmm.Shutdown {
+		h.mu.Lock()
+		work := h.work
+		h.mu.Unlock()
+		if work != nil {
+			work.last()
+		}
+		h.powerOff()
+	}
+}
+
+func (h *host) powerOff() { h.offOnce.Do(func() { close(h.off) }) }
+
+// awaitOff waits for a request to switch off: the API, the work domain, or a
+// signal as other inits understand it.
+func (h *host) awaitOff(ctx context.Context) {
+	sig := make(chan os.Signal, 1)
+	signal.Notify(sig, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(sig)
+	select {
+	case <-h.off:
+	case <-sig:
+	}
+}
+
+// shutdown stops the work domain, then the services.
+func (h *host) shutdown() {
+	h.set("stopping", "", "the laptop goes off")
+	h.console.line("init", "stopping")
+	h.mu.Lock()
+	work := h.work
+	h.mu.Unlock()
+	if work != nil {
+		work.last()
+		ctx, cancel := context.WithTimeout(context.Background(), workTimeout)
+		if err := h.machine.PowerDown(ctx); err == nil {
+			select {
+			case <-work.done:
+			case <-ctx.Done():
+				h.console.line("init", "warning: the work domain did not switch off in %v", workTimeout)
+			}
+		}
+		cancel()
+	}
+	if h.sup != nil {
+		h.sup.stopAll()
+	}
+	h.console.line("init", "power off")
+}
+
+func (h *host) set(state, reason, detail string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.state.State, h.state.Reason, h.state.Detail, h.state.Since = state, reason, detail, time.Now()
+}
+
+// status gathers what GET /v1/status answers.
+func (h *host) status() Status {
+	h.mu.Lock()
+	s := h.state
+	for _, n := range h.missing {
+		s.Missing = append(s.Missing, n.path)
+	}
+	h.mu.Unlock()
+	s.Services, s.Work, s.Modules = h.sup.status(), h.machine.Status(), h.loader.results()
+	s.Memory = readMemory("/proc/meminfo")
+	return s
+}
+
+func (h *host) serveAPI(wg *sync.WaitGroup) error {
+	f, err := listenAPI(InitSocket, "")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return err
+	}
+	srv := newServer(handler(h.status, h.powerOff))
+	wg.Go(func() {
+		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			h.console.line("init", "warning: api: %v", err)
+		}
+	})
+	return nil
+}

@@ -1,0 +1,165 @@
+package boot
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sekisho/hostos/vmm"
+)
+
+// Status is what GET /v1/status answers.
+type Status struct {
+	State    string          `json:"state"` // "booting", "running", "closed" or "stopping"
+	Since    time.Time       `json:"since"`
+	Reason   string          `json:"reason"` // code, empty when all is well
+	Detail   string          `json:"detail"`
+	Services []ServiceStatus `json:"services"`
+	Work     vmm.Status      `json:"work"`
+	Modules  []ModuleStatus  `json:"modules"`
+	Missing  []string        `json:"missing"` // device files that did not appear
+	Memory   memory          `json:"memory"`
+}
+
+// handler answers GET /v1/status and POST /v1/poweroff, both for root only.
+func handler(status func() Status, powerOff func()) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(status())
+	})
+	mux.HandleFunc("POST /v1/poweroff", func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusAccepted)
+		powerOff()
+	})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if uid, ok := r.Context().Value(peerKey{}).(uint32); !ok || uid != 0 {
+			http.Error(w, "only root may use this socket", http.StatusForbidden)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
+}
+
+type peerKey struct{}
+
+// withPeer notes the user at the other end of a unix socket (SO_PEERCRED,
+// unix(7)).
+func withPeer(ctx context.Context, c net.Conn) context.Context {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return ctx
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return ctx
+	}
+	var cred *unix.Ucred
+	cerr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err != nil || cerr != nil {
+		return ctx
+	}
+	return context.WithValue(ctx, peerKey{}, cred.Uid)
+}
+
+func newServer(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ConnContext:       withPeer,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      10 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    8 << 10,
+	}
+}
+
+// maxStatus bounds what a client reads of an answer.
+const maxStatus = 1 << 20
+
+// Client talks to init's API socket. It must run as root.
+type Client struct{ http http.Client }
+
+// NewClient returns a client of the socket at path.
+func NewClient(path string) *Client {
+	return &Client{http.Client{
+		Timeout: 10 * time.Second,
+		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", path)
+		}},
+	}}
+}
+
+// Status returns init's status as it was sent.
+func (c *Client) Status(ctx context.Context) (Status, json.RawMessage, error) {
+	var s Status
+	b, err := c.do(ctx, http.MethodGet, "/v1/status")
+	if err == nil {
+		err = json.Unmarshal(b, &s)
+	}
+	return s, b, err
+}
+
+// PowerOff asks for an orderly power-off and does not wait for it.
+func (c *Client) PowerOff(ctx context.Context) error {
+	_, err := c.do(ctx, http.MethodPost, "/v1/poweroff")
+	return err
+}
+
+func (c *Client) do(ctx context.Context, method, path string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://init"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxStatus))
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode/100 != 2 {
+		return nil, fmt.Errorf("init: %s: %.200s", resp.Status, b)
+	}
+	return b, nil
+}
+
+// WriteStatus prints s for people.
+func WriteStatus(w io.Writer, s Status) {
+	fmt.Fprintf(w, "init      %s since %s", s.State, s.Since.Format(time.RFC3339))
+	if s.Reason != "" {
+		fmt.Fprintf(w, " (%s: %s)", s.Reason, s.Detail)
+	}
+	fmt.Fprintf(w, "\nwork      %s %s\n", s.Work.State, s.Work.Detail)
+	for _, v := range s.Services {
+		fmt.Fprintf(w, "%-9s %s pid %d restarts %d %s\n", v.Name, v.State, v.PID, v.Restarts, v.Status)
+	}
+	for _, m := range s.Modules {
+		if m.State != "loaded" {
+			fmt.Fprintf(w, "module    %s %s\n", m.Name, m.State)
+		}
+	}
+	for _, path := range s.Missing {
+		fmt.Fprintf(w, "missing   %s\n", path)
+	}
+	fmt.Fprintf(w, "memory    %d of %d MiB used\n", (s.Memory.TotalKiB-s.Memory.AvailableKiB)>>10, s.Memory.TotalKiB>>10)
+}
+
+// openConsole returns /dev/console, or the error output when there is none.
+func openConsole() io.Writer {
+	f, err := os.OpenFile("/dev/console", os.O_WRONLY|unix.O_NOCTTY, 0)
+	if err != nil {
+		return os.Stderr
+	}
+	return f
+}

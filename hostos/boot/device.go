@@ -1,0 +1,142 @@
+package boot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// node is a device file that services need.
+type node struct {
+	path   string
+	user   string // owner, empty leaves it root's
+	mode   os.FileMode
+	needed string // console line when it is missing; empty when its service says so itself
+}
+
+// nodes lists device files and whose they are. The two partitions are under
+// their labels; their owners are set on the devices behind the links.
+func nodes() []node {
+	return []node{
+		{TPMDevice, "attestd", 0o600,
+			"no TPM 2.0: stays closed; switch the TPM on in the firmware setup / TPM 2.0 がありません。閉じたままです。ファームウェア設定で TPM を有効にしてください"},
+		{byPartlabel + "/" + StatePart, "attestd", 0o600,
+			"no partition sekisho-state: stays closed; install the disk again / パーティション sekisho-state がありません。閉じたままです。ディスクを再インストールしてください"},
+		{byPartlabel + "/" + WorkPart, "vmm", 0o600,
+			"no partition sekisho-work: no work domain; install the disk again / パーティション sekisho-work がありません。業務領域は起動しません。ディスクを再インストールしてください"},
+		{"/dev/kvm", "vmm", 0o600,
+			"no KVM: no work domain; switch virtualisation on in the firmware setup / KVM が使えません。業務領域は起動しません。ファームウェア設定で仮想化支援を有効にしてください"},
+		{"/dev/vhost-vsock", "vmm", 0o600, "no vhost-vsock: no work domain / vhost-vsock がありません。業務領域は起動しません"},
+		// Who makes a device still needs CAP_NET_ADMIN where it is made.
+		{"/dev/net/tun", "", 0o666, "no /dev/net/tun: stays closed / /dev/net/tun がありません。閉じたままです"},
+	}
+}
+
+// deviceTimeout is how long init waits for disks and the TPM to appear.
+const deviceTimeout = 5 * time.Second
+
+// awaitDevices gives every node to its owner as it appears, and returns the
+// paths of those that did not come in time.
+func awaitDevices(ctx context.Context, limit time.Duration) (missing []node) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	missing = nodes()
+	for {
+		_ = linkPartitions("/sys/class/block", byPartlabel, "/dev")
+		missing = slices.DeleteFunc(missing, func(n node) bool { return n.give() == nil })
+		if len(missing) == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return missing
+		case <-tick.C:
+		}
+	}
+}
+
+// give sets owner and mode of n, through links.
+func (n node) give() error {
+	uid, _ := lookup(n.user)
+	if err := os.Chown(n.path, int(uid), int(uid)); err != nil {
+		return err
+	}
+	return os.Chmod(n.path, n.mode)
+}
+
+// linkPartitions makes links in dir, named by GPT partition label, to the
+// devices of the labels that init knows. A label that two partitions have gets
+// none: which of them is meant is unknown.
+func linkPartitions(sysBlock, dir, dev string) error {
+	entries, err := os.ReadDir(sysBlock)
+	if err != nil {
+		return fmt.Errorf("partitions: %w", err)
+	}
+	found := map[string][]string{}
+	for _, e := range entries {
+		label, name := parseUevent(filepath.Join(sysBlock, e.Name(), "uevent"))
+		if name != "" && slices.Contains([]string{"esp", StatePart, WorkPart}, label) {
+			found[label] = append(found[label], name)
+		}
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("partitions: %w", err)
+	}
+	var errs []error
+	for label, names := range found {
+		link := filepath.Join(dir, label)
+		if len(names) > 1 {
+			os.Remove(link)
+			errs = append(errs, fmt.Errorf("partition label %s is on %s: remove all disks but one", label, strings.Join(names, " and ")))
+			continue
+		}
+		target := filepath.Join(dev, names[0])
+		if old, err := os.Readlink(link); err == nil && old == target {
+			continue
+		}
+		os.Remove(link)
+		if err := os.Symlink(target, link); err != nil {
+			errs = append(errs, fmt.Errorf("partitions: %w", err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// parseUevent returns PARTNAME and DEVNAME of a block device's uevent file.
+// The label comes from the disk; the device name from the kernel.
+func parseUevent(path string) (label, name string) {
+	b, err := os.ReadFile(path)
+	if err != nil || len(b) > 4096 {
+		return "", ""
+	}
+	for line := range strings.SplitSeq(string(b), "\n") {
+		switch key, value, _ := strings.Cut(line, "="); key {
+		case "PARTNAME":
+			label = value
+		case "DEVNAME":
+			name = filepath.Base(value)
+		}
+	}
+	return label, name
+}
+
+// bootLog is the firmware's event log, which attestd reads; securityfs gives
+// it to root alone.
+const bootLog = "/sys/kernel/security/tpm0/binary_bios_measurements"
+
+// shareBootLog lets attestd's group read the event log, if there is one.
+func shareBootLog() error {
+	gid, _ := lookup("attestd")
+	err := errors.Join(os.Chown(bootLog, 0, int(gid)), os.Chmod(bootLog, 0o440))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,114 @@
+package boot
+
+import (
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sekisho/attest"
+)
+
+// Paths of the contract in docs/host-domain.md.
+const (
+	RunDir        = "/run/sekisho"
+	InsideNetns   = "/run/netns/inside"
+	InitSocket    = RunDir + "/init.sock"
+	NotifySocket  = RunDir + "/notify.sock"
+	LogDir        = RunDir + "/log"
+	AttestdSocket = RunDir + "/attestd.sock"
+	NetdSocket    = RunDir + "/netd.sock"
+	LinkdSocket   = RunDir + "/linkd.sock"
+	WorkConsole   = RunDir + "/work-console.log"
+	TPMDevice     = "/dev/tpmrm0"
+	StatePart     = "sekisho-state"
+	WorkPart      = "sekisho-work"
+	byPartlabel   = "/dev/disk/by-partlabel"
+)
+
+// User is an account of the host domain. Its group has the same name and
+// number. The image's /etc/passwd and /etc/group are made from Users.
+type User struct {
+	Name   string
+	ID     uint32
+	Groups []string // further groups, by name
+}
+
+// Users lists the accounts beside root.
+func Users() []User {
+	return []User{
+		{Name: "attestd", ID: 101},
+		{Name: "netd", ID: 102, Groups: []string{"attestd", "linkd"}},
+		{Name: "linkd", ID: 103},
+		{Name: "vmm", ID: 104},
+	}
+}
+
+// lookup returns the ids of a user and its further groups. The name "" is root.
+func lookup(name string) (id uint32, groups []uint32) {
+	users := Users()
+	find := func(name string) uint32 {
+		i := slices.IndexFunc(users, func(u User) bool { return u.Name == name })
+		if i < 0 {
+			panic("boot: no user " + name) // the table below is tested to name only users above
+		}
+		return users[i].ID
+	}
+	if name == "" {
+		return 0, nil
+	}
+	for _, u := range users {
+		if u.Name == name {
+			for _, g := range u.Groups {
+				groups = append(groups, find(g))
+			}
+		}
+	}
+	return find(name), groups
+}
+
+// Service is one supervised program.
+type Service struct {
+	Name     string
+	Args     []string      // Args[0] is the absolute path of the program
+	User     string        // empty is root
+	Caps     []uintptr     // ambient capabilities; with User empty the program has all
+	Netns    string        // path of a network namespace, empty is outside
+	NewNetns bool          // run in an empty network namespace of its own
+	Socket   string        // API socket that init opens and passes as LISTEN_FDS
+	Notify   bool          // speaks READY=1; killed when it does not within startTimeout
+	Watchdog time.Duration // longest silence between two WATCHDOG=1, 0 is for ever
+	Log      string        // file for its output; empty is LogDir/Name.log
+}
+
+// watchdog is how long a daemon may be silent.
+const watchdog = 30 * time.Second
+
+// Services is the table of docs/host-domain.md, in the order of starting.
+func Services() []Service {
+	const config = attest.OrganizationFile
+	return append([]Service{
+		{
+			Name: "attestd",
+			Args: []string{"/bbin/attestd", "-config", config, "-tpm", TPMDevice, "-state", byPartlabel + "/" + StatePart},
+			User: "attestd", Socket: AttestdSocket, Notify: true, Watchdog: watchdog,
+		},
+		{
+			Name: "netd",
+			Args: []string{"/bbin/netd", "run", "-config", config, "-attestd", AttestdSocket, "-linkd", LinkdSocket, "-inside", InsideNetns},
+			User: "netd", Caps: []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_NET_BIND_SERVICE, unix.CAP_SYS_ADMIN},
+			Socket: NetdSocket, Notify: true, Watchdog: watchdog,
+		},
+		{
+			Name: "linkd",
+			Args: []string{"/bbin/linkd", "-cid", "3", "-tun", "work0"},
+			User: "linkd", Caps: []uintptr{unix.CAP_NET_ADMIN}, Netns: InsideNetns,
+			Socket: LinkdSocket, Notify: true, Watchdog: watchdog,
+		},
+	}, labServices()...)
+}
+
+// closeCommand puts the closed ruleset in force in both namespaces.
+func closeCommand() Service {
+	return Service{Name: "netd close", Args: []string{"/bbin/netd", "close", "-inside", InsideNetns}}
+}

@@ -1,0 +1,70 @@
+//go:build linux
+
+// Command init is PID 1 of the host domain. Run by hand it asks the running
+// init for its status or for an orderly power-off.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+
+	"sekisho/hostos/boot"
+)
+
+const usage = `init: PID 1 of the host domain
+
+  init status [-json]   what init, its services and the work domain are doing
+  init poweroff         orderly power-off: work domain, services, machine
+
+As PID 1 it takes no arguments and boots the host domain. Both commands need
+root. Exit codes: 0 done, 1 failed, 2 wrong usage.
+`
+
+func main() {
+	switch args := os.Args[1:]; {
+	case os.Getpid() == 1:
+		// The kernel passes words of its command line that it does not know;
+		// they are not for init.
+		fail(boot.Run())
+	case len(args) == 0:
+		fmt.Fprint(os.Stderr, usage)
+		os.Exit(2)
+	case args[0] == "exec":
+		fmt.Fprintln(os.Stderr, boot.Exec(args[1:]))
+		os.Exit(boot.ExecFailed)
+	case args[0] == "status":
+		fail(status(args[1:]))
+	case args[0] == "poweroff" && len(args) == 1:
+		fail(boot.NewClient(boot.InitSocket).PowerOff(context.Background()))
+	case args[0] == "-h" || args[0] == "--help" || args[0] == "help":
+		fmt.Print(usage)
+	default:
+		fmt.Fprint(os.Stderr, usage)
+		os.Exit(2)
+	}
+}
+
+func status(args []string) error {
+	flags := flag.NewFlagSet("init status", flag.ExitOnError)
+	asJSON := flags.Bool("json", false, "print the answer as JSON")
+	_ = flags.Parse(args) // exits on error
+	s, raw, err := boot.NewClient(boot.InitSocket).Status(context.Background())
+	if err != nil {
+		return err
+	}
+	if *asJSON {
+		_, err = fmt.Printf("%s", raw)
+		return err
+	}
+	boot.WriteStatus(os.Stdout, s)
+	return nil
+}
+
+func fail(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "init:", err)
+		os.Exit(1)
+	}
+}
