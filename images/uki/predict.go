@@ -155,19 +155,19 @@ func loadOptions(cmdline string) string {
 // generate_embedded_initrds).
 func combinedInitrd(parts Parts) attest.Digest {
 	h := sha256.New()
-	for _, b := range [][]byte{parts.Initrd, stubArchive("os-release", []byte(parts.OSRelease))} {
+	for _, b := range [][]byte{parts.Initrd, Archive(".extra", "os-release", []byte(parts.OSRelease))} {
 		h.Write(b)
 		h.Write(make([]byte, align(len(b), 4)-len(b)))
 	}
 	return attest.Digest(h.Sum(nil))
 }
 
-// stubArchive is the cpio archive (newc) with one file in .extra that
-// systemd-stub makes (src/boot/cpio.c, pack_cpio_literal).
-func stubArchive(name string, data []byte) []byte {
+// Archive is a cpio archive (newc) with one file in one directory, as
+// systemd-stub makes it (src/boot/cpio.c, pack_cpio_literal).
+func Archive(dir, name string, data []byte) []byte {
 	var b bytes.Buffer
-	cpioEntry(&b, 1, 0o040555, ".extra", nil)
-	cpioEntry(&b, 2, 0o100444, ".extra/"+name, data)
+	cpioEntry(&b, 1, 0o040555, dir, nil)
+	cpioEntry(&b, 2, 0o100444, dir+"/"+name, data)
 	cpioEntry(&b, 0, 0, "TRAILER!!!", nil)
 	return b.Bytes()
 }
