@@ -1,0 +1,146 @@
+//go:build linux
+
+// Command gateway is the server end of the tunnel: it admits laptops that hold
+// a certificate of the verifier and passes their packets to LGWAN.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"sekisho/netd/gateway"
+	"sekisho/netd/internal/api"
+)
+
+const usage = `usage: gateway serve -config FILE
+       gateway status [-socket PATH] [--json]
+
+serve   Admits laptops with mutual TLS 1.3 (AES-256-GCM only) and carries their
+        packets by CONNECT-IP (RFC 9484). Makes the TUN device, its routes and
+        the nftables table "sekisho-gateway" by itself; needs CAP_NET_ADMIN,
+        and CAP_NET_BIND_SERVICE for a port below 1024. LGWAN's routers must
+        route the pool to this machine. The file, in JSON:
+
+          {"listen": "203.0.113.20:443",
+           "certificate": "/etc/sekisho/gateway.crt", "key": "/etc/sekisho/gateway.key",
+           "client_ca": "/etc/sekisho/verifier-ca.crt",
+           "pool": "10.80.0.0/16", "leases": "/var/lib/sekisho-gateway/leases.json",
+           "tun": "sekisho0", "lgwan": "lgwan0",
+           "mtu": 1400, "dns": ["10.1.0.53"], "max_sessions": 10000,
+           "status": "/run/sekisho-gateway/status.sock"}
+
+status  Shows the sessions of the running gateway; --json for programs.
+
+exit status: 0 ended by a signal, or status shown; 1 failure; 2 wrong usage
+`
+
+func main() { os.Exit(run(os.Args[1:])) }
+
+func run(args []string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if len(args) == 0 {
+		fmt.Fprint(os.Stderr, usage)
+		return 2
+	}
+	flags := flag.NewFlagSet("gateway "+args[0], flag.ContinueOnError)
+	flags.Usage = func() { fmt.Fprint(os.Stderr, usage) }
+	config := flags.String("config", "", "configuration file")
+	socket := flags.String("socket", gateway.DefaultStatus, "status socket")
+	asJSON := flags.Bool("json", false, "print JSON")
+	switch err := flags.Parse(args[1:]); {
+	case errors.Is(err, flag.ErrHelp), args[0] == "-h", args[0] == "--help", args[0] == "help":
+		fmt.Print(usage)
+		return 0
+	case err != nil || flags.NArg() != 0:
+		return 2
+	}
+	var err error
+	switch {
+	case args[0] == "serve" && *config != "":
+		err = serve(ctx, *config)
+	case args[0] == "status":
+		var st gateway.Status
+		if err = api.Do(ctx, *socket, "GET", "/v1/status", nil, &st); err == nil {
+			err = gateway.PrintStatus(os.Stdout, st, *asJSON)
+		}
+	default:
+		fmt.Fprint(os.Stderr, usage)
+		return 2
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "gateway:", err)
+		return 1
+	}
+	return 0
+}
+
+func serve(ctx context.Context, file string) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	data, err := io.ReadAll(io.LimitReader(f, 1<<20))
+	f.Close()
+	if err != nil {
+		return err
+	}
+	config, err := gateway.ParseConfig(data)
+	if err != nil {
+		return err
+	}
+	tls, err := config.TLS()
+	if err != nil {
+		return err
+	}
+	leases, err := gateway.OpenLeases(config.Leases, config.Pool)
+	if err != nil {
+		return err
+	}
+	host, dev, err := gateway.Setup(config)
+	if err != nil {
+		return err
+	}
+	defer host.Close()
+	l, err := net.Listen("tcp", config.Listen.String())
+	if err != nil {
+		dev.Close()
+		return err
+	}
+	status, err := api.Listen(config.Status)
+	if err != nil {
+		dev.Close()
+		l.Close()
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	server := gateway.New(config, tls, leases, dev, log)
+	ctx, cancel := context.WithCancel(ctx)
+	var parts sync.WaitGroup
+	parts.Go(func() { host.Hold(ctx, log) })
+	parts.Go(func() {
+		if err := api.Serve(ctx, status, api.OwnerOrRoot, func() any { return server.Status() }); ctx.Err() == nil {
+			log.Error("status socket failed", "err", err)
+		}
+	})
+	daemon.SdNotify(false, daemon.SdNotifyReady+"\nSTATUS=serving "+config.Listen.String())
+	asked := ctx
+	err = server.Serve(ctx, l)
+	if asked.Err() != nil {
+		err = nil
+	}
+	cancel()
+	parts.Wait()
+	return err
+}
