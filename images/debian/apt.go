@@ -24,7 +24,8 @@ type apt struct {
 // aptConfig is the private configuration (apt.conf(5)). APT_CONFIG is read
 // before the parts of Dir::Etc::parts, so the latter is pointed at an empty
 // directory: no hook, source, key or preference of the machine is in force.
-// The status file is empty, so dependencies resolve as on a bare machine.
+// The status file is empty, so dependencies resolve as on a bare machine. An
+// update that fails in any part fails: old lists are not gone on with.
 const aptConfig = `Dir "%[1]s";
 Dir::State "state";
 Dir::State::status "%[1]s/state/status";
@@ -50,6 +51,7 @@ Acquire::AllowDowngradeToInsecureRepositories "false";
 Acquire::Languages "none";
 Acquire::GzipIndexes "true";
 Acquire::Retries "3";
+APT::Update::Error-Mode "any";
 `
 
 // newApt writes the private configuration and sources.

@@ -183,9 +183,15 @@ var (
 	reSHA256  = regexp.MustCompile(`^[0-9a-f]{64}$`)
 )
 
+// maxRecords bounds what parseRecords takes, in bytes; a record has about 2 KiB.
+const maxRecords = 8 << 20
+
 // parseRecords reads the control records that apt-cache show prints. Each must
 // carry a SHA-256. The result is ordered by name.
 func parseRecords(out []byte) ([]*Package, error) {
+	if len(out) > maxRecords {
+		return nil, fmt.Errorf("debian: %d bytes of index records, at most %d", len(out), maxRecords)
+	}
 	var packages []*Package
 	for record := range strings.SplitSeq(string(out), "\n\n") {
 		if strings.TrimSpace(record) == "" {

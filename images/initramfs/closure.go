@@ -16,11 +16,16 @@ import (
 // (ld.so(8); Debian's multiarch configuration).
 var libraryDirs = []string{"/usr/lib/x86_64-linux-gnu", "/usr/lib"}
 
+// finder finds the regular file at an absolute path; *debian.Set is one.
+type finder interface {
+	Lookup(name string) (debian.File, error)
+}
+
 // closure returns the programs with every shared library they need, and the
 // loader, by the path at which the loader will look. Nothing is run: needed
 // names are read from the ELF files (DT_NEEDED), so what a program opens later
 // with dlopen must be named as a program itself.
-func closure(set *debian.Set, programs []string) (map[string]debian.File, error) {
+func closure(set finder, programs []string) (map[string]debian.File, error) {
 	found := map[string]debian.File{}
 	queue := programs
 	for len(queue) > 0 {
@@ -61,7 +66,7 @@ func mergedUsr(p string) string {
 	return "/usr" + p
 }
 
-func findLibrary(set *debian.Set, name string, dirs []string) (string, error) {
+func findLibrary(set finder, name string, dirs []string) (string, error) {
 	for _, dir := range append(dirs, libraryDirs...) {
 		p := path.Join(dir, name)
 		if _, err := set.Lookup(p); err == nil {

@@ -115,7 +115,7 @@ func (s *supervisor) reap() {
 		for _, v := range s.services {
 			if v.pid == pid {
 				v.ended(s.now())
-				s.log.Warn("service ended", "service", v.args[0], "status", describe(status), "restart_in", v.delay)
+				s.log.Warn("service ended", "service", v.args[0], "status", describe(status), "pause", v.delay)
 			}
 		}
 	}
