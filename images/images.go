@@ -97,7 +97,7 @@ func (b *Builder) Host(ctx context.Context, o HostOptions) ([]File, error) {
 	options.Organization = organization
 	img, err := initramfs.Host(ctx, options)
 	if err != nil {
-		return nil, fmt.Errorf("host image: %w", err)
+		return nil, err
 	}
 	if !o.Lab {
 		b.step("checking that no lab hook and no shell is inside")
@@ -172,7 +172,7 @@ func (b *Builder) finishHost(parts uki.Parts, name, version string, manifest []b
 func (b *Builder) Work(ctx context.Context, lab, refresh bool) ([]File, error) {
 	img, err := initramfs.Work(ctx, b.initramfs(HostOptions{Version: "0", Lab: lab, Refresh: refresh}))
 	if err != nil {
-		return nil, fmt.Errorf("work image: %w", err)
+		return nil, err
 	}
 	image, err := uki.Build(uki.Parts{
 		Stub: img.Stub, Kernel: img.Kernel, Initrd: img.Initrd, Uname: img.KernelVersion,

@@ -43,7 +43,10 @@ type Keys struct{ PK, KEK, DB Key }
 // file ROLE.pem, mode 0600, with key and certificate; ROLE.crt is the
 // certificate alone, for everybody.
 func LoadKeys(dir string, now time.Time) (*Keys, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return nil, fmt.Errorf("keys: %w", err)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("keys: %w", err)
 	}
 	var k Keys
