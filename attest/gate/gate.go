@@ -64,19 +64,11 @@ func ParseGate(s string) (Gate, error) {
 }
 
 // Open returns until when g is open under s, and whether it is open at now.
-//
-// A credential in force opens every gate, whatever happened to the attempts
-// after it: a verifier that is away does not shorten what it granted, and only
-// time or a refusal ends it. A refusal shuts every gate at once.
+// Every gate is open while a credential is in force, and only then: a verifier
+// that is away does not shorten what it granted, a refusal ends it at once.
 func Open(s Status, g Gate, now time.Time) (until time.Time, open bool) {
-	if _, known := names[g]; !known {
-		return time.Time{}, false
-	}
-	switch s.State {
-	case StateAffirming, StateUnreachable, StateAttesting:
-		if now.Before(s.NotAfter) {
-			return s.NotAfter, true
-		}
+	if _, known := names[g]; known && s.State == StateAffirming && now.Before(s.NotAfter) {
+		return s.NotAfter, true
 	}
 	return time.Time{}, false
 }

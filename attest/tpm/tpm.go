@@ -32,11 +32,12 @@ const maxCertificate = 4 << 10
 // ErrNoTPM is returned by Open where there is no TPM to open.
 var ErrNoTPM = errors.New("no TPM")
 
-// Identity is what a TPM shows at enrolment.
+// Identity is what a TPM shows of itself. The keys are TPMT_PUBLIC.
 type Identity struct {
 	EKCertificate []byte // DER as it stands in NV, empty when there is none
-	EK            []byte // TPMT_PUBLIC
-	AK            []byte // TPMT_PUBLIC
+	EK            []byte // endorsement key, of the TPM's maker
+	AK            []byte // attestation key, the same at every start
+	Key           []byte // credential key, another one at each start
 }
 
 // Proof is one attestation.
@@ -105,6 +106,7 @@ func (t *TPM) start() error {
 	if t.key, err = t.primary(tpm2.TPMRHOwner, credentialTemplate(unique)); err != nil {
 		return fmt.Errorf("tpm: credential key: %w", err)
 	}
+	t.ident.Key = t.key.public.Bytes
 	return nil
 }
 
@@ -149,9 +151,6 @@ func (t *TPM) Close() error {
 
 // Identity returns the public keys and the EK certificate.
 func (t *TPM) Identity() Identity { return t.ident }
-
-// CredentialKey returns the TPMT_PUBLIC of the credential key.
-func (t *TPM) CredentialKey() []byte { return t.key.public.Bytes }
 
 // Activate unwraps a credential made by MakeCredential for our endorsement and
 // attestation keys (TPM2_ActivateCredential, Part 3, section 12.5). The secret

@@ -54,7 +54,7 @@ func TestKeys(t *testing.T) {
 	if err := public(t, id.EK).CheckEK(); err != nil {
 		t.Error(err)
 	}
-	ak, key := public(t, id.AK), public(t, dev.CredentialKey())
+	ak, key := public(t, id.AK), public(t, dev.Identity().Key)
 	if err := ak.CheckAK(); err != nil {
 		t.Error(err)
 	}
@@ -71,7 +71,7 @@ func TestKeys(t *testing.T) {
 	if !bytes.Equal(again.Identity().AK, id.AK) {
 		t.Error("the AK is another one after reopening")
 	}
-	if bytes.Equal(again.CredentialKey(), key.Bytes) {
+	if bytes.Equal(again.Identity().Key, key.Bytes) {
 		t.Error("the credential key is the same after reopening")
 	}
 }
@@ -124,7 +124,7 @@ func TestAttest(t *testing.T) {
 	if p.PCRs[11] == (attest.Digest{}) || len(p.PCRs) != len(attest.QuotedPCRs) {
 		t.Errorf("PCRs: %v", p.PCRs)
 	}
-	ak, key := public(t, dev.Identity().AK), public(t, dev.CredentialKey())
+	ak, key := public(t, dev.Identity().AK), public(t, dev.Identity().Key)
 	if err := tpm.VerifySignature(ak, p.Quote, p.QuoteSig); err != nil {
 		t.Error(err)
 	}

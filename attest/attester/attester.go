@@ -1,0 +1,450 @@
+// Package attester is the device side of attestation: it enrols with a ticket,
+// attests, renews its credential at half life, and says at any time in one
+// status how things stand. Nothing here opens a gate; gates read the status.
+package attester
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/gate"
+	"sekisho/attest/tpm"
+)
+
+// Waits between attempts that failed: full jitter over a doubling bound, so
+// that a fleet that lost its verifier does not come back in step.
+const (
+	backoffFirst = time.Second
+	backoffMax   = 30 * time.Second
+)
+
+// TPM is what the attester needs of a TPM; *tpm.TPM has it.
+type TPM interface {
+	Identity() tpm.Identity
+	Activate(credential, secret []byte) ([]byte, error)
+	Attest(extra attest.Digest) (*tpm.Proof, error)
+}
+
+// Storage keeps the record over boots; *State and StateFile have it.
+type Storage interface {
+	Load() (Record, error)
+	Store(Record) error
+	Erase() error
+}
+
+// Hardware is an open TPM that also signs with its credential key.
+type Hardware interface {
+	TPM
+	crypto.Signer
+	io.Closer
+}
+
+// Config is what an Attester is made of. All fields are needed.
+type Config struct {
+	Organization *attest.Organization
+	OpenTPM      func() (Hardware, error) // called again after a fault
+	EventLog     func() ([]byte, error)
+	State        Storage
+	Now          func() time.Time
+	Log          *slog.Logger
+}
+
+// Attester is the device side of attestation. Its methods are safe for
+// concurrent use; Run is called once.
+type Attester struct {
+	Config
+	remotes []*remote
+
+	// Of Run's goroutine alone.
+	record   Record
+	failures int
+	away     time.Time // since when no verifier answers, zero if one does
+
+	mu     sync.Mutex
+	hw     Hardware
+	device attest.Digest
+	facts  Facts
+	chain  []*x509.Certificate // credential, while one was given
+	lapse  *time.Timer         // publishes at the credential's end
+	status gate.Status
+	change chan struct{} // closed at the next change of status
+}
+
+// New returns an Attester whose status is closed until Run has made it
+// otherwise.
+func New(c Config) (*Attester, error) {
+	roots, err := c.Organization.Roots()
+	if err != nil {
+		return nil, err
+	}
+	a := &Attester{Config: c, change: make(chan struct{})}
+	for _, e := range c.Organization.Verifiers {
+		a.remotes = append(a.remotes, newRemote(e, roots))
+	}
+	a.status = gate.Status{State: gate.StateNoTPM, Since: c.Now().UTC(), Detail: "starting"}
+	return a, nil
+}
+
+// Run attests until ctx ends.
+func (a *Attester) Run(ctx context.Context) error {
+	defer a.shut()
+	for {
+		wait := time.NewTimer(a.attempt(ctx))
+		select {
+		case <-ctx.Done():
+			wait.Stop()
+			return nil
+		case <-wait.C:
+		}
+	}
+}
+
+// shut drops the credential and closes the TPM.
+func (a *Attester) shut() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.drop()
+	if a.hw != nil {
+		if err := a.hw.Close(); err != nil {
+			a.Log.Warn("close TPM", "error", err)
+		}
+		a.hw = nil
+	}
+}
+
+// attempt does the one next thing and returns how long to wait after it.
+func (a *Attester) attempt(ctx context.Context) time.Duration {
+	err := a.advance(ctx)
+	if ctx.Err() != nil {
+		return 0
+	}
+	if err == nil {
+		a.failures, a.away = 0, time.Time{}
+		return a.settle(ctx)
+	}
+	a.fail(err)
+	bound := min(backoffMax, backoffFirst<<min(a.failures, 10))
+	a.failures++
+	return rand.N(bound)
+}
+
+// settle publishes success and returns the wait until the next attempt: none
+// after enrolment, else half the credential's life, a little less at random.
+func (a *Attester) settle(context.Context) time.Duration {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.facts.Refused, a.facts.Unreachable = false, false
+	a.publish(attest.ReasonNone, "")
+	half := a.facts.NotAfter.Sub(a.Now()) / 2
+	if half <= 0 {
+		return 0
+	}
+	return half - rand.N(half/10+1)
+}
+
+// fault is an error of this machine, with its reason.
+type fault struct {
+	reason attest.Reason
+	err    error
+}
+
+func (f *fault) Error() string { return f.err.Error() }
+func (f *fault) Unwrap() error { return f.err }
+
+// fail publishes why the attempt did not succeed.
+func (a *Attester) fail(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var (
+		refusal *attest.Refusal
+		local   *fault
+		away    *unreachable
+	)
+	switch {
+	case errors.As(err, &local):
+		a.publish(local.reason, local.Error())
+	case errors.As(err, &refusal) && refusal.Reason != attest.ReasonBusy:
+		a.facts.Refused, a.facts.Unreachable = true, false
+		a.drop()
+		a.publish(refusal.Reason, refusal.Detail)
+	case errors.As(err, &away) || errors.As(err, &refusal):
+		if a.away.IsZero() {
+			a.away = a.Now()
+		}
+		a.facts.Refused, a.facts.Unreachable = false, true
+		a.publish(attest.ReasonUnreachable, fmt.Sprintf("%v (no answer since %s)", err, a.away.UTC().Format(time.RFC3339)))
+	default:
+		a.publish(attest.ReasonTPMFault, err.Error())
+	}
+}
+
+// advance opens the TPM, enrols, or attests, whichever is next.
+func (a *Attester) advance(ctx context.Context) error {
+	if err := a.openTPM(); err != nil {
+		return err
+	}
+	if err := a.loadRecord(); err != nil {
+		return err
+	}
+	if a.record.Enrolment == nil {
+		if a.record.Ticket.IsZero() {
+			return &fault{attest.ReasonNoTicket, errors.New("device is not enrolled and has no ticket; ask for one")}
+		}
+		return a.each(ctx, a.enrol)
+	}
+	return a.each(ctx, a.attest)
+}
+
+// each tries f with one verifier after the other until one answers.
+func (a *Attester) each(ctx context.Context, f func(context.Context, *remote) error) error {
+	var errs []error
+	for _, r := range a.remotes {
+		err := f(ctx, r)
+		var away *unreachable
+		if !errors.As(err, &away) {
+			return err
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Attester) openTPM() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.hw != nil {
+		return nil
+	}
+	hw, err := a.OpenTPM()
+	switch {
+	case errors.Is(err, tpm.ErrNoTPM):
+		return &fault{attest.ReasonNoTPM, fmt.Errorf("TPM が見つかりません。ファームウェア設定で TPM 2.0 を有効にしてください。/ No TPM found; enable TPM 2.0 in the firmware setup: %w", err)}
+	case err != nil:
+		return &fault{attest.ReasonTPMFault, fmt.Errorf("TPM を使用できません。/ The TPM cannot be used: %w", err)}
+	}
+	ek, err := tpm.ParsePublic(hw.Identity().EK)
+	if err != nil {
+		return errors.Join(&fault{attest.ReasonTPMFault, err}, hw.Close())
+	}
+	a.hw, a.device, a.facts.TPM = hw, attest.DeviceID(ek.Name()), true
+	a.Log.Info("TPM opened", "device", a.device)
+	return nil
+}
+
+// tpmFault closes the TPM after a command failed: the next attempt opens it
+// anew, with a new credential key, so the credential goes.
+func (a *Attester) tpmFault(err error) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.drop()
+	a.facts.TPM = false
+	if a.hw != nil {
+		err = errors.Join(err, a.hw.Close())
+		a.hw = nil
+	}
+	return &fault{attest.ReasonTPMFault, err}
+}
+
+// loadRecord reads the state partition while it does not say that the device
+// is enrolled: a ticket may be put there at any time.
+func (a *Attester) loadRecord() error {
+	if a.record.Enrolment != nil {
+		return nil
+	}
+	r, err := a.State.Load()
+	if err != nil && !errors.Is(err, ErrNoRecord) {
+		return &fault{attest.ReasonState, err}
+	}
+	if r.Enrolment != nil && r.Enrolment.Device != a.device {
+		return &fault{attest.ReasonState, fmt.Errorf("enrolment on the state partition is of device %s, this TPM is device %s; put a new ticket there", r.Enrolment.Device, a.device)}
+	}
+	a.setRecord(r)
+	return nil
+}
+
+func (a *Attester) setRecord(r Record) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.record = r
+	a.facts.Enrolled, a.facts.Ticket = r.Enrolment != nil, !r.Ticket.IsZero()
+	if a.status.State != Next(a.facts, a.Now()) {
+		a.publish(attest.ReasonNone, "")
+	}
+}
+
+// enrol exchanges the ticket for an enrolment.
+func (a *Attester) enrol(ctx context.Context, r *remote) error {
+	id := a.hw.Identity()
+	begin := attest.EnrolRequest{Ticket: a.record.Ticket.Reveal(), EKCertificate: id.EKCertificate, EK: id.EK, AK: id.AK}
+	var c attest.EnrolChallenge
+	if err := r.callJSON(ctx, attest.PathEnrolBegin, begin, &c); err != nil {
+		return err
+	}
+	if err := r.isNamed(c.Verifier); err != nil {
+		return err
+	}
+	secret, err := a.hw.Activate(c.Credential, c.Secret)
+	if err != nil {
+		return a.tpmFault(err)
+	}
+	proof, err := attest.EnrolProof(secret, begin, c)
+	if err != nil {
+		return err
+	}
+	var e attest.Enrolment
+	if err := r.callJSON(ctx, attest.PathEnrolFinish, attest.EnrolAnswer{Session: c.Session, Proof: proof}, &e); err != nil {
+		return err
+	}
+	if e.Device != a.device {
+		return &unreachable{r.endpoint.Address.String(), fmt.Errorf("enrolled device %s instead of %s", e.Device, a.device)}
+	}
+	record := Record{Enrolment: &e}
+	if err := errors.Join(a.State.Store(record), a.State.Erase()); err != nil {
+		return &fault{attest.ReasonState, err}
+	}
+	a.setRecord(record)
+	a.Log.Info("enrolled", "device", e.Device, "verifier", e.Verifier)
+	return nil
+}
+
+// attest presents evidence and installs the credential it is given.
+func (a *Attester) attest(ctx context.Context, r *remote) error {
+	log, err := a.EventLog()
+	if err != nil {
+		return &fault{attest.ReasonTPMFault, err}
+	}
+	var c attest.Challenge
+	if err := r.callJSON(ctx, attest.PathChallenge, attest.ChallengeRequest{Device: a.device}, &c); err != nil {
+		return err
+	}
+	if err := r.isNamed(c.Verifier); err != nil {
+		return err
+	}
+	data, err := a.evidence(c, log)
+	if err != nil {
+		return err
+	}
+	var answer attest.AttestResponse
+	if err := r.call(ctx, attest.PathAttest, attest.ContentType, data, &answer); err != nil {
+		return err
+	}
+	res := answer.Result
+	if res.Status != attest.StatusAffirming {
+		if res.Status == attest.StatusNone || res.Reason == attest.ReasonNone {
+			return &unreachable{r.endpoint.Address.String(), errors.New("answered without a verdict")}
+		}
+		return &attest.Refusal{Reason: res.Reason, Detail: res.Detail}
+	}
+	if string(res.Nonce) != string(c.Nonce) {
+		return &unreachable{r.endpoint.Address.String(), errors.New("answered for another nonce")}
+	}
+	if err := a.install(answer.Chain); err != nil {
+		return &unreachable{r.endpoint.Address.String(), err}
+	}
+	return nil
+}
+
+// evidence answers the challenge.
+func (a *Attester) evidence(c attest.Challenge, log []byte) ([]byte, error) {
+	id := a.hw.Identity()
+	key, err := tpm.ParsePublic(id.Key)
+	if err != nil {
+		return nil, a.tpmFault(err)
+	}
+	spki, err := key.SPKI()
+	if err != nil {
+		return nil, a.tpmFault(err)
+	}
+	binding := attest.Binding{
+		Nonce: c.Nonce, Device: a.device, Verifier: c.Verifier, Purpose: attest.PurposeNetwork,
+		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(log),
+	}
+	extra, err := binding.Digest()
+	if err != nil {
+		return nil, err
+	}
+	proof, err := a.hw.Attest(extra)
+	if err != nil {
+		return nil, a.tpmFault(err)
+	}
+	e := attest.Evidence{
+		Profile: attest.Profile, Device: a.device[:], Verifier: c.Verifier, Purpose: binding.Purpose, Nonce: c.Nonce,
+		Quote: proof.Quote, QuoteSig: proof.QuoteSig, PCRs: make(map[int][]byte, len(proof.PCRs)), EventLog: log,
+		Key: id.Key, Certify: proof.Certify, CertifySig: proof.CertifySig,
+	}
+	for i, v := range proof.PCRs {
+		e.PCRs[i] = v[:]
+	}
+	return e.Encode()
+}
+
+// install puts a credential in force, if it is one for our key.
+func (a *Attester) install(der [][]byte) error {
+	if len(der) == 0 || len(der) > 4 {
+		return fmt.Errorf("credential of %d certificates", len(der))
+	}
+	chain := make([]*x509.Certificate, len(der))
+	for i, d := range der {
+		c, err := x509.ParseCertificate(d)
+		if err != nil {
+			return fmt.Errorf("credential: %w", err)
+		}
+		chain[i] = c
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if pub, ok := a.hw.Public().(*ecdsa.PublicKey); !ok || !pub.Equal(chain[0].PublicKey) {
+		return errors.New("credential is for another key")
+	}
+	life := chain[0].NotAfter.Sub(a.Now())
+	if life <= 0 {
+		return fmt.Errorf("credential lapsed at %s already; is this machine's clock right?", chain[0].NotAfter.Format(time.RFC3339))
+	}
+	a.drop()
+	a.chain, a.facts.NotAfter = chain, chain[0].NotAfter
+	a.lapse = time.AfterFunc(life, a.lapsed)
+	return nil
+}
+
+// drop takes the credential out of force. a.mu is held.
+func (a *Attester) drop() {
+	if a.lapse != nil {
+		a.lapse.Stop()
+	}
+	a.chain, a.lapse, a.facts.NotAfter = nil, nil, time.Time{}
+}
+
+// lapsed publishes the end of a credential that was not renewed in time.
+func (a *Attester) lapsed() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.chain == nil || a.Now().Before(a.facts.NotAfter) {
+		return
+	}
+	a.drop()
+	reason, detail := attest.ReasonNone, a.status.Detail
+	if a.facts.Unreachable {
+		reason = attest.ReasonUnreachable
+	}
+	a.publish(reason, detail)
+}
+
+// isNamed checks that a verifier calls itself what its certificate says: the
+// name goes into the quote, so that no verifier can pass our answer on.
+func (r *remote) isNamed(name string) error {
+	if name != r.endpoint.ServerName {
+		return &unreachable{r.endpoint.Address.String(), fmt.Errorf("verifier calls itself %.64q but its certificate is for %q; set its id to that", name, r.endpoint.ServerName)}
+	}
+	return nil
+}

@@ -1,0 +1,108 @@
+package attester
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/cryptrec"
+)
+
+// callTime bounds one request to a verifier.
+const callTime = 15 * time.Second
+
+// maxAnswer bounds a verifier's answer in bytes: a result with all its
+// findings and a chain.
+const maxAnswer = 512 << 10
+
+// unreachable is an error that says that no verifier answered, as opposed to
+// one that answered with a refusal.
+type unreachable struct {
+	address string
+	err     error
+}
+
+func (u *unreachable) Error() string { return fmt.Sprintf("verifier %s: %v", u.address, u.err) }
+func (u *unreachable) Unwrap() error { return u.err }
+
+// remote is one verifier.
+type remote struct {
+	endpoint attest.Endpoint
+	http     *http.Client
+}
+
+func newRemote(e attest.Endpoint, roots *x509.CertPool) *remote {
+	config := cryptrec.Config()
+	config.RootCAs = roots
+	config.ServerName = e.ServerName
+	config.VerifyConnection = cryptrec.Check
+	var d net.Dialer
+	return &remote{e, &http.Client{
+		Timeout: callTime,
+		Transport: &http.Transport{
+			// The endpoint is an address; no name is ever asked for.
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return d.DialContext(ctx, "tcp", e.Address.String())
+			},
+			TLSClientConfig:        config,
+			TLSHandshakeTimeout:    callTime,
+			MaxIdleConns:           1,
+			IdleConnTimeout:        5 * time.Second,
+			MaxResponseHeaderBytes: 16 << 10,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+}
+
+// call posts body and decodes the answer. A verifier's refusal comes back as
+// *attest.Refusal, anything that is no proper answer as *unreachable.
+func (r *remote) call(ctx context.Context, path, contentType string, body []byte, answer any) error {
+	away := func(err error) error { return &unreachable{r.endpoint.Address.String(), err} }
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+r.endpoint.Address.String()+path, bytes.NewReader(body))
+	if err != nil {
+		return away(err)
+	}
+	req.Header.Set("Content-Type", contentType)
+	resp, err := r.http.Do(req)
+	if err != nil {
+		return away(errors.Unwrap(err)) // *url.Error repeats the address
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err != nil {
+		return away(err)
+	}
+	if len(data) > maxAnswer {
+		return away(fmt.Errorf("answer over %d bytes", maxAnswer))
+	}
+	if resp.StatusCode == http.StatusForbidden {
+		var why attest.Refusal
+		if err := json.Unmarshal(data, &why); err != nil || why.Reason == attest.ReasonNone {
+			return away(errors.New("answer is no refusal of ours; is it the verifier?"))
+		}
+		return &why
+	}
+	if resp.StatusCode != http.StatusOK {
+		return away(fmt.Errorf("http status %d: %.200s", resp.StatusCode, bytes.TrimSpace(data)))
+	}
+	if err := json.Unmarshal(data, answer); err != nil {
+		return away(fmt.Errorf("answer: %w", err))
+	}
+	return nil
+}
+
+func (r *remote) callJSON(ctx context.Context, path string, question, answer any) error {
+	body, err := json.Marshal(question)
+	if err != nil {
+		return err
+	}
+	return r.call(ctx, path, "application/json", body, answer)
+}

@@ -1,0 +1,172 @@
+// Attestd attests this machine to the organisation's verifier and keeps the
+// credential that the verifier grants.
+//
+// Synopsis:
+//
+//	attestd -config FILE -tpm DEVICE -state DEVICE
+//
+// It enrols with the ticket on the state partition, then attests, renews at
+// half life, and answers gate.Client on its unix socket (LISTEN_FDS, or
+// -socket). Without a TPM it runs on and says so. It speaks the systemd
+// service protocol: READY, STATUS and WATCHDOG.
+//
+// Exit status: 0 after SIGTERM or SIGINT, 1 if it could not start, 2 for a
+// wrong command line.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sync/errgroup"
+
+	"sekisho/attest"
+	"sekisho/attest/attester"
+	"sekisho/attest/tpm"
+)
+
+func main() {
+	config := flag.String("config", attest.OrganizationFile, "organisation's configuration `file`")
+	device := flag.String("tpm", "/dev/tpmrm0", "TPM `device`, or the unix socket of an emulator")
+	state := flag.String("state", "/dev/disk/by-partlabel/sekisho-state", "state partition, a block `device` or file")
+	events := flag.String("eventlog", tpm.EventLogFile, "firmware event log `file`")
+	socket := flag.String("socket", "", "unix socket `path` to listen on, if none is passed by LISTEN_FDS")
+	allow := flag.String("allow-uid", "", "comma-separated user `ids` that may connect, besides root and our own")
+	flag.Usage = func() {
+		fmt.Fprintf(flag.CommandLine.Output(), "usage: attestd -config FILE -tpm DEVICE -state DEVICE [flags]\n\nattests this machine and keeps its credential; runs until SIGTERM\n\n")
+		flag.PrintDefaults()
+	}
+	flag.Parse()
+	uids, err := parseUIDs(*allow)
+	if err != nil || flag.NArg() > 0 {
+		fmt.Fprintln(os.Stderr, "attestd: wrong command line:", errors.Join(err, fmt.Errorf("arguments %q", flag.Args())))
+		os.Exit(2)
+	}
+	if err := run(*config, *device, *state, *events, *socket, uids); err != nil {
+		fmt.Fprintln(os.Stderr, "attestd:", err)
+		os.Exit(1)
+	}
+}
+
+func run(config, device, state, events, socket string, uids []uint32) error {
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	data, err := readConfig(config)
+	if err != nil {
+		return err
+	}
+	org, err := attest.ParseOrganization(data)
+	if err != nil {
+		return err
+	}
+	l, err := listen(socket)
+	if err != nil {
+		return err
+	}
+	a, err := attester.New(attester.Config{
+		Organization: org,
+		OpenTPM: func() (attester.Hardware, error) {
+			t, err := tpm.Open(device)
+			if err != nil {
+				return nil, err
+			}
+			return t, nil
+		},
+		EventLog: func() ([]byte, error) { return tpm.ReadEventLog(events) },
+		State:    attester.StateFile{Path: state},
+		Now:      time.Now,
+		Log:      log,
+	})
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return a.Run(ctx) })
+	g.Go(func() error { return a.Serve(ctx, l, uids) })
+	g.Go(func() error { return notify(ctx, a) })
+	return g.Wait()
+}
+
+// notify tells the service manager each change of state, and that we live.
+func notify(ctx context.Context, a *attester.Attester) error {
+	watchdog, err := daemon.SdWatchdogEnabled(false)
+	if err != nil {
+		return fmt.Errorf("WATCHDOG_USEC: %w", err)
+	}
+	pause := time.Minute
+	if watchdog > 0 {
+		pause = watchdog / 2
+	}
+	message := daemon.SdNotifyReady
+	for seen := uint64(0); ctx.Err() == nil; {
+		s := a.Status()
+		if s.Version != seen || message == daemon.SdNotifyReady {
+			message += "\nSTATUS=" + strings.ReplaceAll(attester.Line(s), "\n", " ")
+			seen = s.Version
+		}
+		if watchdog > 0 {
+			message += "\n" + daemon.SdNotifyWatchdog
+		}
+		if _, err := daemon.SdNotify(false, strings.TrimSpace(message)); err != nil {
+			return fmt.Errorf("NOTIFY_SOCKET: %w", err)
+		}
+		message = ""
+		wait, cancel := context.WithTimeout(ctx, pause)
+		a.Wait(wait, seen)
+		cancel()
+	}
+	return nil
+}
+
+func listen(socket string) (net.Listener, error) {
+	ls, err := activation.Listeners()
+	if err != nil {
+		return nil, fmt.Errorf("LISTEN_FDS: %w", err)
+	}
+	switch {
+	case len(ls) == 1 && ls[0] != nil:
+		return ls[0], nil
+	case len(ls) > 0:
+		return nil, fmt.Errorf("LISTEN_FDS: %d sockets, want 1 that listens", len(ls))
+	case socket == "":
+		return nil, errors.New("no socket: neither LISTEN_FDS nor -socket is given")
+	}
+	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	return net.Listen("unix", socket)
+}
+
+func readConfig(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, 1<<20))
+}
+
+func parseUIDs(list string) (uids []uint32, err error) {
+	for _, s := range strings.FieldsFunc(list, func(r rune) bool { return r == ',' }) {
+		uid, err := strconv.ParseUint(s, 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("-allow-uid: %w", err)
+		}
+		uids = append(uids, uint32(uid))
+	}
+	return uids, nil
+}

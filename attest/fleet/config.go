@@ -1,0 +1,169 @@
+package fleet
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/verifier"
+)
+
+// maxConfig bounds any file that the configuration names, in bytes.
+const maxConfig = 1 << 20
+
+// defaultLifetime is a certificate's when the configuration names none.
+const defaultLifetime = 10 * time.Minute
+
+// ServerConfig is the configuration file of the verifier. Paths are relative
+// to the working directory.
+type ServerConfig struct {
+	Listen              string   `json:"listen"`               // address and port; not used with LISTEN_FDS
+	ID                  string   `json:"id"`                   // our name; the server certificate must be valid for it
+	Organization        string   `json:"organization"`         // in the certificates that we issue
+	Certificate         string   `json:"certificate"`          // PEM file: server certificate and chain
+	Key                 string   `json:"key"`                  // PEM file
+	CACertificate       string   `json:"ca_certificate"`       // PEM file: CA of the devices' certificates
+	CAKey               string   `json:"ca_key"`               // PEM file
+	Store               string   `json:"store"`                // directory
+	EKRoots             []string `json:"ek_roots"`             // PEM files: whose TPMs may enrol
+	ReferenceValues     []string `json:"reference_values"`     // JSON files; more by attestctl
+	CertificateLifetime string   `json:"certificate_lifetime"` // such as "10m"
+	AdminSocket         string   `json:"admin_socket"`         // unix socket for attestctl
+}
+
+// ParseServerConfig reads a ServerConfig; unknown fields are errors.
+func ParseServerConfig(data []byte) (*ServerConfig, error) {
+	if len(data) > maxConfig {
+		return nil, fmt.Errorf("configuration: %d bytes, at most %d", len(data), maxConfig)
+	}
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	var c ServerConfig
+	if err := d.Decode(&c); err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, errors.New("configuration: data after the document")
+	}
+	var errs []error
+	for name, v := range map[string]string{
+		"id": c.ID, "organization": c.Organization, "certificate": c.Certificate, "key": c.Key,
+		"ca_certificate": c.CACertificate, "ca_key": c.CAKey, "store": c.Store,
+	} {
+		if v == "" {
+			errs = append(errs, fmt.Errorf("configuration: %s is empty", name))
+		}
+	}
+	if len(c.EKRoots) == 0 {
+		errs = append(errs, errors.New("configuration: ek_roots is empty; no TPM could enrol"))
+	}
+	if _, err := c.lifetime(); err != nil {
+		errs = append(errs, err)
+	}
+	return &c, errors.Join(errs...)
+}
+
+func (c *ServerConfig) lifetime() (time.Duration, error) {
+	if c.CertificateLifetime == "" {
+		return defaultLifetime, nil
+	}
+	d, err := time.ParseDuration(c.CertificateLifetime)
+	if err != nil || d < verifier.MinLifetime || d > verifier.MaxLifetime {
+		return 0, fmt.Errorf("configuration: certificate_lifetime %q: want %s to %s", c.CertificateLifetime, verifier.MinLifetime, verifier.MaxLifetime)
+	}
+	return d, nil
+}
+
+// Open reads the files that c names and opens the store. The caller closes the
+// store.
+func (c *ServerConfig) Open(now func() time.Time) (*Service, tls.Certificate, *FileStore, error) {
+	s, cert, store, err := c.open(now)
+	if err != nil && store != nil {
+		err = errors.Join(err, store.Close())
+	}
+	return s, cert, store, err
+}
+
+func (c *ServerConfig) open(now func() time.Time) (*Service, tls.Certificate, *FileStore, error) {
+	fail := func(store *FileStore, err error) (*Service, tls.Certificate, *FileStore, error) {
+		return nil, tls.Certificate{}, store, fmt.Errorf("configuration: %w", err)
+	}
+	cert, err := tls.LoadX509KeyPair(c.Certificate, c.Key)
+	if err != nil {
+		return fail(nil, err)
+	}
+	if err := cert.Leaf.VerifyHostname(c.ID); err != nil {
+		return fail(nil, fmt.Errorf("id %q: devices know the verifier by the name in its certificate: %w", c.ID, err))
+	}
+	ca, err := tls.LoadX509KeyPair(c.CACertificate, c.CAKey)
+	if err != nil {
+		return fail(nil, err)
+	}
+	caKey, ok := ca.PrivateKey.(crypto.Signer)
+	if !ok {
+		return fail(nil, fmt.Errorf("ca_key of type %T cannot sign", ca.PrivateKey))
+	}
+	lifetime, err := c.lifetime()
+	if err != nil {
+		return fail(nil, err)
+	}
+	issuer, err := verifier.NewIssuer(ca.Leaf, caKey, c.Organization, lifetime)
+	if err != nil {
+		return fail(nil, err)
+	}
+	roots := x509.NewCertPool()
+	for _, name := range c.EKRoots {
+		data, err := readFile(name)
+		if err != nil {
+			return fail(nil, err)
+		}
+		if err := ParseRoots(roots, data); err != nil {
+			return fail(nil, fmt.Errorf("ek_roots: %s: %w", name, err))
+		}
+	}
+	var refs []attest.ReferenceValues
+	for _, name := range c.ReferenceValues {
+		data, err := readFile(name)
+		if err != nil {
+			return fail(nil, err)
+		}
+		v, err := attest.ParseReferenceValues(data)
+		if err != nil {
+			return fail(nil, fmt.Errorf("%s: %w", name, err))
+		}
+		refs = append(refs, *v)
+	}
+	store, err := OpenFileStore(c.Store)
+	if err != nil {
+		return fail(nil, err)
+	}
+	s, err := NewService(Config{Verifier: c.ID, Store: store, Issuer: issuer, EKRoots: roots, References: refs, Now: now})
+	if err != nil {
+		return fail(store, err)
+	}
+	return s, cert, store, nil
+}
+
+func readFile(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(data) > maxConfig {
+		return nil, fmt.Errorf("%s: over %d bytes", name, maxConfig)
+	}
+	return data, nil
+}

@@ -1,0 +1,242 @@
+package fleet
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"golang.org/x/net/netutil"
+
+	"sekisho/attest"
+	"sekisho/attest/cryptrec"
+)
+
+// Limits of the API server.
+const (
+	maxConns   = 1024
+	maxWork    = 64 // requests in work at once
+	headerTime = 5 * time.Second
+	bodyTime   = 30 * time.Second
+	idleTime   = time.Minute
+	maxHeader  = 8 << 10
+
+	// Requests of one address: a device needs two for each attestation.
+	ratePerSecond = 20
+	rateBurst     = 60
+	maxAddresses  = 65536
+)
+
+// Serve serves the API on l over TLS with cert until ctx ends. It uses only
+// the algorithms of attest/cryptrec and checks that after each handshake.
+func Serve(ctx context.Context, l net.Listener, cert tls.Certificate, s *Service, log *slog.Logger) error {
+	config := cryptrec.Config()
+	config.Certificates = []tls.Certificate{cert}
+	config.NextProtos = []string{"http/1.1"}
+	config.VerifyConnection = cryptrec.Check
+	return serve(ctx, tls.NewListener(netutil.LimitListener(l, maxConns), config), Handler(s, log), log)
+}
+
+func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger) error {
+	srv := &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: headerTime,
+		ReadTimeout:       bodyTime,
+		WriteTimeout:      bodyTime,
+		IdleTimeout:       idleTime,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(l) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), headerTime)
+	defer cancel()
+	err := srv.Shutdown(stop)
+	if err != nil {
+		err = errors.Join(err, srv.Close())
+	}
+	<-done
+	return err
+}
+
+// Handler returns the API. What is not one of its four routes is refused.
+func Handler(s *Service, log *slog.Logger) http.Handler {
+	a := &api{s, log, newLimiter(s.Now), make(chan struct{}, maxWork)}
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST "+attest.PathEnrolBegin, a.limited(a.begin))
+	mux.HandleFunc("POST "+attest.PathEnrolFinish, a.limited(a.finish))
+	mux.HandleFunc("POST "+attest.PathChallenge, a.limited(a.challenge))
+	mux.HandleFunc("POST "+attest.PathAttest, a.limited(a.attest))
+	return mux
+}
+
+type api struct {
+	service *Service
+	log     *slog.Logger
+	limits  *limiter
+	work    chan struct{}
+}
+
+// limited applies the limits by address and of work at once.
+func (a *api) limited(h http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		from, err := netip.ParseAddrPort(r.RemoteAddr)
+		if err != nil || !a.limits.allow(from.Addr().Unmap()) {
+			reply(w, http.StatusTooManyRequests, attest.Refuse(attest.ReasonBusy, "too many requests from this address; try again"))
+			return
+		}
+		select {
+		case a.work <- struct{}{}:
+			defer func() { <-a.work }()
+			h(w, r)
+		default:
+			reply(w, http.StatusServiceUnavailable, attest.Refuse(attest.ReasonBusy, "verifier is busy; try again"))
+		}
+	}
+}
+
+func (a *api) begin(w http.ResponseWriter, r *http.Request) {
+	var req attest.EnrolRequest
+	if !a.decode(w, r, &req) {
+		return
+	}
+	c, err := a.service.Begin(req)
+	a.answer(w, r, "enrol begin", c, err)
+}
+
+func (a *api) finish(w http.ResponseWriter, r *http.Request) {
+	var req attest.EnrolAnswer
+	if !a.decode(w, r, &req) {
+		return
+	}
+	e, err := a.service.Finish(req)
+	if err == nil {
+		a.log.Info("enrolled", "device", e.Device, "from", r.RemoteAddr)
+	}
+	a.answer(w, r, "enrol finish", e, err)
+}
+
+func (a *api) challenge(w http.ResponseWriter, r *http.Request) {
+	var req attest.ChallengeRequest
+	if a.decode(w, r, &req) {
+		reply(w, http.StatusOK, a.service.Challenge(req))
+	}
+}
+
+func (a *api) attest(w http.ResponseWriter, r *http.Request) {
+	// One byte over the limit is enough for the appraisal to say so.
+	data, err := io.ReadAll(io.LimitReader(r.Body, attest.MaxEvidence+1))
+	if err != nil {
+		reply(w, http.StatusBadRequest, attest.Refuse(attest.ReasonRequestMalformed, "request body ended early"))
+		return
+	}
+	resp, err := a.service.Attest(data)
+	if err == nil {
+		res := resp.Result
+		a.log.Info("appraised", "device", res.Device, "status", res.Status, "reason", res.Reason, "detail", res.Detail, "from", r.RemoteAddr)
+	}
+	a.answer(w, r, "attest", resp, err)
+}
+
+// answer sends v or, if err is a refusal, that; other errors stay here.
+func (a *api) answer(w http.ResponseWriter, r *http.Request, what string, v any, err error) {
+	var why *attest.Refusal
+	switch {
+	case err == nil:
+		reply(w, http.StatusOK, v)
+	case errors.As(err, &why):
+		a.log.Warn("refused", "request", what, "reason", why.Reason, "detail", why.Detail, "from", r.RemoteAddr)
+		code := http.StatusForbidden
+		if why.Reason == attest.ReasonBusy {
+			code = http.StatusServiceUnavailable
+		}
+		reply(w, code, why)
+	default:
+		a.log.Error("failed", "request", what, "error", err, "from", r.RemoteAddr)
+		reply(w, http.StatusInternalServerError, attest.Refuse(attest.ReasonNone, "verifier failed; its log says why"))
+	}
+}
+
+func (a *api) decode(w http.ResponseWriter, r *http.Request, v any) bool {
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, attest.MaxMessage))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		reply(w, http.StatusBadRequest, attest.Refuse(attest.ReasonRequestMalformed, "request: %v", err))
+		return false
+	}
+	return true
+}
+
+func reply(w http.ResponseWriter, code int, v any) {
+	data, err := json.Marshal(v)
+	if err != nil {
+		code, data = http.StatusInternalServerError, []byte("{}")
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(code)
+	w.Write(append(data, '\n'))
+}
+
+// limiter is one token bucket for each address.
+type limiter struct {
+	now func() time.Time
+
+	mu      sync.Mutex
+	buckets map[netip.Addr]bucket
+}
+
+type bucket struct {
+	tokens float64
+	at     time.Time
+}
+
+func newLimiter(now func() time.Time) *limiter {
+	return &limiter{now: now, buckets: make(map[netip.Addr]bucket)}
+}
+
+func (l *limiter) allow(from netip.Addr) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.now()
+	b, ok := l.buckets[from]
+	if !ok {
+		if len(l.buckets) >= maxAddresses {
+			l.sweep(now)
+		}
+		b = bucket{rateBurst, now}
+	}
+	b.tokens = min(rateBurst, b.tokens+max(0, now.Sub(b.at).Seconds())*ratePerSecond)
+	b.at = now
+	ok = b.tokens >= 1
+	if ok {
+		b.tokens--
+	}
+	l.buckets[from] = b
+	return ok
+}
+
+// sweep forgets addresses whose bucket is full again, or all of them when that
+// frees nothing: memory is bounded, and the limit on work at once remains.
+func (l *limiter) sweep(now time.Time) {
+	for a, b := range l.buckets {
+		if now.Sub(b.at).Seconds()*ratePerSecond >= rateBurst {
+			delete(l.buckets, a)
+		}
+	}
+	if len(l.buckets) >= maxAddresses {
+		clear(l.buckets)
+	}
+}

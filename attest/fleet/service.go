@@ -1,0 +1,312 @@
+package fleet
+
+import (
+	"bytes"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base32"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/tpm"
+	"sekisho/attest/verifier"
+)
+
+const (
+	enrolLife  = 5 * time.Minute // from challenge to answer
+	maxPending = 1024            // enrolments under way
+	maxResults = 256             // results kept for the admin
+	maxTicket  = 128             // bytes of a ticket
+	maxUses    = 100000          // of one ticket
+	maxLife    = 90 * 24 * time.Hour
+)
+
+// Config is what a Service is made of. All fields are needed but References.
+type Config struct {
+	Verifier   string // our name, as in our server certificate
+	Store      Store
+	Issuer     *verifier.Issuer
+	EKRoots    *x509.CertPool
+	References []attest.ReferenceValues // beside those of the store
+	Now        func() time.Time
+}
+
+// Service enrols and attests devices. It is safe for concurrent use.
+type Service struct {
+	Config
+	nonces *verifier.Nonces
+
+	mu      sync.Mutex
+	pending map[string]pending // by session
+	results []attest.Result    // newest last, in memory only
+}
+
+// pending is an enrolment between begin and finish.
+type pending struct {
+	proof   []byte
+	device  Device
+	expires time.Time
+}
+
+// NewService returns a Service.
+func NewService(c Config) (*Service, error) {
+	if c.Verifier == "" || len(c.Verifier) > attest.MaxName {
+		return nil, fmt.Errorf("verifier id %.64q: want 1 to %d bytes", c.Verifier, attest.MaxName)
+	}
+	return &Service{Config: c, nonces: verifier.NewNonces(c.Verifier), pending: make(map[string]pending)}, nil
+}
+
+// CreateTicket makes a ticket for uses enrolments within life and returns its
+// text, which is shown this once.
+func (s *Service) CreateTicket(uses int, life time.Duration) (attest.Ticket, Ticket, error) {
+	if uses < 1 || uses > maxUses || life <= 0 || life > maxLife {
+		return attest.Ticket{}, Ticket{}, fmt.Errorf("ticket for %d uses within %s: want 1 to %d uses within at most %s", uses, life, maxUses, maxLife)
+	}
+	var random [20]byte
+	rand.Read(random[:])
+	text := "ticket-" + strings.ToLower(base32.StdEncoding.EncodeToString(random[:]))
+	digest := attest.Digest(sha256.Sum256([]byte(text)))
+	t := Ticket{ID: ticketID(digest), Digest: digest, Uses: uses, Expires: s.Now().Add(life).UTC().Truncate(time.Second)}
+	err := s.Store.Update(func(r *Registry) error {
+		r.Tickets[t.ID] = t
+		return nil
+	})
+	return attest.NewTicket(text), t, err
+}
+
+func ticketID(d attest.Digest) string { return d.String()[:16] }
+
+// findTicket returns the registry's ticket with that text.
+func findTicket(r *Registry, digest attest.Digest) (Ticket, error) {
+	t, ok := r.Tickets[ticketID(digest)]
+	if !ok || !hmac.Equal(t.Digest[:], digest[:]) {
+		return Ticket{}, attest.Refuse(attest.ReasonTicketUnknown, "ticket is not known here; ask for a new one")
+	}
+	return t, nil
+}
+
+func (t Ticket) valid(now time.Time) error {
+	switch {
+	case now.After(t.Expires):
+		return attest.Refuse(attest.ReasonTicketExpired, "ticket %s expired at %s; ask for a new one", t.ID, t.Expires.Format(time.RFC3339))
+	case t.Uses < 1:
+		return attest.Refuse(attest.ReasonTicketUsed, "ticket %s is used up; ask for a new one", t.ID)
+	}
+	return nil
+}
+
+// admit judges whether d may enrol with the ticket. known: d is enrolled
+// already with exactly these keys, so nothing is left to do.
+func admit(r *Registry, d Device, ticket attest.Digest, now time.Time) (known bool, err error) {
+	t, err := findTicket(r, ticket)
+	if err != nil {
+		return false, err
+	}
+	if old, ok := r.Devices[d.ID]; ok {
+		// A device whose power failed between our answer and its own record
+		// comes again with the same keys; any other key under the same
+		// identity is a takeover.
+		if bytes.Equal(old.EK, d.EK) && bytes.Equal(old.AK, d.AK) {
+			return true, nil
+		}
+		return false, attest.Refuse(attest.ReasonAlreadyEnrolled, "device %s is enrolled with another attestation key", d.ID)
+	}
+	for _, other := range r.Devices {
+		if bytes.Equal(other.AK, d.AK) {
+			return false, attest.Refuse(attest.ReasonAlreadyEnrolled, "attestation key belongs to device %s", other.ID)
+		}
+	}
+	return false, t.valid(now)
+}
+
+// Begin judges an enrolment request and returns the challenge that only the
+// genuine TPM can answer. Nothing is stored. Errors of judgement are
+// *attest.Refusal.
+func (s *Service) Begin(r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
+	now := s.Now()
+	if len(r.Ticket) > maxTicket {
+		return nil, attest.Refuse(attest.ReasonTicketUnknown, "ticket of %d bytes", len(r.Ticket))
+	}
+	ek, err := tpm.ParsePublic(r.EK)
+	if err != nil {
+		return nil, attest.Refuse(attest.ReasonEKAttributes, "endorsement key: %v", err)
+	}
+	ak, err := tpm.ParsePublic(r.AK)
+	if err != nil {
+		return nil, attest.Refuse(attest.ReasonAKAttributes, "attestation key: %v", err)
+	}
+	d := Device{ID: attest.DeviceID(ek.Name()), EK: r.EK, EKCertificate: r.EKCertificate, AK: r.AK}
+	ticket := attest.Digest(sha256.Sum256([]byte(r.Ticket)))
+	d.TicketID = ticketID(ticket)
+	// The ticket comes first: without one, nobody makes us compute.
+	if err := s.Store.View(func(reg *Registry) error {
+		_, err := admit(reg, d, ticket, now)
+		return err
+	}); err != nil {
+		return nil, err
+	}
+	if err := ak.CheckAK(); err != nil {
+		return nil, attest.Refuse(attest.ReasonAKAttributes, "%v", err)
+	}
+	if err := checkEK(ek, r.EKCertificate, s.EKRoots, now); err != nil {
+		return nil, err
+	}
+	secret, session := make([]byte, 32), make([]byte, 16)
+	rand.Read(secret)
+	rand.Read(session)
+	blob, enc, err := tpm.MakeCredential(ek, ak.Name(), secret)
+	if err != nil {
+		return nil, attest.Refuse(attest.ReasonEKAttributes, "%v", err)
+	}
+	c := attest.EnrolChallenge{Session: session, Verifier: s.Verifier, Credential: blob, Secret: enc}
+	proof, err := attest.EnrolProof(secret, r, c)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, p := range s.pending {
+		if now.After(p.expires) {
+			delete(s.pending, id)
+		}
+	}
+	if len(s.pending) >= maxPending {
+		return nil, attest.Refuse(attest.ReasonBusy, "%d enrolments are under way; try again", maxPending)
+	}
+	s.pending[string(session)] = pending{proof, d, now.Add(enrolLife)}
+	return &c, nil
+}
+
+// Finish enrols the device if it has answered the challenge. A challenge can
+// be answered once.
+func (s *Service) Finish(a attest.EnrolAnswer) (*attest.Enrolment, error) {
+	now := s.Now()
+	s.mu.Lock()
+	p, ok := s.pending[string(a.Session)]
+	delete(s.pending, string(a.Session))
+	s.mu.Unlock()
+	switch {
+	case !ok || now.After(p.expires):
+		return nil, attest.Refuse(attest.ReasonChallengeExpired, "no such enrolment under way; begin again")
+	case !hmac.Equal(p.proof, a.Proof):
+		return nil, attest.Refuse(attest.ReasonChallengeFailed, "the device could not prove that its keys are in the TPM it shows")
+	}
+	d := p.device
+	d.Enrolled = now.UTC().Truncate(time.Second)
+	err := s.Store.Update(func(r *Registry) error {
+		t, ok := r.Tickets[d.TicketID]
+		if !ok {
+			return attest.Refuse(attest.ReasonTicketUnknown, "ticket was withdrawn; ask for a new one")
+		}
+		known, err := admit(r, d, t.Digest, now)
+		if err != nil {
+			return err
+		}
+		if known {
+			d = r.Devices[d.ID]
+			return nil
+		}
+		t.Uses--
+		r.Tickets[t.ID] = t
+		r.Devices[d.ID] = d
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &attest.Enrolment{Device: d.ID, Verifier: s.Verifier, Enrolled: d.Enrolled}, nil
+}
+
+// Challenge gives a nonce to whoever asks: whether the device is enrolled is
+// said only to those who hold its key.
+func (s *Service) Challenge(r attest.ChallengeRequest) attest.Challenge {
+	return attest.Challenge{Nonce: s.nonces.New(r.Device, s.Now()), Verifier: s.Verifier}
+}
+
+// Attest appraises encoded evidence. An error means that no appraisal took
+// place; a refusal is a response. Only an affirming result changes the store.
+func (s *Service) Attest(data []byte) (*attest.AttestResponse, error) {
+	now := s.Now()
+	result, chain, err := s.appraise(data, now)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	if len(s.results) == maxResults {
+		s.results = s.results[1:]
+	}
+	s.results = append(s.results, result)
+	s.mu.Unlock()
+	return &attest.AttestResponse{Result: result, Chain: chain}, nil
+}
+
+func (s *Service) appraise(data []byte, now time.Time) (attest.Result, [][]byte, error) {
+	e, err := attest.ParseEvidence(data)
+	if err != nil {
+		return verifier.Refused(s.Verifier, attest.Digest{}, now, err), nil, nil
+	}
+	id := e.DeviceID()
+	if err := s.nonces.Use(e.Nonce, id, now); err != nil {
+		return verifier.Refused(s.Verifier, id, now, err), nil, nil
+	}
+	in := verifier.Input{Evidence: e, Verifier: s.Verifier, Now: now, References: s.References}
+	err = s.Store.View(func(r *Registry) error {
+		if d, ok := r.Devices[id]; ok {
+			in.Device = &verifier.Device{ID: d.ID, AK: d.AK, Clock: d.Clock}
+		}
+		in.References = append([]attest.ReferenceValues(nil), s.References...)
+		for _, ref := range r.References {
+			in.References = append(in.References, ref)
+		}
+		return nil
+	})
+	if err != nil {
+		return attest.Result{}, nil, err
+	}
+	out := verifier.Appraise(in)
+	if out.Result.Status != attest.StatusAffirming {
+		return out.Result, nil, nil
+	}
+	cert, err := s.Issuer.Issue(id, out.Key, now)
+	if err != nil {
+		return attest.Result{}, nil, err
+	}
+	err = s.Store.Update(func(r *Registry) error {
+		d, ok := r.Devices[id]
+		if !ok {
+			return attest.Refuse(attest.ReasonDeviceUnknown, "device %s was removed", id)
+		}
+		if c := d.Clock; c != nil && (out.Clock.ResetCount < c.ResetCount || out.Clock.ResetCount == c.ResetCount && out.Clock.Clock <= c.Clock) {
+			return attest.Refuse(attest.ReasonClockReversed, "newer evidence of device %s came in between", id)
+		}
+		d.Clock, d.Firmware, d.Image, d.Affirmed = &out.Clock, out.Firmware, out.Result.Image, now.UTC().Truncate(time.Second)
+		r.Devices[id] = d
+		return nil
+	})
+	var why *attest.Refusal
+	if errors.As(err, &why) {
+		return verifier.Refused(s.Verifier, id, now, why), nil, nil
+	}
+	if err != nil {
+		return attest.Result{}, nil, err
+	}
+	chain := [][]byte{cert.Raw}
+	if ca := s.Issuer.CA(); !bytes.Equal(ca.RawSubject, ca.RawIssuer) {
+		chain = append(chain, ca.Raw)
+	}
+	return out.Result, chain, nil
+}
+
+// Results returns the last results, oldest first. Refusals are kept in memory
+// only.
+func (s *Service) Results() []attest.Result {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]attest.Result(nil), s.results...)
+}

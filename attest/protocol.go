@@ -1,0 +1,87 @@
+package attest
+
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"fmt"
+	"time"
+)
+
+// Paths of a verifier's API. Bodies are JSON but for PathAttest's request,
+// which is Evidence in CBOR. A refusal of an enrolment is HTTP status 403 with
+// a Refusal; a refused appraisal is status 200 with an AttestResponse.
+const (
+	PathEnrolBegin  = "/v1/enroll/begin"  // POST EnrolRequest → EnrolChallenge
+	PathEnrolFinish = "/v1/enroll/finish" // POST EnrolAnswer → Enrolment
+	PathChallenge   = "/v1/challenge"     // POST ChallengeRequest → Challenge
+	PathAttest      = "/v1/attest"        // POST Evidence → AttestResponse
+)
+
+// MaxMessage bounds every JSON body of the API in bytes.
+const MaxMessage = 64 << 10
+
+// EnrolRequest begins an enrolment.
+type EnrolRequest struct {
+	Ticket        string `json:"ticket"`         // secret
+	EKCertificate []byte `json:"ek_certificate"` // as it stands in the TPM
+	EK            []byte `json:"ek"`             // TPMT_PUBLIC
+	AK            []byte `json:"ak"`             // TPMT_PUBLIC
+}
+
+// EnrolChallenge holds a secret that only the TPM with both keys can unwrap.
+type EnrolChallenge struct {
+	Session    []byte `json:"session"`
+	Verifier   string `json:"verifier"`
+	Credential []byte `json:"credential"` // TPM2B_ID_OBJECT without its size
+	Secret     []byte `json:"secret"`     // TPM2B_ENCRYPTED_SECRET without its size
+}
+
+// EnrolAnswer proves that the secret was unwrapped, for this exchange only.
+type EnrolAnswer struct {
+	Session []byte `json:"session"`
+	Proof   []byte `json:"proof"` // EnrolProof
+}
+
+// Enrolment is what a device keeps of it.
+type Enrolment struct {
+	Device   Digest    `json:"device_id"`
+	Verifier string    `json:"verifier"`
+	Enrolled time.Time `json:"enrolled"`
+}
+
+// ChallengeRequest asks for a nonce.
+type ChallengeRequest struct {
+	Device Digest `json:"device_id"`
+}
+
+// Challenge is a nonce for one attestation.
+type Challenge struct {
+	Nonce    []byte `json:"nonce"`
+	Verifier string `json:"verifier"`
+}
+
+// AttestResponse carries the result and, if it is affirming, the certificate.
+type AttestResponse struct {
+	Result Result   `json:"result"`
+	Chain  [][]byte `json:"chain,omitempty"` // DER, the device's first
+}
+
+// EnrolProof is HMAC-SHA-256, keyed with the unwrapped secret, over the whole
+// exchange, so that no part of it can come from another one.
+func EnrolProof(secret []byte, r EnrolRequest, c EnrolChallenge) ([]byte, error) {
+	enc, _, err := codec()
+	if err != nil {
+		return nil, fmt.Errorf("enrolment: %w", err)
+	}
+	transcript, err := enc.Marshal([]any{
+		"sekisho/enroll/1", r.Ticket, r.EKCertificate, r.EK, r.AK,
+		c.Session, c.Verifier, c.Credential, c.Secret,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("enrolment: %w", err)
+	}
+	digest := sha256.Sum256(transcript)
+	h := hmac.New(sha256.New, secret)
+	h.Write(digest[:])
+	return h.Sum(nil), nil
+}
