@@ -20,7 +20,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"sync"
 	"time"
@@ -244,8 +246,11 @@ func allowed() capture.AllowList {
 }
 
 // CheckUplink judges every frame that the uplink has carried in this run.
-func (l *Lab) CheckUplink() (capture.Report, error) {
-	f, err := os.Open(l.UplinkCapture())
+func (l *Lab) CheckUplink() (capture.Report, error) { return CheckFile(l.UplinkCapture()) }
+
+// CheckFile judges a capture of the home uplink.
+func CheckFile(path string) (capture.Report, error) {
+	f, err := os.Open(path)
 	if err != nil {
 		return capture.Report{}, fmt.Errorf("lab: %w", err)
 	}
@@ -253,10 +258,42 @@ func (l *Lab) CheckUplink() (capture.Report, error) {
 	return capture.Check(f, allowed())
 }
 
-// Exec targets besides the two domains: the namespaces.
-func namespaceOf(target string) (string, bool) {
-	if slices.Contains(places, target) {
-		return namespacePrefix + target, true
+// InPlace returns the command to run CMD in home, site or lgwan; ok is false
+// for any other place.
+func InPlace(ctx context.Context, place string, cmd []string) (c *exec.Cmd, ok bool) {
+	if !slices.Contains(places, place) {
+		return nil, false
 	}
-	return "", false
+	return exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", namespacePrefix + place}, cmd...)...), true
+}
+
+// captureName is what a capture may be called: it becomes a file name.
+var captureName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,39}$`)
+
+// StartCapture begins to record the home uplink into out/NAME.pcap.
+func (l *Lab) StartCapture(ctx context.Context, name string) error {
+	if !captureName.MatchString(name) {
+		return fmt.Errorf("lab: capture %q: want small letters, digits and hyphens, at most 40", name)
+	}
+	file := l.out(name + ".pcap")
+	if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("lab: %w", err)
+	}
+	if _, err := l.start(spec{name: "capture-" + name, namespace: "sekisho-home",
+		argv: []string{l.bin("lab"), "helper", "capture", "uplink", file}}); err != nil {
+		return err
+	}
+	return waitFor(ctx, "the capture", func() (bool, error) {
+		_, err := os.Stat(file)
+		return err == nil, nil
+	})
+}
+
+// StopCapture ends a capture.
+func (l *Lab) StopCapture(ctx context.Context, name string) error {
+	p, err := l.find("capture-" + name)
+	if err != nil {
+		return err
+	}
+	return p.stop(ctx, 5*time.Second)
 }

@@ -6,14 +6,12 @@
 // Synopsis:
 //
 //	labguest serve
-//	labguest get URL
 //	labguest probe [-n COUNT] [-every D] TOKEN ADDRESS:PORT...
 //	labguest dial [-wait D] PORT < BYTES
 //
 // Description:
 //
 //	serve  answers the lab's requests on vsock port 1099, from the host only
-//	get    prints the body of URL; exit status 1 unless it was answered with 200
 //	probe  sends COUNT numbered UDP packets to each address, and prints how many
 //	       the kernel took; what is refused for want of a route counts as lost
 //	dial   connects to a vsock PORT of the host domain, sends standard input, then
@@ -37,7 +35,7 @@ import (
 
 func main() {
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: labguest serve | get URL | probe [-n COUNT] [-every D] TOKEN ADDRESS:PORT... | dial [-wait D] PORT\nthe lab's hand in the stand-in work domain; lab images only")
+		fmt.Fprintln(os.Stderr, "usage: labguest serve | probe [-n COUNT] [-every D] TOKEN ADDRESS:PORT... | dial [-wait D] PORT\nthe lab's hand in the stand-in work domain; lab images only")
 	}
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
@@ -46,8 +44,6 @@ func main() {
 	switch args := flag.Args(); {
 	case len(args) == 1 && args[0] == "serve":
 		err = serve(ctx)
-	case len(args) == 2 && args[0] == "get":
-		err = get(ctx, args[1])
 	case len(args) > 1 && args[0] == "probe":
 		err = probe(ctx, args[1:])
 	case len(args) > 1 && args[0] == "dial":

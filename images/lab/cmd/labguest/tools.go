@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"os"
 	"strconv"
 	"time"
@@ -17,30 +16,6 @@ import (
 	"sekisho/guestlink"
 	"sekisho/guestlink/vsock"
 )
-
-// maxBody bounds the page that get prints, in bytes.
-const maxBody = 1 << 20
-
-func get(ctx context.Context, url string) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	q, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return err
-	}
-	p, err := http.DefaultClient.Do(q)
-	if err != nil {
-		return err
-	}
-	defer p.Body.Close()
-	if _, err := io.Copy(os.Stdout, io.LimitReader(p.Body, maxBody)); err != nil {
-		return err
-	}
-	if p.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %s", url, p.Status)
-	}
-	return nil
-}
 
 func probe(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("probe", flag.ExitOnError)

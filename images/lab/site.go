@@ -1,0 +1,115 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/images"
+)
+
+// site.go runs the organisation's servers as an administrator would: by their
+// configuration files and command lines.
+
+// startSite makes a new, empty registry, writes the servers' configuration and
+// starts them.
+func (l *Lab) startSite(ctx context.Context, b Boot) error {
+	dir := l.lab("site")
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	if err := writeJSON(l.lab("verifier.json"), l.verifierConfig(b)); err != nil {
+		return err
+	}
+	if err := writeJSON(l.lab("gateway.json"), map[string]any{
+		"listen": gatewayAddress, "certificate": l.lab("pki", "gateway.pem"), "key": l.lab("pki", "gateway.key"),
+		"client_ca": l.lab("pki", "device-ca.pem"), "pool": innerPool, "leases": filepath.Join(dir, "leases.json"),
+		"tun": "sekisho0", "lgwan": "lgwan0", "status": filepath.Join(runDir, "gateway.sock"),
+	}); err != nil {
+		return err
+	}
+	if err := l.StartVerifier(ctx); err != nil {
+		return err
+	}
+	return l.StartGateway(ctx)
+}
+
+// verifierConfig is the verifier's configuration: our image is the only one it
+// accepts, and the lab's TPMs are the only ones.
+func (l *Lab) verifierConfig(b Boot) map[string]any {
+	life := b.Life
+	if life == 0 {
+		life = 10 * time.Minute
+	}
+	return map[string]any{
+		"name": verifierName, "listen": verifierAddress, "admin": l.adminSocket(),
+		"certificate": l.lab("pki", "verifier.pem"), "key": l.lab("pki", "verifier.key"),
+		"issuer_certificate": l.lab("pki", "device-ca.pem"), "issuer_key": l.lab("pki", "device-ca.key"),
+		"ek_roots": l.ekRoots(), "references": []string{l.out(images.HostReference)},
+		"store": l.lab("site", "registry.json"), "lifetime_seconds": int(life.Seconds()),
+	}
+}
+
+func (l *Lab) adminSocket() string { return filepath.Join(runDir, "verifier.sock") }
+
+// StartVerifier starts the verifier with the registry that is there.
+func (l *Lab) StartVerifier(ctx context.Context) error {
+	if _, err := l.start(spec{name: "verifier", namespace: "sekisho-site",
+		argv: []string{l.bin("verifier"), "-config", l.lab("verifier.json")}}); err != nil {
+		return err
+	}
+	return l.listening(ctx, "verifier", "sekisho-site", verifierAddress.String())
+}
+
+// StartGateway starts the gateway with the leases that are there.
+func (l *Lab) StartGateway(ctx context.Context) error {
+	if _, err := l.start(spec{name: "gateway", namespace: "sekisho-site",
+		argv: []string{l.bin("gateway"), "serve", "-config", l.lab("gateway.json")}}); err != nil {
+		return err
+	}
+	return l.listening(ctx, "gateway", "sekisho-site", gatewayAddress.String())
+}
+
+// Kill ends a process of the surroundings without warning (SIGKILL).
+func (l *Lab) Kill(ctx context.Context, name string) error {
+	p, err := l.find(name)
+	if err != nil {
+		return err
+	}
+	return p.stop(ctx, 0)
+}
+
+// ticket asks the verifier's administrator for a new enrolment ticket.
+func (l *Lab) ticket(ctx context.Context) (attest.Ticket, error) {
+	out, err := l.attestctl(ctx, "ticket", "create", "--json")
+	if err != nil {
+		return attest.Ticket{}, err
+	}
+	var t struct {
+		Ticket string `json:"ticket"`
+	}
+	if err := json.Unmarshal(out, &t); err != nil {
+		return attest.Ticket{}, fmt.Errorf("lab: attestctl: %w", err)
+	}
+	return attest.NewTicket(t.Ticket), nil
+}
+
+func (l *Lab) attestctl(ctx context.Context, args ...string) ([]byte, error) {
+	c := exec.CommandContext(ctx, l.bin("attestctl"), append([]string{"-admin", l.adminSocket()}, args...)...)
+	var stderr bytes.Buffer
+	c.Stderr = &stderr
+	out, err := c.Output()
+	if err != nil {
+		return nil, fmt.Errorf("lab: attestctl %s: %w: %s", args, err, stderr.Bytes())
+	}
+	return out, nil
+}
