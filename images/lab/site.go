@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"sekisho/attest"
@@ -85,7 +86,10 @@ func (l *Lab) Kill(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	return p.stop(ctx, 0)
+	if err := p.kill(syscall.SIGKILL); err != nil {
+		return err
+	}
+	return p.wait(ctx)
 }
 
 // ticket asks the verifier's administrator for a new enrolment ticket.

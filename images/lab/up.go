@@ -316,7 +316,7 @@ func (l *Lab) placeTicket(ctx context.Context, image string) error {
 	if err != nil {
 		return err
 	}
-	return attester.WriteTicket(image, offset, ticket)
+	return attester.WriteTicket(attester.StateFile{Path: image, Offset: offset}, ticket)
 }
 
 // copySparse copies a file and leaves its holes out.
