@@ -124,15 +124,19 @@ func TestHostImage(t *testing.T) {
 		t.Fatal(err)
 	}
 	root := extract(t, host)
-	for name, data := range map[string][]byte{"kernel": work.Kernel, "initrd": work.Initrd} {
+	vars, err := os.ReadFile(filepath.Join(root, "usr/share/OVMF/OVMF_VARS_4M.fd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{"kernel": work.Kernel, "initrd": work.Initrd, "vars": vars} {
 		if err := os.WriteFile(filepath.Join(root, "tmp", name), data, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
 	cmd := exec.Command("/usr/bin/qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "EPYC",
 		"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd",
-		"-drive", "if=pflash,format=raw,unit=1,snapshot=on,file=/usr/share/OVMF/OVMF_VARS_4M.fd",
-		"-drive", "if=virtio,format=raw,snapshot=on,file=/tmp/initrd",
+		"-drive", "if=pflash,format=raw,unit=1,file=/tmp/vars",
+		"-drive", "if=virtio,format=raw,readonly=on,file=/tmp/initrd",
 		"-m", "512", "-smp", "2", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-monitor", "unix:/tmp/monitor,server=on,wait=off",
 		"-kernel", "/tmp/kernel", "-initrd", "/tmp/initrd", "-append", "console=ttyS0 panic=-1 quiet")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
