@@ -89,7 +89,8 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 			return err
 		}
 	}
-	self, err := os.Executable()
+	// Not os.Executable: it looked before /proc was mounted.
+	self, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return err
 	}

@@ -157,7 +157,8 @@ func (v *supervisor) add(ctx context.Context, svc Service) (*supervised, error) 
 	return s, nil
 }
 
-// listenAPI opens a unix stream socket that belongs to user, mode 0660.
+// listenAPI opens a unix stream socket, mode 0660, that belongs to user, or to
+// the caller when user is empty.
 func listenAPI(path, user string) (*os.File, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -168,9 +169,14 @@ func listenAPI(path, user string) (*os.File, error) {
 	}
 	defer l.Close()
 	l.SetUnlinkOnClose(false)
-	uid, _ := lookup(user)
-	if err := errors.Join(os.Chmod(path, 0o660), os.Chown(path, int(uid), int(uid))); err != nil {
+	if err := os.Chmod(path, 0o660); err != nil {
 		return nil, err
+	}
+	if user != "" {
+		uid, _ := lookup(user)
+		if err := os.Chown(path, int(uid), int(uid)); err != nil {
+			return nil, err
+		}
 	}
 	return l.File()
 }
