@@ -3,16 +3,16 @@ package lab
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
-	"sekisho/attest"
 	"sekisho/images"
+	"sekisho/images/disk"
 )
 
 // site.go runs the organisation's servers as an administrator would: by their
@@ -52,11 +52,11 @@ func (l *Lab) verifierConfig(b Boot) map[string]any {
 		life = 10 * time.Minute
 	}
 	return map[string]any{
-		"name": verifierName, "listen": verifierAddress, "admin": l.adminSocket(),
+		"id": verifierName, "organization": "Sekisho Lab", "listen": verifierAddress, "admin_socket": l.adminSocket(),
 		"certificate": l.lab("pki", "verifier.pem"), "key": l.lab("pki", "verifier.key"),
-		"issuer_certificate": l.lab("pki", "device-ca.pem"), "issuer_key": l.lab("pki", "device-ca.key"),
-		"ek_roots": l.ekRoots(), "references": []string{l.out(images.HostReference)},
-		"store": l.lab("site", "registry.json"), "lifetime_seconds": int(life.Seconds()),
+		"ca_certificate": l.lab("pki", "device-ca.pem"), "ca_key": l.lab("pki", "device-ca.key"),
+		"ek_roots": l.ekRoots(), "reference_values": []string{l.out(images.HostReference)},
+		"store": l.lab("site", "registry"), "certificate_lifetime": life.String(),
 	}
 }
 
@@ -65,7 +65,7 @@ func (l *Lab) adminSocket() string { return filepath.Join(runDir, "verifier.sock
 // StartVerifier starts the verifier with the registry that is there.
 func (l *Lab) StartVerifier(ctx context.Context) error {
 	if _, err := l.start(spec{name: "verifier", namespace: "sekisho-site",
-		argv: []string{l.bin("verifier"), "-config", l.lab("verifier.json")}}); err != nil {
+		argv: []string{l.bin("verifier"), "serve", "-config", l.lab("verifier.json")}}); err != nil {
 		return err
 	}
 	return l.listening(ctx, "verifier", "sekisho-site", verifierAddress.String())
@@ -92,25 +92,26 @@ func (l *Lab) Kill(ctx context.Context, name string) error {
 	return p.wait(ctx)
 }
 
-// ticket asks the verifier's administrator for a new enrolment ticket.
-func (l *Lab) ticket(ctx context.Context) (attest.Ticket, error) {
-	out, err := l.attestctl(ctx, "ticket", "create", "--json")
+// placeTicket writes a new enrolment ticket into the disk's state partition, as
+// a laptop is handed out.
+func (l *Lab) placeTicket(ctx context.Context, image string) error {
+	ticket, err := l.attestctl(ctx, nil, "ticket", "create", "-uses", "1", "-expires", "1h")
 	if err != nil {
-		return attest.Ticket{}, err
+		return err
 	}
-	var t struct {
-		Ticket string `json:"ticket"`
+	offset, _, err := disk.Find(image, disk.State)
+	if err != nil {
+		return err
 	}
-	if err := json.Unmarshal(out, &t); err != nil {
-		return attest.Ticket{}, fmt.Errorf("lab: attestctl: %w", err)
-	}
-	return attest.NewTicket(t.Ticket), nil
+	_, err = l.attestctl(ctx, ticket, "ticket", "write", "-state", image, "-offset", strconv.FormatInt(offset, 10))
+	return err
 }
 
-func (l *Lab) attestctl(ctx context.Context, args ...string) ([]byte, error) {
-	c := exec.CommandContext(ctx, l.bin("attestctl"), append([]string{"-admin", l.adminSocket()}, args...)...)
+// attestctl runs the administrator's command and returns its output.
+func (l *Lab) attestctl(ctx context.Context, stdin []byte, args ...string) ([]byte, error) {
+	c := exec.CommandContext(ctx, l.bin("attestctl"), append([]string{"-socket", l.adminSocket()}, args...)...)
 	var stderr bytes.Buffer
-	c.Stderr = &stderr
+	c.Stdin, c.Stderr = bytes.NewReader(stdin), &stderr
 	out, err := c.Output()
 	if err != nil {
 		return nil, fmt.Errorf("lab: attestctl %s: %w: %s", args, err, stderr.Bytes())

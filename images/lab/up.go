@@ -16,9 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sekisho/attest/attester"
 	"sekisho/images"
-	"sekisho/images/disk"
 	"sekisho/images/lab/hook"
 )
 
@@ -304,19 +302,6 @@ func (l *Lab) readPage(ctx context.Context) (page string, err error) {
 		return true, nil
 	})
 	return page, err
-}
-
-// placeTicket writes a new enrolment ticket into the disk's state partition.
-func (l *Lab) placeTicket(ctx context.Context, image string) error {
-	ticket, err := l.ticket(ctx)
-	if err != nil {
-		return err
-	}
-	offset, _, err := disk.Find(image, disk.State)
-	if err != nil {
-		return err
-	}
-	return attester.WriteTicket(attester.StateFile{Path: image, Offset: offset}, ticket)
 }
 
 // copySparse copies a file and leaves its holes out.
