@@ -74,9 +74,15 @@ func tamper(parts *uki.Parts, c Component) error {
 	case Cmdline:
 		parts.Cmdline += " sekisho.tampered" // a word that nobody knows
 	case Kernel:
-		// Bytes after the end that the kernel's headers give: loaded and
-		// measured, never run.
-		parts.Kernel = append(bytes.Clone(parts.Kernel), "tampered"...)
+		// Reserved words of the MS-DOS header (Microsoft, "PE Format", e_res2
+		// at offset 40): loaded and measured, never read. Debian's own
+		// signature on the kernel breaks by it, but nobody asks for that one:
+		// ours on the whole image stands for it.
+		parts.Kernel = bytes.Clone(parts.Kernel)
+		if len(parts.Kernel) < 48 || strings.Trim(string(parts.Kernel[40:48]), "\x00") != "" {
+			return errors.New("tampered image: the kernel's reserved words are in use")
+		}
+		copy(parts.Kernel[40:], "tampered")
 	case Initramfs:
 		// The kernel unpacks archives one after another (kernel
 		// documentation, buffer-format): a second one adds a file.
