@@ -5,11 +5,8 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"runtime"
 	"sync"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
 // children starts processes and reaps every child of this process, including
@@ -48,33 +45,6 @@ func forkIn(netns, argv0 string, argv []string, attr *syscall.ProcAttr) (int, er
 		return err
 	})
 	return pid, err
-}
-
-// inNetns calls f on a thread that is in the network namespace at path, and
-// brings the thread back. A thread that cannot come back is not used again.
-func inNetns(path string, f func() error) error {
-	there, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer there.Close()
-	runtime.LockOSThread()
-	here, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		runtime.UnlockOSThread()
-		return err
-	}
-	defer here.Close()
-	if err := unix.Setns(int(there.Fd()), unix.CLONE_NEWNET); err != nil {
-		runtime.UnlockOSThread()
-		return fmt.Errorf("enter network namespace %s: %w", path, err)
-	}
-	err = f()
-	if back := unix.Setns(int(here.Fd()), unix.CLONE_NEWNET); back != nil {
-		return fmt.Errorf("leave network namespace %s: %w", path, back)
-	}
-	runtime.UnlockOSThread()
-	return err
 }
 
 // reap waits for every child that has ended by now.

@@ -20,18 +20,46 @@ func makeNetns(path string) error {
 		return err
 	}
 	f.Close()
-	done := make(chan error, 1)
-	go func() {
-		// The thread keeps the new namespace and ends with this goroutine,
-		// because it is never unlocked.
-		runtime.LockOSThread()
+	return onOwnThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("new network namespace: %w", err)
-			return
+			return fmt.Errorf("new network namespace: %w", err)
 		}
-		done <- unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
-	}()
-	return <-done
+		return unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, "")
+	})
+}
+
+// inNetns calls f on a thread that is in the network namespace at path.
+func inNetns(path string, f func() error) error {
+	there, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer there.Close()
+	return onOwnThread(func() error {
+		if err := unix.Setns(int(there.Fd()), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter network namespace %s: %w", path, err)
+		}
+		return f()
+	})
+}
+
+// onOwnThread calls f, which may change the network namespace of its thread,
+// and brings the thread back: it may be the first one, after which /proc names
+// the whole process. A thread that cannot come back is never used again.
+func onOwnThread(f func() error) error {
+	runtime.LockOSThread()
+	here, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer here.Close()
+	err = f()
+	if back := unix.Setns(int(here.Fd()), unix.CLONE_NEWNET); back != nil {
+		return fmt.Errorf("return to own network namespace: %w", back)
+	}
+	runtime.UnlockOSThread()
+	return err
 }
 
 // noIPv6Autoconfiguration keeps interfaces of the calling thread's namespace,

@@ -124,21 +124,27 @@ func (m *Machine) follow(ctx context.Context) error {
 	defer q.close()
 	stop := context.AfterFunc(ctx, func() { q.conn.Close() })
 	defer stop()
-	var st struct {
-		Status string `json:"status"`
-	}
-	if err := q.execute(ctx, "query-status", &st); err != nil {
-		return err
-	}
-	m.set(runState(st.Status), "")
 	m.mu.Lock()
 	m.conn = q
 	m.mu.Unlock()
+	err = q.execute(ctx, "query-status", func(b json.RawMessage) error {
+		var st struct {
+			Status string `json:"status"`
+		}
+		if err := json.Unmarshal(b, &st); err != nil {
+			return err
+		}
+		m.set(runState(st.Status), "")
+		return nil
+	})
+	if err != nil {
+		q.conn.Close()
+	}
 	<-q.done
 	m.mu.Lock()
 	m.conn = nil
 	m.mu.Unlock()
-	return q.err
+	return errors.Join(err, q.err)
 }
 
 // runState maps QEMU's RunState (qapi/run-state.json) to ours.
@@ -188,6 +194,8 @@ func (m *Machine) event(e event) {
 	}
 }
 
+var errNoConnection = errors.New("qmp: no connection to QEMU")
+
 // PowerDown presses the work domain's power button (ACPI). The work domain
 // decides what to do about it.
 func (m *Machine) PowerDown(ctx context.Context) error {
@@ -195,7 +203,7 @@ func (m *Machine) PowerDown(ctx context.Context) error {
 	q := m.conn
 	m.mu.Unlock()
 	if q == nil {
-		return errors.New("qmp: no connection to QEMU")
+		return errNoConnection
 	}
 	return q.execute(ctx, "system_powerdown", nil)
 }

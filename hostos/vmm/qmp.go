@@ -46,7 +46,7 @@ type qmp struct {
 
 	mu      sync.Mutex
 	id      uint64
-	pending map[uint64]chan qmpMessage
+	pending map[uint64]func(qmpMessage)
 	err     error // set when reading has ended
 	done    chan struct{}
 }
@@ -60,7 +60,7 @@ func dialQMP(ctx context.Context, path string, events func(event)) (*qmp, error)
 		return nil, fmt.Errorf("qmp: %w", err)
 	}
 	q := &qmp{conn: conn, lines: bufio.NewScanner(conn), events: events,
-		pending: make(map[uint64]chan qmpMessage), done: make(chan struct{})}
+		pending: make(map[uint64]func(qmpMessage)), done: make(chan struct{})}
 	q.lines.Buffer(make([]byte, 0, 4<<10), maxQMPLine)
 	conn.SetReadDeadline(time.Now().Add(qmpTimeout))
 	greeting, err := q.next()
@@ -107,24 +107,34 @@ func (q *qmp) read() {
 			continue
 		}
 		q.mu.Lock()
-		ch := q.pending[m.ID]
+		answered := q.pending[m.ID]
 		delete(q.pending, m.ID)
 		q.mu.Unlock()
-		if ch != nil {
-			ch <- m
+		if answered != nil {
+			answered(m)
 		}
 	}
 }
 
-// execute runs one command without arguments; result may be nil.
-func (q *qmp) execute(ctx context.Context, command string, result any) error {
+// execute runs one command without arguments. Result, which may be nil, is
+// called with what the command returns before any later event is handled.
+func (q *qmp) execute(ctx context.Context, command string, result func(json.RawMessage) error) error {
 	ctx, cancel := context.WithTimeout(ctx, qmpTimeout)
 	defer cancel()
-	ch := make(chan qmpMessage, 1)
+	ch := make(chan error, 1)
 	q.mu.Lock()
 	q.id++
 	id := q.id
-	q.pending[id] = ch
+	q.pending[id] = func(m qmpMessage) {
+		switch {
+		case m.Error != nil:
+			ch <- fmt.Errorf("%s: %.200q", m.Error.Class, m.Error.Desc)
+		case result != nil:
+			ch <- result(m.Return)
+		default:
+			ch <- nil
+		}
+	}
 	q.mu.Unlock()
 	defer func() {
 		q.mu.Lock()
@@ -143,14 +153,8 @@ func (q *qmp) execute(ctx context.Context, command string, result any) error {
 		return fmt.Errorf("qmp: %s: %w", command, err)
 	}
 	select {
-	case m := <-ch:
-		if m.Error != nil {
-			return fmt.Errorf("qmp: %s: %s: %.200q", command, m.Error.Class, m.Error.Desc)
-		}
-		if result == nil {
-			return nil
-		}
-		if err := json.Unmarshal(m.Return, result); err != nil {
+	case err := <-ch:
+		if err != nil {
 			return fmt.Errorf("qmp: %s: %w", command, err)
 		}
 		return nil
