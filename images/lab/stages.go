@@ -70,7 +70,7 @@ func parseStatusLine(text string) (statusLine, bool) {
 		return statusLine{}, false
 	}
 	state, detail, _ := strings.Cut(strings.TrimSpace(words), " ")
-	return statusLine{service, strings.TrimSuffix(state, ","), strings.TrimSpace(detail)}, state != ""
+	return statusLine{service, strings.TrimRight(state, ",:"), strings.TrimSpace(detail)}, state != ""
 }
 
 // ends returns the stages that a line of the console is the end of.
@@ -118,6 +118,9 @@ func verdict(text string) error {
 	if s, ok := parseStatusLine(text); ok {
 		if s.service == "attestd" && s.state == "refused" {
 			return fmt.Errorf("%w: %s", errRefused, s.detail)
+		}
+		if s.service == "attestd" && s.state == "no-tpm" {
+			return fmt.Errorf("%w: no TPM: %s", errRefused, s.detail)
 		}
 		return nil
 	}

@@ -27,6 +27,7 @@ type Boot struct {
 	Life    time.Duration // of a device's certificate; 0: the verifier's own choice
 	Timeout time.Duration // 0: ten minutes
 	Stay    bool          // return once the machine has power: the caller watches it
+	NoSite  bool          // the verifier and the gateway are down when the machine gets power
 }
 
 // Image is a bootable disk with the firmware variables that go with it.
@@ -74,8 +75,14 @@ func (l *Lab) Up(ctx context.Context, b Boot) (Result, error) {
 	if err := l.surroundings(ctx, b); err != nil {
 		return fail(err)
 	}
-	accel, err := l.powerOn(ctx, b)
+	accel, argv, err := l.prepareMachine(ctx, b)
 	r.Accel = accel
+	if err == nil && b.NoSite {
+		err = errors.Join(l.Kill(ctx, "verifier"), l.Kill(ctx, "gateway"))
+	}
+	if err == nil {
+		err = l.startQEMU(argv, accel)
+	}
 	if err != nil || b.Stay {
 		if err != nil {
 			return fail(err)
@@ -154,10 +161,8 @@ func (l *Lab) surroundings(ctx context.Context, b Boot) error {
 	if err := l.listening(ctx, "page", "sekisho-lgwan", pageAddress.String()); err != nil {
 		return err
 	}
-	if !b.NoTPM {
-		if err := l.prepareTPM(func(argv ...string) error { return command(ctx, "", argv...) }); err != nil {
-			return err
-		}
+	if err := l.prepareTPM(func(argv ...string) error { return command(ctx, "", argv...) }); err != nil {
+		return err
 	}
 	return l.startSite(ctx, b)
 }
@@ -179,38 +184,35 @@ func (l *Lab) listening(ctx context.Context, name, namespace, address string) er
 	})
 }
 
-// powerOn starts the TPM and QEMU with copies of the image's files.
-func (l *Lab) powerOn(ctx context.Context, b Boot) (accel string, err error) {
+// prepareMachine copies the image's files, hands out the ticket and starts the
+// TPM. It returns the command that gives the laptop power.
+func (l *Lab) prepareMachine(ctx context.Context, b Boot) (accel string, argv []string, err error) {
 	qemu, err := OuterQEMU(ctx, l.out("cache"), l.progress())
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	accel, why, err := acceleration(ctx, qemu, l.Accel, l.lab())
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	l.say("lab: acceleration %s (%s)", accel, why)
 	m := machine{accel: accel, disk: l.lab("laptop.img"), vars: l.lab("vars.fd"), noTPM: b.NoTPM}
-	if err := copySparse(m.disk, b.Image.Disk); err != nil {
-		return accel, err
-	}
-	if err := copySparse(m.vars, b.Image.Vars); err != nil {
-		return accel, err
+	if err := errors.Join(copySparse(m.disk, b.Image.Disk), copySparse(m.vars, b.Image.Vars)); err != nil {
+		return accel, nil, err
 	}
 	if err := l.placeTicket(ctx, m.disk); err != nil {
-		return accel, err
+		return accel, nil, err
 	}
-	if !b.NoTPM {
-		sock := filepath.Join(runDir, "tpm.sock")
-		if _, err := l.start(spec{name: "swtpm", argv: []string{"swtpm", "socket", "--tpm2", "--tpmstate", "dir=" + l.lab("tpm"),
-			"--ctrl", "type=unixio,path=" + sock}}); err != nil {
-			return accel, err
-		}
-		if err := waitFor(ctx, "swtpm", func() (bool, error) { _, err := os.Stat(sock); return err == nil, nil }); err != nil {
-			return accel, err
-		}
+	argv = append(qemu, m.arguments()...)
+	if b.NoTPM {
+		return accel, argv, nil
 	}
-	return accel, l.startQEMU(append(qemu, m.arguments()...), accel)
+	sock := filepath.Join(runDir, "tpm.sock")
+	if _, err := l.start(spec{name: "swtpm", argv: []string{"swtpm", "socket", "--tpm2", "--tpmstate", "dir=" + l.lab("tpm"),
+		"--ctrl", "type=unixio,path=" + sock}}); err != nil {
+		return accel, nil, err
+	}
+	return accel, argv, waitFor(ctx, "swtpm", func() (bool, error) { return exist(sock), nil })
 }
 
 // startQEMU starts the machine with its console on a pipe to the helper that

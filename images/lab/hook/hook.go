@@ -56,6 +56,9 @@ type Request struct {
 
 	Argv  []string `json:"argv,omitempty"`
 	Stdin []byte   `json:"stdin,omitempty"`
+	// Detach leaves the command running without input and output; Stdout of the
+	// answer is its process id.
+	Detach bool `json:"detach,omitempty"`
 
 	Socket string `json:"socket,omitempty"` // path of the daemon's unix socket
 	Method string `json:"method,omitempty"`

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -44,6 +45,19 @@ func TestCommand(t *testing.T) {
 	a, err = Call(conn, Request{ID: "4", Target: Host, Timeout: time.Minute, Argv: []string{"head", "-c", "2000000", "/dev/zero"}})
 	if err != nil || !a.Cut || len(a.Stdout) != maxOutput {
 		t.Errorf("long output: cut %v, %d bytes, %v", a.Cut, len(a.Stdout), err)
+	}
+}
+
+func TestDetach(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "done")
+	a, err := Call(serve(t), Request{ID: "1", Target: Host, Timeout: time.Minute, Detach: true, Argv: []string{"sh", "-c", "echo yes >" + file}})
+	if err != nil || len(a.Stdout) < 2 {
+		t.Fatalf("%+v, %v", a, err)
+	}
+	for b := []byte(nil); string(b) != "yes\n"; b, _ = os.ReadFile(file) {
+		if t.Context().Err() != nil {
+			t.Fatal("the command never ran")
+		}
 	}
 }
 

@@ -79,7 +79,22 @@ func Local(ctx context.Context, r Request) Response {
 	if r.Socket != "" {
 		return ask(ctx, r)
 	}
+	if r.Detach {
+		return detach(r)
+	}
 	return run(ctx, r)
+}
+
+// detach starts a command that outlives its request.
+func detach(r Request) Response {
+	c := exec.Command(r.Argv[0], r.Argv[1:]...)
+	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := c.Start(); err != nil {
+		return Response{Error: err.Error()}
+	}
+	pid := c.Process.Pid
+	go func() { _ = c.Wait() }() // no zombie; it ends when the command does
+	return Response{Stdout: fmt.Appendln(nil, pid)}
 }
 
 func run(ctx context.Context, r Request) Response {

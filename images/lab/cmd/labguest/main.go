@@ -6,14 +6,14 @@
 // Synopsis:
 //
 //	labguest serve
-//	labguest probe [-n COUNT] [-every D] TOKEN ADDRESS:PORT...
+//	labguest probe [-n COUNT] [-every D] [-o FILE] TOKEN ADDRESS:PORT...
 //	labguest dial [-wait D] PORT < BYTES
 //
 // Description:
 //
 //	serve  answers the lab's requests on vsock port 1099, from the host only
 //	probe  sends COUNT numbered UDP packets to each address, and prints how many
-//	       the kernel took; what is refused for want of a route counts as lost
+//	       the kernel took; SIGTERM ends it early
 //	dial   connects to a vsock PORT of the host domain, sends standard input, then
 //	       reads until the end or for D; prints "refused", or what happened
 package main
@@ -35,7 +35,7 @@ import (
 
 func main() {
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: labguest serve | probe [-n COUNT] [-every D] TOKEN ADDRESS:PORT... | dial [-wait D] PORT\nthe lab's hand in the stand-in work domain; lab images only")
+		fmt.Fprintln(os.Stderr, "usage: labguest serve | probe [-n COUNT] [-every D] [-o FILE] TOKEN ADDRESS:PORT... | dial [-wait D] PORT\nthe lab's hand in the stand-in work domain; lab images only")
 	}
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)

@@ -20,6 +20,7 @@ import (
 func probe(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("probe", flag.ExitOnError)
 	count := flags.Int("n", 100, "packets to each address")
+	out := flags.String("o", "/dev/stdout", "where the count goes at the end")
 	every := flags.Duration("every", 10*time.Millisecond, "time between two rounds")
 	flags.Parse(args)
 	if flags.NArg() < 2 {
@@ -33,7 +34,7 @@ func probe(ctx context.Context, args []string) error {
 	tick := time.NewTicker(*every)
 	defer tick.Stop()
 	sent := 0
-	for i := range *count {
+	for i := 0; i < *count && ctx.Err() == nil; i++ {
 		for _, to := range flags.Args()[1:] {
 			a, err := net.ResolveUDPAddr("udp4", to)
 			if err != nil {
@@ -46,11 +47,9 @@ func probe(ctx context.Context, args []string) error {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return ctx.Err()
 		}
 	}
-	fmt.Println(sent)
-	return nil
+	return os.WriteFile(*out, fmt.Appendln(nil, sent), 0o644)
 }
 
 func dial(ctx context.Context, args []string) error {
