@@ -44,8 +44,8 @@ type Progress func(what string, done, total int64)
 // Config says where packages come from and where they are kept.
 type Config struct {
 	// Cache is the directory for apt's state, downloads and unpacked
-	// packages, made if absent. It may be shared by all builds of a checkout,
-	// one at a time.
+	// packages, made if absent. It may be shared by all builds of a checkout:
+	// they wait for each other.
 	Cache string
 	// Mirror and SecurityMirror are archive URIs. Empty means those of the
 	// machine's own apt configuration.
@@ -75,7 +75,7 @@ func (p *Package) FS() fs.FS { return os.DirFS(p.root) }
 // packages are left out), unpacked. A set fetched before comes from the cache
 // unless c.Refresh is set. Fetch needs apt-get, dpkg-deb and Debian's keyring
 // on the machine, but not root.
-func Fetch(ctx context.Context, c Config, names ...string) (*Set, error) {
+func Fetch(ctx context.Context, c Config, names ...string) (set *Set, err error) {
 	if c.Progress == nil {
 		c.Progress = func(string, int64, int64) {}
 	}
@@ -84,6 +84,11 @@ func Fetch(ctx context.Context, c Config, names ...string) (*Set, error) {
 		return nil, fmt.Errorf("debian: cache directory: %w", err)
 	}
 	c.Cache = cache
+	unlock, err := lockCache(ctx, c.Cache)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
 	names = slices.Compact(slices.Sorted(slices.Values(names)))
 	lock := filepath.Join(c.Cache, "set-"+hash([]byte(Suite + " " + strings.Join(names, " ")))[:16]+".json")
 

@@ -23,7 +23,7 @@ const busyboxModule = "bb.u-root.com/bb"
 // A busybox is many commands in one static binary.
 type busybox struct {
 	dir      string   // root of our module
-	scratch  string   // emptied first
+	scratch  string   // an empty directory
 	commands []string // import paths, ours and u-root's
 	tags     []string // build tags
 }
@@ -39,9 +39,6 @@ type busybox struct {
 // from is replaced by its rewritten copy, all others are our go.mod's.
 func (b busybox) build(ctx context.Context) ([]byte, error) {
 	src := filepath.Join(b.scratch, "src")
-	if err := os.RemoveAll(b.scratch); err != nil {
-		return nil, fmt.Errorf("busybox: %w", err)
-	}
 	goroot, err := b.goTool(ctx, b.dir, "env", "GOROOT")
 	if err != nil {
 		return nil, err

@@ -26,8 +26,8 @@ import (
 type Options struct {
 	// Dir is the root of this module's source tree.
 	Dir string
-	// Cache is a directory kept between builds (packages, generated sources).
-	// Builds that share it wait for each other.
+	// Cache is a directory kept between builds; see debian.Config. Generated
+	// sources stand in it only while they are compiled.
 	Cache string
 	// Version is recorded in the manifest as the version of our own files.
 	Version string
@@ -123,29 +123,25 @@ var debianPackages = []string{"linux-image-amd64", "ovmf", "qemu-system-x86", "s
 const stubPath = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub"
 
 // build makes an image of what s says.
-func build(ctx context.Context, s spec, o Options) (im *Image, err error) {
+func build(ctx context.Context, s spec, o Options) (*Image, error) {
 	if o.Progress == nil {
 		o.Progress = func(string, int64, int64) {}
 	}
+	var err error
 	if o.Dir, err = filepath.Abs(o.Dir); err != nil {
 		return nil, fmt.Errorf("%s image: %w", s.name, err)
 	}
 	if o.Cache, err = filepath.Abs(o.Cache); err != nil {
 		return nil, fmt.Errorf("%s image: %w", s.name, err)
 	}
-	unlock, err := lockCache(o.Cache)
-	if err != nil {
-		return nil, fmt.Errorf("%s image: %w", s.name, err)
-	}
-	defer func() { err = errors.Join(err, unlock()) }()
 	set, err := debian.Fetch(ctx, debian.Config{
-		Cache: filepath.Join(o.Cache, "debian"), Mirror: o.Mirror, SecurityMirror: o.SecurityMirror,
+		Cache: o.Cache, Mirror: o.Mirror, SecurityMirror: o.SecurityMirror,
 		Refresh: o.Refresh, Progress: o.Progress,
 	}, debianPackages...)
 	if err != nil {
 		return nil, fmt.Errorf("%s image: %w", s.name, err)
 	}
-	im = &Image{Manifest: Manifest{Name: s.name, Version: o.Version, Lab: o.Lab}}
+	im := &Image{Manifest: Manifest{Name: s.name, Version: o.Version, Lab: o.Lab}}
 	m := &im.Manifest
 
 	kernel, err := im.boot(set)
@@ -261,11 +257,12 @@ func (s spec) tree(ctx context.Context, o Options, set *debian.Set, kernel *debi
 
 // addBusybox compiles the commands and links each to /bbin.
 func (s spec) addBusybox(ctx context.Context, t tree, o Options, us origin) error {
-	kind := "release"
-	if o.Lab {
-		kind = "lab"
+	scratch, err := os.MkdirTemp(o.Cache, "busybox-")
+	if err != nil {
+		return err
 	}
-	b := busybox{dir: o.Dir, scratch: filepath.Join(o.Cache, "busybox", s.name+"-"+kind), commands: s.commands, tags: s.tags}
+	defer os.RemoveAll(scratch)
+	b := busybox{dir: o.Dir, scratch: scratch, commands: s.commands, tags: s.tags}
 	binary, err := b.build(ctx)
 	if err != nil {
 		return err
