@@ -9,16 +9,17 @@ import (
 // Reason codes of Status and of an uplink. Attestation's own codes (package
 // attest) appear in Status.Reason too while the state is Attesting.
 const (
-	ReasonKernel      = "kernel"              // the kernel refused the plan, or does not hold it
-	ReasonNoLink      = "no-link"             // no Ethernet link
-	ReasonNoCarrier   = "no-carrier"          // no cable, or the far end is off
-	ReasonNoLease     = "no-lease"            // no DHCP server has answered
-	ReasonBadLease    = "bad-lease"           // a DHCP server's answer is absurd
-	ReasonAttestd     = "attestd-unreachable" // attestd's socket does not answer
-	ReasonVerifier    = "verifier-unreachable"
-	ReasonAttestation = "not-affirming" // attestd gave no code of its own
-	ReasonConnecting  = "connecting"    // credential in force, the tunnel is being opened
+	ReasonKernel      = "kernel"               // the kernel refused the plan, or does not hold it
+	ReasonNoLink      = "no-link"              // no Ethernet link
+	ReasonNoCarrier   = "no-carrier"           // no cable, or the far end is off
+	ReasonNoLease     = "no-lease"             // no DHCP server has answered
+	ReasonBadLease    = "bad-lease"            // a DHCP server's answer is absurd
+	ReasonAttestd     = "attestd-unreachable"  // attestd's socket does not answer
+	ReasonVerifier    = "verifier-unreachable" // attestd cannot reach any verifier
+	ReasonAttestation = "not-affirming"        // attestd gave no code of its own
+	ReasonConnecting  = "connecting"           // credential in force, the tunnel is being opened
 	ReasonGateway     = "gateway-unreachable"
+	ReasonRefused     = "gateway-refused" // one side did not accept the other's certificate, or there is no room
 )
 
 // Uplink is what is known of the link in use towards the Internet.

@@ -28,7 +28,7 @@ const Current = "/proc/self/ns/net"
 // methods are not safe for concurrent use, but for Watch's channel.
 type Namespace struct {
 	path string
-	fd   netns.NsHandle
+	fd   netns.NsHandle // none for Current, which takes no CAP_SYS_ADMIN to enter
 	link *netlink.Handle
 	nft  *nftables.Conn
 }
@@ -36,19 +36,20 @@ type Namespace struct {
 // Open opens the namespace whose file is at path (Current, or a file such as
 // /run/netns/inside). Close it.
 func Open(path string) (*Namespace, error) {
-	if path == Current {
-		path = "/proc/thread-self/ns/net"
+	n := &Namespace{path: path, fd: netns.None()}
+	var options []nftables.ConnOption
+	var err error
+	if path != Current {
+		if n.fd, err = netns.GetFromPath(path); err != nil {
+			return nil, fmt.Errorf("network namespace %s: %w", path, err)
+		}
+		options = append(options, nftables.WithNetNSFd(int(n.fd)))
 	}
-	fd, err := netns.GetFromPath(path)
-	if err != nil {
-		return nil, fmt.Errorf("network namespace %s: %w", path, err)
-	}
-	n := &Namespace{path: path, fd: fd}
-	if n.link, err = netlink.NewHandleAt(fd, unix.NETLINK_ROUTE); err != nil {
+	if n.link, err = netlink.NewHandleAt(n.fd, unix.NETLINK_ROUTE); err != nil {
 		n.Close()
 		return nil, fmt.Errorf("network namespace %s: route netlink: %w", path, err)
 	}
-	if n.nft, err = nftables.New(nftables.WithNetNSFd(int(fd))); err != nil {
+	if n.nft, err = nftables.New(options...); err != nil {
 		n.Close()
 		return nil, fmt.Errorf("network namespace %s: nftables: %w", path, err)
 	}
@@ -60,12 +61,17 @@ func (n *Namespace) Close() {
 	if n.link != nil {
 		n.link.Close()
 	}
-	n.fd.Close()
+	if n.fd.IsOpen() {
+		n.fd.Close()
+	}
 }
 
 // do runs f on a thread of its own inside the namespace. The thread ends with
 // f, so that no other goroutine can ever run there.
 func (n *Namespace) do(f func() error) error {
+	if !n.fd.IsOpen() {
+		return f()
+	}
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the runtime ends the thread

@@ -135,10 +135,9 @@ func serve(ctx context.Context, file string) error {
 		}
 	})
 	daemon.SdNotify(false, daemon.SdNotifyReady+"\nSTATUS=serving "+config.Listen.String())
-	asked := ctx
 	err = server.Serve(ctx, l)
-	if asked.Err() != nil {
-		err = nil
+	if ctx.Err() != nil {
+		err = nil // asked to end
 	}
 	cancel()
 	parts.Wait()

@@ -1,0 +1,105 @@
+//go:build linux
+
+// Command netd owns the laptop's network: the uplink, the tunnel and the
+// ruleset of both namespaces.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"sekisho/attest"
+)
+
+const usage = `usage: netd run [-config FILE] [-attestd SOCKET] [-linkd SOCKET] [-inside FILE] [-socket PATH]
+       netd close [-inside FILE]
+       netd status [-socket PATH] [--json]
+       netd ciphers [--json]
+
+run      Keeps a DHCPv4 lease on one wired link, opens the tunnel while
+         attestation is affirming, and passes the work domain's packets through
+         it and nowhere else. Works in the calling namespace ("outside") and in
+         the one at -inside. Speaks the service protocol (NOTIFY_SOCKET,
+         WATCHDOG_USEC, LISTEN_FDS). Needs CAP_NET_ADMIN, CAP_NET_RAW,
+         CAP_SYS_ADMIN (setns) and write access to /dev/net/tun.
+close    Applies the closed ruleset to both namespaces, makes "inside" if there
+         is none, switches IPv6 autoconfiguration off, and reads it all back.
+         Exit status 0 means: nothing passes.
+status   Shows the state, uplink and tunnel of the running netd.
+ciphers  Lists the algorithms in force.
+
+states: Dark (no usable uplink), Linked (uplink only), Attesting (waiting for
+the verifier or the gateway), Tunnel (open)
+
+exit status: 0 done, or ended by a signal; 1 failure; 2 wrong usage
+`
+
+// options are the flags of every subcommand.
+type options struct {
+	config, attestd, linkd, inside, socket string
+	json                                   bool
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	code := command(ctx, os.Args[1:])
+	stop()
+	os.Exit(code)
+}
+
+func command(ctx context.Context, args []string) int {
+	commands := map[string]func(context.Context, options) error{"run": run, "close": closed, "status": status, "ciphers": ciphers}
+	if len(args) == 0 {
+		fmt.Fprint(os.Stderr, usage)
+		return 2
+	}
+	if args[0] == "-h" || args[0] == "--help" || args[0] == "help" {
+		fmt.Print(usage)
+		return 0
+	}
+	do, ok := commands[args[0]]
+	if !ok {
+		fmt.Fprintf(os.Stderr, "netd: unknown command %q\n%s", args[0], usage)
+		return 2
+	}
+	var o options
+	flags := flag.NewFlagSet("netd "+args[0], flag.ContinueOnError)
+	flags.Usage = func() { fmt.Fprint(os.Stderr, usage) }
+	flags.StringVar(&o.config, "config", attest.OrganizationFile, "organisation's configuration")
+	flags.StringVar(&o.attestd, "attestd", "/run/sekisho/attestd.sock", "socket of attestd")
+	flags.StringVar(&o.linkd, "linkd", "/run/sekisho/linkd.sock", "socket of linkd")
+	flags.StringVar(&o.inside, "inside", "/run/netns/inside", "file of the namespace inside")
+	flags.StringVar(&o.socket, "socket", "/run/sekisho/netd.sock", "own socket, unless LISTEN_FDS passes it")
+	flags.BoolVar(&o.json, "json", false, "print JSON")
+	switch err := flags.Parse(args[1:]); {
+	case errors.Is(err, flag.ErrHelp):
+		return 0
+	case err != nil || flags.NArg() != 0:
+		return 2
+	}
+	if err := do(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "netd:", err)
+		return 1
+	}
+	return 0
+}
+
+// organization reads the configuration file.
+func organization(path string) (*attest.Organization, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, 1<<20)) // ParseOrganization has the exact limit
+	if err != nil {
+		return nil, err
+	}
+	return attest.ParseOrganization(data)
+}

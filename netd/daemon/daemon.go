@@ -1,0 +1,266 @@
+//go:build linux
+
+// Package daemon is netd's loop. Every part of it only reports what it sees;
+// each report means "derive again": facts → state → plan → kernel. One
+// goroutine does that, and what it did last is what Status returns.
+package daemon
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/gate"
+	"sekisho/guestlink"
+	"sekisho/netd"
+	"sekisho/netd/kernel"
+	"sekisho/netd/plan"
+	"sekisho/netd/tunnel"
+	"sekisho/netd/uplink"
+)
+
+const (
+	beat        = time.Second      // of the loop: watchdog, expiry
+	checkEvery  = 10 * time.Second // the kernel is compared with the plan at least this often
+	sealRetry   = time.Second      // pause after the kernel refused a plan
+	historySize = 32
+)
+
+// Attestation is what netd asks of attestd: gate.Client.
+type Attestation interface {
+	Wait(ctx context.Context, after uint64) (gate.Status, error)
+	Credential(ctx context.Context) (*tls.Certificate, error)
+}
+
+// Namespace is what netd asks of a network namespace: kernel.Namespace.
+type Namespace interface {
+	Apply(plan.Namespace) error
+	Links() ([]kernel.Link, error)
+	Watch(context.Context) (<-chan struct{}, error)
+}
+
+// Config is what a Daemon works with. Every field is needed but Notify.
+type Config struct {
+	Organization    *attest.Organization
+	Outside, Inside Namespace
+	Driver          tunnel.Driver
+	Attestation     Attestation
+	// Configure hands the work domain's configuration to linkd.
+	Configure func(context.Context, guestlink.Config) error
+	// Notify tells the service manager (sd_notify(3)).
+	Notify func(string)
+	// Watchdog says whether the service manager expects WATCHDOG=1.
+	Watchdog bool
+	Log      *slog.Logger
+}
+
+// Daemon is netd. Make one with New, and Run it once.
+type Daemon struct {
+	Config
+	endpoints []netip.AddrPort
+
+	wake   chan struct{} // for the loop
+	links  chan []uplink.Link
+	keeper chan struct{} // for the tunnel's keeper
+	pusher chan struct{} // for linkd's
+
+	mu     sync.Mutex
+	in     reports
+	want   wanted
+	status netd.Status
+	ready  bool
+}
+
+// reports is what the parts have seen last.
+type reports struct {
+	uplink  netd.Uplink
+	gate    gate.Status
+	asked   bool      // attestd's last answer was one
+	silent  time.Time // since when it is not
+	trouble trouble   // of the tunnel
+	kernel  bool      // something in the kernel changed
+}
+
+// trouble is why the tunnel does not open; zero when nothing is known to be wrong.
+type trouble struct {
+	reason, what string
+	since        time.Time
+}
+
+// wanted is what the keeper shall have open.
+type wanted struct {
+	open   bool
+	source netip.Addr
+	until  time.Time
+}
+
+// New returns a Daemon.
+func New(c Config) *Daemon {
+	d := &Daemon{
+		Config: c, wake: make(chan struct{}, 1), links: make(chan []uplink.Link, 1),
+		keeper: make(chan struct{}, 1), pusher: make(chan struct{}, 1),
+	}
+	for _, e := range slices.Concat(c.Organization.Verifiers, c.Organization.Gateways) {
+		d.endpoints = append(d.endpoints, e.Address)
+	}
+	d.in.silent = time.Now()
+	d.status = netd.Status{Since: time.Now(), Reason: netd.ReasonKernel, Detail: "starting"}
+	if d.Notify == nil {
+		d.Notify = func(string) {}
+	}
+	return d
+}
+
+// Run keeps the kernel, the tunnel and linkd as the facts ask until ctx is
+// done. Then it closes: the ruleset of both namespaces passes nothing.
+func (d *Daemon) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var parts sync.WaitGroup
+	defer parts.Wait()
+	defer cancel()
+	for _, ns := range []Namespace{d.Outside, d.Inside} {
+		parts.Go(func() { d.watch(ctx, ns) })
+	}
+	parts.Go(func() { d.followAttestation(ctx) })
+	parts.Go(func() { uplink.New(d.reportUplink).Run(ctx, d.links) })
+	parts.Go(func() { d.keepTunnel(ctx) })
+	parts.Go(func() { d.pushConfig(ctx) })
+
+	l := loop{d: d}
+	tick := time.NewTicker(beat)
+	defer tick.Stop()
+	for {
+		l.step(time.Now())
+		if d.Watchdog {
+			d.Notify("WATCHDOG=1")
+		}
+		select {
+		case <-ctx.Done():
+			return errors.Join(ctx.Err(), l.apply(plan.Make(l.situation(netd.Dark))))
+		case <-d.wake:
+		case <-tick.C:
+		}
+	}
+}
+
+// Status returns the present status.
+func (d *Daemon) Status() netd.Status {
+	d.mu.Lock()
+	s := d.status
+	s.History = slices.Clone(s.History)
+	d.mu.Unlock()
+	s.Tunnel = d.tunnelStatus()
+	return s
+}
+
+func (d *Daemon) tunnelStatus() *netd.TunnelStatus {
+	t := d.Driver.Status()
+	if !t.Open {
+		return nil
+	}
+	return &netd.TunnelStatus{
+		Gateway: t.Gateway, Inner: t.Assignment.Inner, MTU: t.Assignment.MTU, DNS: t.Assignment.DNS,
+		Since: t.Since, Until: t.Until, Cipher: t.Cipher, Counters: t.Counters,
+	}
+}
+
+// update changes the reports and wakes the loop.
+func (d *Daemon) update(f func(*reports)) {
+	d.mu.Lock()
+	f(&d.in)
+	d.mu.Unlock()
+	signal(d.wake)
+}
+
+func signal(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func (d *Daemon) reportUplink(u netd.Uplink) {
+	d.Log.Info("uplink", "name", u.Name, "address", u.Address, "router", u.Router, "mtu", u.MTU, "reason", u.Reason, "detail", u.Detail)
+	d.update(func(r *reports) { r.uplink = u })
+}
+
+// watch wakes the loop with every change in ns.
+func (d *Daemon) watch(ctx context.Context, ns Namespace) {
+	for ctx.Err() == nil {
+		changes, err := ns.Watch(ctx)
+		if err != nil {
+			d.Log.Error("cannot watch the kernel; comparing now and then instead", "err", err)
+			wait(ctx, checkEvery, nil)
+			continue
+		}
+		d.update(func(r *reports) { r.kernel = true })
+		for range changes {
+			d.update(func(r *reports) { r.kernel = true })
+		}
+	}
+}
+
+// followAttestation keeps the reports equal to what attestd says. While
+// attestd is silent the last answer stands until the credential's end.
+func (d *Daemon) followAttestation(ctx context.Context) {
+	var version uint64
+	for ctx.Err() == nil {
+		st, err := d.Attestation.Wait(ctx, version)
+		if err != nil {
+			version = 0 // a restarted attestd counts from the start
+			d.update(func(r *reports) {
+				if r.asked {
+					r.asked, r.silent = false, time.Now()
+				}
+			})
+			wait(ctx, time.Second, nil)
+			continue
+		}
+		version = st.Version
+		d.update(func(r *reports) { r.gate, r.asked = st, true })
+	}
+}
+
+// wait returns after a time, when ctx is done, or early on a signal.
+func wait(ctx context.Context, t time.Duration, early <-chan struct{}) {
+	timer := time.NewTimer(t)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	case <-early:
+	}
+}
+
+// explain returns reason code and sentence for a state; all is well in Tunnel.
+func explain(s netd.State, r reports, u netd.Uplink, fault error, affirming bool) (reason, detail string) {
+	at := func(t time.Time) string { return t.UTC().Truncate(time.Second).Format(time.RFC3339) }
+	switch s {
+	case netd.Dark:
+		if fault != nil {
+			return netd.ReasonKernel, fault.Error()
+		}
+		return cmp.Or(u.Reason, netd.ReasonNoLink), u.Detail
+	case netd.Linked:
+		return netd.ReasonAttestd, "attestd does not answer since " + at(r.silent)
+	case netd.Attesting:
+		switch {
+		case affirming && r.trouble.reason != "":
+			return r.trouble.reason, fmt.Sprintf("%s since %s", r.trouble.what, at(r.trouble.since))
+		case affirming:
+			return netd.ReasonConnecting, "opening the tunnel"
+		case r.gate.State == gate.StateUnreachable:
+			return cmp.Or(r.gate.Reason, netd.ReasonVerifier), "verifier unreachable since " + at(r.gate.Since)
+		}
+		return cmp.Or(r.gate.Reason, netd.ReasonAttestation), cmp.Or(r.gate.Detail, r.gate.State)
+	}
+	return "", ""
+}

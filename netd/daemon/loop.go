@@ -1,0 +1,185 @@
+//go:build linux
+
+package daemon
+
+import (
+	"errors"
+	"net/netip"
+	"reflect"
+	"slices"
+	"time"
+
+	"sekisho/attest/gate"
+	"sekisho/netd"
+	"sekisho/netd/kernel"
+	"sekisho/netd/plan"
+	"sekisho/netd/tunnel"
+	"sekisho/netd/uplink"
+)
+
+// loop derives and applies. Only Run's goroutine touches it.
+type loop struct {
+	d       *Daemon
+	in      reports
+	tunnel  tunnel.Status
+	outside []kernel.Link
+	inside  []kernel.Link
+
+	sealed  bool      // the kernel was read back and holds last
+	fault   error     // why it does not
+	holdOff time.Time // no new attempt to open before this
+	last    plan.Plan
+	checked time.Time
+	line    string
+	pushed  push
+}
+
+// push is what linkd is told anew about when it changes.
+type push struct {
+	state netd.State
+	work  bool // work0 is there: a new linkd made it
+	inner netip.Addr
+}
+
+// step goes once from facts to kernel.
+func (l *loop) step(now time.Time) {
+	l.observe()
+	affirming := l.affirming(now)
+	state := l.state(affirming, now)
+	p := plan.Make(l.situation(state))
+	if l.in.kernel || !l.sealed || now.Sub(l.checked) >= checkEvery || !reflect.DeepEqual(p, l.last) {
+		err := l.apply(p)
+		l.sealed, l.last, l.checked = err == nil, p, now
+		if err != nil || !now.Before(l.holdOff) {
+			l.fault = err // said until an attempt to open has succeeded
+		}
+		if err != nil {
+			l.d.Log.Error("kernel does not hold the plan; closing", "state", state, "err", err)
+			l.holdOff = now.Add(sealRetry)
+			state = netd.Dark
+			if err := l.apply(plan.Make(l.situation(state))); err != nil {
+				l.d.Log.Error("kernel does not hold the closed plan", "err", err)
+			}
+		} else if state == netd.Dark && !now.Before(l.holdOff) {
+			// The first plan holds: from now on the facts alone decide.
+			if next := l.state(affirming, now); next != state {
+				signal(l.d.wake)
+			}
+		}
+	}
+	l.publish(state, affirming, now)
+}
+
+// observe takes over what the parts reported.
+func (l *loop) observe() {
+	d := l.d
+	d.mu.Lock()
+	l.in = d.in
+	d.in.kernel = false
+	d.mu.Unlock()
+	l.tunnel = d.Driver.Status()
+	var err1, err2 error
+	l.outside, err1 = d.Outside.Links()
+	l.inside, err2 = d.Inside.Links()
+	if err := errors.Join(err1, err2); err != nil {
+		d.Log.Error("cannot list links", "err", err)
+		l.outside, l.inside = nil, nil
+	}
+	var wired []uplink.Link
+	for _, k := range l.outside {
+		if k.Ethernet {
+			wired = append(wired, uplink.Link{Index: k.Index, Name: k.Name, Hardware: k.Hardware, Carrier: k.Carrier})
+		}
+	}
+	select { // the newest list is the only one that counts
+	case <-d.links:
+	default:
+	}
+	d.links <- wired
+	if !slices.ContainsFunc(wired, func(w uplink.Link) bool { return w.Name == l.in.uplink.Name && w.Carrier }) {
+		l.in.uplink.Carrier = false
+		if l.in.uplink.Reason == "" { // its manager has not noticed yet
+			l.in.uplink.Reason, l.in.uplink.Detail = netd.ReasonNoCarrier, "no carrier on "+l.in.uplink.Name
+		}
+	}
+}
+
+func (l *loop) affirming(now time.Time) bool {
+	_, open := gate.Open(l.in.gate, gate.Tunnel, now)
+	return open
+}
+
+func (l *loop) state(affirming bool, now time.Time) netd.State {
+	return netd.Next(netd.Facts{
+		Sealed:    l.sealed && !now.Before(l.holdOff),
+		Uplink:    l.in.uplink.Usable(),
+		Asked:     l.in.asked,
+		Affirming: affirming,
+		Session:   l.tunnel.Open,
+	})
+}
+
+func (l *loop) situation(state netd.State) plan.Situation {
+	s := plan.Situation{
+		State: state, Uplink: l.in.uplink, Endpoints: l.d.endpoints,
+		Inner: l.tunnel.Assignment.Inner, MTU: l.tunnel.Assignment.MTU,
+		Work: has(l.inside, netd.WorkLink), Tun: has(l.inside, netd.TunnelLink),
+	}
+	for _, k := range l.outside {
+		if k.Ethernet {
+			s.Links = append(s.Links, k.Name)
+		}
+	}
+	return s
+}
+
+func has(links []kernel.Link, name string) bool {
+	return slices.ContainsFunc(links, func(k kernel.Link) bool { return k.Name == name })
+}
+
+// apply applies both halves, the inside first: it is where packets come from.
+func (l *loop) apply(p plan.Plan) error {
+	return errors.Join(l.d.Inside.Apply(p.Inside), l.d.Outside.Apply(p.Outside))
+}
+
+// publish makes the outcome the status, and tells keeper, linkd and console.
+func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
+	d := l.d
+	reason, detail := explain(state, l.in, l.in.uplink, l.fault, affirming)
+	d.mu.Lock()
+	s := &d.status
+	if s.State != state || s.Reason != reason || s.Detail != detail {
+		if s.State != state {
+			s.Since = now
+		}
+		s.State, s.Reason, s.Detail = state, reason, detail
+		s.History = append(s.History, netd.Transition{At: now, State: state, Reason: reason, Detail: detail})
+		s.History = slices.Delete(s.History, 0, max(0, len(s.History)-historySize))
+		d.Log.Info("state", "state", state, "reason", reason, "detail", detail)
+	}
+	s.Uplink, s.Device = l.in.uplink, l.in.gate.DeviceID
+	want := wanted{open: affirming && state >= netd.Attesting, source: l.in.uplink.Address.Addr(), until: l.in.gate.NotAfter}
+	wish := want != d.want
+	d.want = want
+	first := !d.ready && l.sealed
+	d.ready = d.ready || l.sealed
+	show := *s
+	d.mu.Unlock()
+	if wish {
+		signal(d.keeper)
+	}
+	if pushed := (push{state, has(l.inside, netd.WorkLink), l.tunnel.Assignment.Inner}); pushed != l.pushed {
+		l.pushed = pushed
+		signal(d.pusher)
+	}
+	if first {
+		d.Notify("READY=1")
+	}
+	if l.tunnel.Open {
+		show.Tunnel = &netd.TunnelStatus{Inner: l.tunnel.Assignment.Inner, Gateway: l.tunnel.Gateway}
+	}
+	if line := show.Line(); line != l.line {
+		l.line = line
+		d.Notify("STATUS=" + line)
+	}
+}
