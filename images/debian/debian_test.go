@@ -160,6 +160,10 @@ func TestLookup(t *testing.T) {
 			t.Errorf("%s: got %+v, %v, want not found", in, f, err)
 		}
 	}
+	files, err := s.Glob("/lib/x", "*.so*")
+	if err != nil || len(files) != 2 {
+		t.Errorf("glob: got %v, %v", files, err)
+	}
 }
 
 func TestUnpackRefusesForeignContent(t *testing.T) {

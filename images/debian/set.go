@@ -1,11 +1,13 @@
 package debian
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -102,4 +104,32 @@ func (s *Set) step(p string) (e entry, ok bool, next string) {
 		}
 	}
 	return e, ok, ""
+}
+
+// Glob lists the regular files, links resolved, in directory dir whose name
+// matches pattern (path.Match), ordered.
+func (s *Set) Glob(dir, pattern string) ([]File, error) {
+	dir = merged(dir)
+	var files []File
+	for p, e := range s.entries {
+		if path.Dir(p) != dir || e.dir {
+			continue
+		}
+		ok, err := path.Match(pattern, path.Base(p))
+		if err != nil {
+			return nil, fmt.Errorf("debian: pattern %q: %w", pattern, err)
+		}
+		if !ok {
+			continue
+		}
+		f, err := s.Lookup(p)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // a link out of the set, or to a directory
+		} else if err != nil {
+			return nil, err
+		}
+		files = append(files, f)
+	}
+	slices.SortFunc(files, func(a, b File) int { return strings.Compare(a.Path, b.Path) })
+	return files, nil
 }
