@@ -78,6 +78,21 @@ func ServePage(ctx context.Context) error {
 	return nil
 }
 
+// Probes prints what ServePage has counted, as JSON.
+func Probes(ctx context.Context, out io.Writer) error {
+	q, err := http.NewRequestWithContext(ctx, http.MethodGet, PageURL+"probes", nil)
+	if err != nil {
+		return err
+	}
+	p, err := http.DefaultClient.Do(q)
+	if err != nil {
+		return err
+	}
+	defer p.Body.Close()
+	_, err = io.Copy(out, io.LimitReader(p.Body, 1<<20))
+	return err
+}
+
 // stampLayout begins each line of out/run/console.log, in UTC.
 const stampLayout = "2006-01-02T15:04:05.000000Z"
 

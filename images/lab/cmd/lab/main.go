@@ -112,6 +112,8 @@ func helper(ctx context.Context, args []string) error {
 	switch args[0] {
 	case "page":
 		return lab.ServePage(ctx)
+	case "probes":
+		return lab.Probes(ctx, os.Stdout)
 	case "console":
 		// The end of the console is the end of QEMU; a signal would lose lines.
 		return lab.StampConsole(os.Stdin, os.Stdout, time.Now)
