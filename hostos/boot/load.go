@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -75,7 +76,10 @@ func (l *loader) load(list []Module) (broken []string) {
 		if !l.present(m.Name) {
 			if err := l.prober.Probe(m.Name, ""); err != nil && !l.present(m.Name) {
 				st.State, st.Error = "absent", err.Error()
-				if errno := unix.Errno(0); errors.As(err, &errno) && errno != unix.ENOENT {
+				// The kernel's own refusal is a bare number; a file that is
+				// not there has a path.
+				_, refused := errors.AsType[unix.Errno](err)
+				if _, file := errors.AsType[*fs.PathError](err); refused && !file {
 					st.State = "failed"
 				}
 			}

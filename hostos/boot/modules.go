@@ -26,6 +26,8 @@ const (
 // network device driver is among them.
 func BaseModules() []Module {
 	return []Module{
+		// libcrc32c, which nf_tables needs, asks for this by softdep only.
+		{Name: "crc32c_generic"},
 		{Name: "nf_tables", Serves: ServesRuleset},
 		{Name: "nf_conntrack"},
 		{Name: "nft_ct"},
