@@ -42,10 +42,13 @@ func (n *Namespace) Apply(want plan.Namespace) error {
 	var errs []error
 	for range rounds {
 		todo, err := n.changes(want)
-		if err != nil || len(todo) == 0 {
+		if len(todo) == 0 {
 			return err
 		}
 		errs = nil
+		if err != nil { // what was found before it is done all the same: the ruleset
+			errs = append(errs, err)
+		}
 		for _, c := range todo {
 			if err := c.do(); err != nil {
 				errs = append(errs, fmt.Errorf("%s: %w", c.what, err))
@@ -86,16 +89,21 @@ func (n *Namespace) changes(want plan.Namespace) ([]change, error) {
 		add("ruleset", func() error { return n.replaceRules(want.Ruleset) })
 	}
 	sysctls, err := n.sysctlChanges(want.Sysctls)
-	if err != nil {
-		return nil, err
-	}
 	todo = append(todo, sysctls...)
+	if err != nil {
+		return todo, err
+	}
 
+	var present []netlink.Link
 	for _, l := range want.Links {
 		link, err := n.link.LinkByName(l.Name)
 		if err != nil {
-			return nil, fmt.Errorf("network namespace %s: link %s: %w", n.path, l.Name, err)
+			if l.Up { // the rest of the plan is applied all the same; one that is gone is down
+				add("link "+l.Name+" up", func() error { return err })
+			}
+			continue
 		}
+		present = append(present, link)
 		attrs := link.Attrs()
 		if l.MTU != 0 && attrs.MTU != l.MTU {
 			add(fmt.Sprintf("link %s mtu %d", l.Name, l.MTU), func() error { return n.link.LinkSetMTU(link, l.MTU) })
@@ -109,18 +117,14 @@ func (n *Namespace) changes(want plan.Namespace) ([]change, error) {
 		}
 		c, err := n.addressChanges(link, want.Addresses)
 		if err != nil {
-			return nil, err
+			return todo, err
 		}
 		todo = append(todo, c...)
 	}
-	for _, l := range want.Links { // after every address: routes may need one
-		link, err := n.link.LinkByName(l.Name)
-		if err != nil {
-			return nil, fmt.Errorf("network namespace %s: link %s: %w", n.path, l.Name, err)
-		}
+	for _, link := range present { // after every address: routes may need one
 		c, err := n.routeChanges(link, want.Routes)
 		if err != nil {
-			return nil, err
+			return todo, err
 		}
 		todo = append(todo, c...)
 	}

@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	firstWait = 2 * time.Second // for an answer; nclient4 doubles it for each of tries
-	tries     = 3
+	firstWait = time.Second // for an answer; nclient4 doubles it for each of tries
+	tries     = 4
 	maxPause  = 30 * time.Second // between attempts to get a lease
 	minRetry  = 5 * time.Second  // between attempts to renew one
 )
