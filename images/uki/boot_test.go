@@ -127,7 +127,8 @@ func newMachine(t *testing.T, ballast int) *machine {
 }
 
 // boot runs image in an emulated machine with Secure Boot and a TPM until it
-// prints DONE or until stop says so, and returns the lines of its console.
+// prints DONE or until stop says so, and returns the lines of its console. The
+// firmware's variables persist from boot to boot.
 func (m *machine) boot(t *testing.T, image []byte, stop func(line string) bool) []string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), bootLimit)
@@ -150,12 +151,13 @@ func (m *machine) boot(t *testing.T, image []byte, stop func(line string) bool) 
 		t.Fatal(err)
 	}
 	defer func() { tpm.Process.Kill(); tpm.Wait() }()
-	for {
-		if _, err := os.Stat(path("tpm.sock")); err == nil {
-			break
-		}
-		if ctx.Err() != nil {
+	poll := time.NewTicker(10 * time.Millisecond)
+	defer poll.Stop()
+	for _, err := os.Stat(path("tpm.sock")); err != nil; _, err = os.Stat(path("tpm.sock")) {
+		select {
+		case <-ctx.Done():
 			t.Fatal("swtpm made no socket")
+		case <-poll.C:
 		}
 	}
 	qemu := exec.CommandContext(ctx, "qemu-system-x86_64",
@@ -189,6 +191,9 @@ func (m *machine) boot(t *testing.T, image []byte, stop func(line string) bool) 
 	}
 	qemu.Process.Kill()
 	qemu.Wait()
+	if m.vars, err = os.ReadFile(path("vars.fd")); err != nil {
+		t.Fatal(err)
+	}
 	if !done {
 		t.Fatalf("the machine did not come so far in %v: %v\n%s\n%s", time.Since(start), ctx.Err(), stderr.Bytes(), strings.Join(lines[max(0, len(lines)-20):], "\n"))
 	}
@@ -229,7 +234,8 @@ func seen(t *testing.T, lines []string) (map[int]string, []byte) {
 }
 
 // The prediction of a signed image is what a TPM holds after its boot, for a
-// plain image and for one that was changed the way mkimage -tamper does.
+// plain image and for one that was changed the way mkimage -tamper does. The
+// second boot has the variables that the first left, boot entries among them.
 func TestPredictionEqualsBoot(t *testing.T) {
 	privileged(t)
 	m := newMachine(t, 0)
