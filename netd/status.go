@@ -17,6 +17,7 @@ const (
 	ReasonAttestd     = "attestd-unreachable"  // attestd's socket does not answer
 	ReasonVerifier    = "verifier-unreachable" // attestd cannot reach any verifier
 	ReasonAttestation = "not-affirming"        // attestd gave no code of its own
+	ReasonLapsed      = "credential-lapsed"    // and attestd has no newer one yet
 	ReasonConnecting  = "connecting"           // credential in force, the tunnel is being opened
 	ReasonGateway     = "gateway-unreachable"
 	ReasonRefused     = "gateway-refused" // one side did not accept the other's certificate, or there is no room

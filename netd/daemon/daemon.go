@@ -259,6 +259,8 @@ func explain(s netd.State, r reports, u netd.Uplink, fault error, affirming bool
 			return netd.ReasonConnecting, "opening the tunnel"
 		case r.gate.State == gate.StateUnreachable:
 			return cmp.Or(r.gate.Reason, netd.ReasonVerifier), "verifier unreachable since " + at(r.gate.Since)
+		case r.gate.State == gate.StateAffirming:
+			return netd.ReasonLapsed, "credential lapsed at " + at(r.gate.NotAfter)
 		}
 		return cmp.Or(r.gate.Reason, netd.ReasonAttestation), cmp.Or(r.gate.Detail, r.gate.State)
 	}

@@ -98,7 +98,7 @@ func (l *loop) observe() {
 	d.links <- wired
 	if !slices.ContainsFunc(wired, func(w uplink.Link) bool { return w.Name == l.in.uplink.Name && w.Carrier }) {
 		l.in.uplink.Carrier = false
-		if l.in.uplink.Reason == "" { // its manager has not noticed yet
+		if l.in.uplink.Reason == "" && l.in.uplink.Name != "" { // its manager has not noticed yet
 			l.in.uplink.Reason, l.in.uplink.Detail = netd.ReasonNoCarrier, "no carrier on "+l.in.uplink.Name
 		}
 	}

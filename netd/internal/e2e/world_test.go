@@ -461,3 +461,10 @@ func (a *attestd) set(state string, life time.Duration) {
 type zeros struct{}
 
 func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
+
+// notAfter is the end of the credential granted last.
+func (a *attestd) notAfter() time.Time {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.status.NotAfter
+}
