@@ -3,6 +3,7 @@ package attester
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -43,17 +44,21 @@ func newRemote(e attest.Endpoint, roots *x509.CertPool) *remote {
 	config := cryptrec.Config()
 	config.RootCAs = roots
 	config.ServerName = e.ServerName
-	config.VerifyConnection = cryptrec.Check
-	var d net.Dialer
+	dialer := &tls.Dialer{Config: config}
 	return &remote{e, &http.Client{
 		Timeout: callTime,
 		Transport: &http.Transport{
 			// The endpoint is an address; no name is ever asked for.
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return d.DialContext(ctx, "tcp", e.Address.String())
+			DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				c, err := dialer.DialContext(ctx, "tcp", e.Address.String())
+				if err != nil {
+					return nil, err
+				}
+				if err := cryptrec.Check(c.(*tls.Conn).ConnectionState()); err != nil {
+					return nil, errors.Join(err, c.Close())
+				}
+				return c, nil
 			},
-			TLSClientConfig:        config,
-			TLSHandshakeTimeout:    callTime,
 			MaxIdleConns:           1,
 			IdleConnTimeout:        5 * time.Second,
 			MaxResponseHeaderBytes: 16 << 10,

@@ -40,8 +40,18 @@ func Serve(ctx context.Context, l net.Listener, cert tls.Certificate, s *Service
 	config := cryptrec.Config()
 	config.Certificates = []tls.Certificate{cert}
 	config.NextProtos = []string{"http/1.1"}
-	config.VerifyConnection = cryptrec.Check
-	return serve(ctx, tls.NewListener(netutil.LimitListener(l, maxConns), config), Handler(s, log), log)
+	return serve(ctx, tls.NewListener(netutil.LimitListener(l, maxConns), config), listed(Handler(s, log)), log)
+}
+
+// listed answers only on connections that negotiated listed algorithms.
+func listed(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.TLS == nil || cryptrec.Check(*r.TLS) != nil {
+			w.WriteHeader(http.StatusForbidden)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger) error {

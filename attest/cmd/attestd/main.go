@@ -51,8 +51,11 @@ func main() {
 	}
 	flag.Parse()
 	uids, err := parseUIDs(*allow)
-	if err != nil || flag.NArg() > 0 {
-		fmt.Fprintln(os.Stderr, "attestd: wrong command line:", errors.Join(err, fmt.Errorf("arguments %q", flag.Args())))
+	if err == nil && flag.NArg() > 0 {
+		err = fmt.Errorf("unexpected argument %q", flag.Arg(0))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "attestd:", err)
 		os.Exit(2)
 	}
 	if err := run(*config, *device, *state, *events, *socket, uids); err != nil {
@@ -121,8 +124,10 @@ func notify(ctx context.Context, a *attester.Attester) error {
 		if watchdog > 0 {
 			message += "\n" + daemon.SdNotifyWatchdog
 		}
-		if _, err := daemon.SdNotify(false, strings.TrimSpace(message)); err != nil {
-			return fmt.Errorf("NOTIFY_SOCKET: %w", err)
+		if message = strings.TrimSpace(message); message != "" {
+			if _, err := daemon.SdNotify(false, message); err != nil {
+				return fmt.Errorf("NOTIFY_SOCKET: %w", err)
+			}
 		}
 		message = ""
 		wait, cancel := context.WithTimeout(ctx, pause)

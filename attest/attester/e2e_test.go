@@ -1,0 +1,472 @@
+package attester_test
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/attester"
+	"sekisho/attest/eventlog/logtest"
+	"sekisho/attest/fleet"
+	"sekisho/attest/gate"
+	"sekisho/attest/tpm"
+	"sekisho/attest/tpm/tpmtest"
+	"sekisho/attest/verifier"
+)
+
+const name = "verifier.test"
+
+var image = logtest.Image{Kernel: "kernel 1", Initramfs: "initramfs 1", Cmdline: "quiet"}
+
+// ca is a certificate authority of a test.
+type ca struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newKey(t *testing.T) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func newCA(t *testing.T, cn string) ca {
+	t.Helper()
+	key := newKey(t)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: cn}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ca{cert, key}
+}
+
+func (c ca) pem() string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.cert.Raw}))
+}
+
+func (c ca) server(t *testing.T) tls.Certificate {
+	t.Helper()
+	key := newKey(t)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, c.cert, key.Public(), c.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// site is a verifier in the test's process.
+type site struct {
+	t        *testing.T
+	servers  ca
+	devices  ca
+	service  *fleet.Service
+	store    *fleet.FileStore
+	storeDir string
+	address  string
+	stop     func()
+}
+
+func newSite(t *testing.T, roots string, lifetime time.Duration, refs ...attest.ReferenceValues) *site {
+	t.Helper()
+	s := &site{t: t, servers: newCA(t, "servers"), devices: newCA(t, "devices"), storeDir: t.TempDir()}
+	pool := x509.NewCertPool()
+	data, err := os.ReadFile(roots)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := fleet.ParseRoots(pool, data); err != nil {
+		t.Fatal(err)
+	}
+	issuer, err := verifier.NewIssuer(s.devices.cert, s.devices.key, "Test City", lifetime)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.store, err = fleet.OpenFileStore(s.storeDir); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.store.Close() })
+	s.service, err = fleet.NewService(fleet.Config{Verifier: name, Store: s.store, Issuer: issuer, EKRoots: pool, References: refs, Now: time.Now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.start("127.0.0.1:0")
+	t.Cleanup(func() { s.stop() })
+	return s
+}
+
+// start serves on address; s.stop ends that.
+func (s *site) start(address string) {
+	s.t.Helper()
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.address = l.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	cert := s.servers.server(s.t)
+	wg.Go(func() { fleet.Serve(ctx, l, cert, s.service, slog.New(slog.DiscardHandler)) })
+	s.stop = func() {
+		cancel()
+		wg.Wait()
+	}
+}
+
+func (s *site) ticket() attest.Ticket {
+	s.t.Helper()
+	ticket, _, err := s.service.CreateTicket(1, time.Hour)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return ticket
+}
+
+// laptop is an attester in the test's process.
+type laptop struct {
+	t      *testing.T
+	state  attester.StateFile
+	client *gate.Client
+	stop   func()
+}
+
+// newLaptop starts an attester; open gives its TPM, boot its event log.
+func newLaptop(t *testing.T, s *site, open func() (attester.Hardware, error), boot *logtest.Log, state attester.StateFile) *laptop {
+	t.Helper()
+	org := &attest.Organization{
+		Name: "Test City", CA: s.servers.pem(),
+		Verifiers: []attest.Endpoint{{Address: netip.MustParseAddrPort(s.address), ServerName: name}},
+	}
+	a, err := attester.New(attester.Config{
+		Organization: org, OpenTPM: open,
+		EventLog: func() ([]byte, error) { return boot.Bytes(), nil },
+		State:    state, Now: time.Now, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "attestd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	l, err := net.Listen("unix", filepath.Join(dir, "sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { a.Run(ctx) })
+	wg.Go(func() { a.Serve(ctx, l, nil) })
+	p := &laptop{t: t, state: state, client: gate.NewClient(filepath.Join(dir, "sock"))}
+	var once sync.Once
+	p.stop = func() {
+		once.Do(func() {
+			cancel()
+			wg.Wait()
+		})
+	}
+	t.Cleanup(p.stop)
+	return p
+}
+
+// until waits for a status that ok accepts and returns all states on the way.
+func (p *laptop) until(ok func(gate.Status) bool) (gate.Status, []string) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.t.Context(), 40*time.Second)
+	defer cancel()
+	var states []string
+	for version := uint64(0); ; {
+		s, err := p.client.Wait(ctx, version)
+		if err != nil {
+			p.t.Fatalf("%v; states so far: %v", err, states)
+		}
+		states = append(states, s.State)
+		if ok(s) {
+			return s, states
+		}
+		version = s.Version
+	}
+}
+
+func (p *laptop) untilState(state string) (gate.Status, []string) {
+	p.t.Helper()
+	return p.until(func(s gate.Status) bool { return s.State == state })
+}
+
+func newState(t *testing.T, ticket attest.Ticket) attester.StateFile {
+	t.Helper()
+	f := attester.StateFile{Path: filepath.Join(t.TempDir(), "state")}
+	if err := os.WriteFile(f.Path, make([]byte, attester.PartitionSize), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if !ticket.IsZero() {
+		if err := attester.WriteTicket(f, ticket); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return f
+}
+
+// booted returns a way to open an emulator that has measured boot.
+func booted(t *testing.T, e *tpmtest.Emulator, boot *logtest.Log) func() (attester.Hardware, error) {
+	t.Helper()
+	dev, err := tpm.Open(e.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range boot.Extensions {
+		if err := dev.Extend(x.PCR, x.Digest); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := dev.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return func() (attester.Hardware, error) { return tpm.Open(e.Socket) }
+}
+
+// TestLife enrols, attests, uses the credential, renews it, loses the verifier
+// until it lapses, and finds it again.
+func TestLife(t *testing.T) {
+	e := tpmtest.Start(t)
+	boot := image.Boot()
+	s := newSite(t, e.Roots, 6*time.Second, image.Reference("sekisho", "1"))
+	ticket := s.ticket()
+	p := newLaptop(t, s, booted(t, e, boot), boot, newState(t, ticket))
+	first, states := p.untilState(gate.StateAffirming)
+	t.Logf("states: %v", states)
+
+	// The ticket is used up and gone from the laptop.
+	r, err := p.state.Load()
+	if err != nil || !r.Ticket.IsZero() || r.Enrolment == nil || r.Enrolment.Device.String() != first.DeviceID {
+		t.Errorf("record %+v, %v", r, err)
+	}
+	if raw, err := os.ReadFile(p.state.Path); err != nil || strings.Contains(string(raw), ticket.Reveal()) {
+		t.Errorf("the ticket is still on the state partition (%v)", err)
+	}
+
+	// The credential is what it should be, and its key signs.
+	ctx := t.Context()
+	cert, err := p.client.Credential(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(s.devices.cert)
+	if _, err := cert.Leaf.Verify(x509.VerifyOptions{Roots: pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
+		t.Error(err)
+	}
+	if cert.Leaf.Subject.CommonName != first.DeviceID || len(cert.Leaf.URIs) != 1 || cert.Leaf.URIs[0].String() != "urn:sekisho:device:"+first.DeviceID {
+		t.Errorf("certificate of %v, %v", cert.Leaf.Subject, cert.Leaf.URIs)
+	}
+	handshake(t, s, cert)
+
+	// It is renewed before it ends.
+	second, states := p.until(func(st gate.Status) bool { return st.NotAfter.After(first.NotAfter) })
+	if second.State != gate.StateAffirming || !time.Now().Before(first.NotAfter) {
+		t.Errorf("renewed late: %v at %v, states %v", second, time.Now(), states)
+	}
+
+	// Without a verifier it lapses on time, and everything is shut.
+	cert, err = p.client.Credential(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.stop()
+	down, _ := p.untilState(gate.StateUnreachable)
+	if late := time.Since(cert.Leaf.NotAfter); late < 0 || late > 2*time.Second {
+		t.Errorf("closed %v after the end", late)
+	}
+	if down.Reason != attest.ReasonUnreachable.String() || !strings.Contains(down.Detail, s.address) || !strings.Contains(attester.Line(down), "unreachable since ") {
+		t.Errorf("status: %+v", down)
+	}
+	if _, err := p.client.Credential(ctx); !errors.Is(err, gate.ErrNoCredential) {
+		t.Errorf("credential after the end: %v", err)
+	}
+	digest := sha256.Sum256(nil)
+	if _, err := cert.PrivateKey.(crypto.Signer).Sign(rand.Reader, digest[:], crypto.SHA256); err == nil {
+		t.Error("the key signs after the end")
+	}
+
+	// It comes back by itself.
+	s.start(s.address)
+	p.untilState(gate.StateAffirming)
+}
+
+// handshake makes a mutual TLS connection with the credential.
+func handshake(t *testing.T, s *site, cert *tls.Certificate) {
+	t.Helper()
+	roots, clients := x509.NewCertPool(), x509.NewCertPool()
+	roots.AddCert(s.servers.cert)
+	clients.AddCert(s.devices.cert)
+	server := &tls.Config{Certificates: []tls.Certificate{s.servers.server(t)}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: clients, MinVersion: tls.VersionTLS13}
+	client := &tls.Config{Certificates: []tls.Certificate{*cert}, RootCAs: roots, ServerName: name, MinVersion: tls.VersionTLS13}
+	l, err := tls.Listen("tcp", "127.0.0.1:0", server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	done := make(chan error, 1)
+	go func() {
+		c, err := l.Accept()
+		if err == nil {
+			err = c.(*tls.Conn).Handshake()
+			c.Close()
+		}
+		done <- err
+	}()
+	c, err := tls.Dial("tcp", l.Addr().String(), client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := <-done; err != nil {
+		t.Errorf("the server refused the credential: %v", err)
+	}
+}
+
+// TestTamperedImageIsRefused boots an image that is not in the reference
+// values: refused with the component's name, nothing granted, nothing stored;
+// then the values are added, and the laptop finds out by itself.
+func TestTamperedImageIsRefused(t *testing.T) {
+	e := tpmtest.Start(t)
+	evil := image
+	evil.Kernel = "evil"
+	boot := evil.Boot()
+	s := newSite(t, e.Roots, time.Minute, image.Reference("sekisho", "1"))
+	p := newLaptop(t, s, booted(t, e, boot), boot, newState(t, s.ticket()))
+	st, _ := p.untilState(gate.StateRefused)
+	if st.Reason != attest.ReasonImageMismatch.String() || !strings.HasPrefix(st.Detail, "kernel (.linux, PCR 11): expected ") {
+		t.Errorf("status: %+v", st)
+	}
+	if !strings.HasPrefix(attester.Line(st), "refused image-mismatch: kernel ") {
+		t.Errorf("line: %s", attester.Line(st))
+	}
+	if _, err := p.client.Credential(t.Context()); !errors.Is(err, gate.ErrNoCredential) {
+		t.Errorf("credential: %v", err)
+	}
+	s.store.View(func(r *fleet.Registry) error {
+		for _, d := range r.Devices {
+			if d.Clock != nil || !d.Affirmed.IsZero() {
+				t.Errorf("a refusal was stored: %+v", d)
+			}
+		}
+		return nil
+	})
+	if err := s.store.Update(func(r *fleet.Registry) error {
+		r.References["x"] = evil.Reference("sekisho", "2")
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	p.untilState(gate.StateAffirming)
+}
+
+// TestRestart restarts the attester: no ticket is needed again, and another
+// credential key is certified.
+func TestRestart(t *testing.T) {
+	e := tpmtest.Start(t)
+	boot := image.Boot()
+	s := newSite(t, e.Roots, time.Minute, image.Reference("sekisho", "1"))
+	open, state := booted(t, e, boot), newState(t, s.ticket())
+	p := newLaptop(t, s, open, boot, state)
+	p.untilState(gate.StateAffirming)
+	before, err := p.client.Credential(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.stop()
+	p = newLaptop(t, s, open, boot, state)
+	p.untilState(gate.StateAffirming)
+	after, err := p.client.Credential(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if before.Leaf.PublicKey.(*ecdsa.PublicKey).Equal(after.Leaf.PublicKey) {
+		t.Error("the credential key outlived the restart")
+	}
+}
+
+// TestEnrolmentIsRefused covers what a device without right to enrol sees.
+func TestEnrolmentIsRefused(t *testing.T) {
+	e := tpmtest.Start(t)
+	boot := image.Boot()
+	open := booted(t, e, boot)
+	foreign := filepath.Join(t.TempDir(), "roots.pem")
+	if err := os.WriteFile(foreign, []byte(newCA(t, "some vendor").pem()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name   string
+		roots  string
+		ticket func(*site) attest.Ticket
+		want   attest.Reason
+	}{
+		{"unknown ticket", e.Roots, func(*site) attest.Ticket { return attest.NewTicket("ticket-guess") }, attest.ReasonTicketUnknown},
+		{"TPM of a CA that is not trusted", foreign, (*site).ticket, attest.ReasonEKUntrusted},
+	} {
+		s := newSite(t, c.roots, time.Minute, image.Reference("sekisho", "1"))
+		p := newLaptop(t, s, open, boot, newState(t, c.ticket(s)))
+		st, _ := p.untilState(gate.StateRefused)
+		if st.Reason != c.want.String() {
+			t.Errorf("%s: %+v, want %v", c.name, st, c.want)
+		}
+		p.stop()
+		s.store.View(func(r *fleet.Registry) error {
+			if len(r.Devices) != 0 {
+				t.Errorf("%s: a device was enrolled", c.name)
+			}
+			return nil
+		})
+	}
+}
+
+// TestNoTPM has no TPM at all; it needs no privilege.
+func TestNoTPM(t *testing.T) {
+	roots := filepath.Join(t.TempDir(), "roots.pem")
+	if err := os.WriteFile(roots, []byte(newCA(t, "some vendor").pem()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := newSite(t, roots, time.Minute)
+	open := func() (attester.Hardware, error) { return tpm.Open(filepath.Join(t.TempDir(), "tpm")) }
+	p := newLaptop(t, s, open, image.Boot(), newState(t, attest.Ticket{}))
+	st, _ := p.until(func(st gate.Status) bool { return st.Reason != "" })
+	if st.State != gate.StateNoTPM || st.Reason != attest.ReasonNoTPM.String() || !strings.Contains(st.Detail, "No TPM found") || !strings.Contains(st.Detail, "TPM が見つかりません") {
+		t.Errorf("status: %+v", st)
+	}
+}

@@ -1,0 +1,105 @@
+// Attestctl is the security team's command line to a verifier.
+//
+// Synopsis:
+//
+//	attestctl [-socket PATH] [-json] COMMAND
+//
+// Exit status: 0 done, 1 failed, 2 wrong command line.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+)
+
+const usage = `usage: attestctl [-socket PATH] [-json] COMMAND
+
+commands
+  ticket create [-uses N] [-expires 1h]   make an enrolment ticket; its text is shown this once
+  ticket write -state FILE [-offset N]    put the ticket on standard input on a state partition
+  device list                             list enrolled devices
+  device show ID                          show one device
+  result last [-device ID]                show the last appraisal
+  reference add FILE                      accept the image with these reference values
+  reference list                          list accepted images
+  reference remove "IMAGE VERSION"        accept an image no longer
+
+Flags may stand anywhere. -json prints JSON. "ticket write" needs no verifier.
+
+flags
+`
+
+// errUsage is a wrong command line.
+var errUsage = errors.New("wrong command line; attestctl -h shows the commands")
+
+func main() {
+	var o options
+	f := flag.NewFlagSet("attestctl", flag.ContinueOnError)
+	f.StringVar(&o.socket, "socket", "/run/sekisho-verifier/admin.sock", "verifier's admin socket")
+	f.BoolVar(&o.json, "json", false, "print JSON")
+	f.IntVar(&o.uses, "uses", 1, "devices that a ticket may enrol")
+	f.DurationVar(&o.expires, "expires", 0, "life of a ticket, such as 1h (default 1h)")
+	f.StringVar(&o.device, "device", "", "only results of this device `id`")
+	f.StringVar(&o.state, "state", "", "state partition or file")
+	f.Int64Var(&o.offset, "offset", 0, "first byte of the state partition in the file")
+	f.Usage = func() {
+		fmt.Fprint(f.Output(), usage)
+		f.PrintDefaults()
+	}
+	args, err := parse(f, os.Args[1:])
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		os.Exit(0)
+	case err != nil:
+		os.Exit(2)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if err := o.run(ctx, args); err != nil {
+		fmt.Fprintln(os.Stderr, "attestctl:", err)
+		if errors.Is(err, errUsage) {
+			os.Exit(2)
+		}
+		os.Exit(1)
+	}
+}
+
+// parse reads flags wherever they stand and returns the words between them.
+func parse(f *flag.FlagSet, args []string) (words []string, err error) {
+	for {
+		if err := f.Parse(args); err != nil {
+			return nil, err
+		}
+		if f.NArg() == 0 {
+			return words, nil
+		}
+		words, args = append(words, f.Arg(0)), f.Args()[1:]
+	}
+}
+
+func (o *options) run(ctx context.Context, args []string) error {
+	if len(args) < 2 {
+		return errUsage
+	}
+	command, rest := strings.Join(args[:2], " "), args[2:]
+	c, ok := commands()[command]
+	if !ok || len(rest) != c.args {
+		return errUsage
+	}
+	result, err := c.run(ctx, o, rest)
+	if err != nil {
+		return err
+	}
+	if o.json {
+		e := json.NewEncoder(os.Stdout)
+		e.SetIndent("", "  ")
+		return e.Encode(result)
+	}
+	return c.print(os.Stdout, result)
+}
