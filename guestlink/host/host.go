@@ -81,6 +81,7 @@ func (s *Server) set(state, reason, detail string) {
 // Run serves links, and the API on each of apis, until ctx is done or the
 // device or a listener fails.
 func (s *Server) Run(ctx context.Context, links net.Listener, apis ...net.Listener) error {
+	parent := ctx
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.pump.Run(ctx) })
 	g.Go(func() error { return s.pump.Listen(ctx, links, s.changed) })
@@ -97,7 +98,11 @@ func (s *Server) Run(ctx context.Context, links net.Listener, apis ...net.Listen
 		g.Go(func() error { return srv.Serve(l) })
 		g.Go(func() error { <-ctx.Done(); srv.Close(); return ctx.Err() })
 	}
-	return g.Wait()
+	err := g.Wait()
+	if parent.Err() != nil {
+		return parent.Err() // the end was asked for, whatever ended first
+	}
+	return err
 }
 
 func (s *Server) changed(up bool, cause error) {

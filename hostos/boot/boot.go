@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -234,7 +235,7 @@ func (h *host) startWork(ctx context.Context, wg *sync.WaitGroup, broken []strin
 // workChanged follows the work domain: when its user has switched it off, the
 // laptop goes off.
 func (h *host) workChanged(s vmm.Status) {
-	h.console.line("vmm", "%s %s", s.State, s.Detail)
+	h.console.line("vmm", "%s", strings.TrimSpace(s.State.String()+" "+s.Detail))
 	if s.State == vmm.Shutdown {
 		h.mu.Lock()
 		work := h.work

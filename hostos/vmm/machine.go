@@ -105,7 +105,11 @@ func (m *Machine) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if err := m.follow(ctx); err != nil && !errors.Is(err, os.ErrNotExist) {
 			if s := m.Status().State; s == Running || s == Paused {
-				m.set(Absent, "QEMU does not answer: "+err.Error())
+				detail := "QEMU does not answer: " + err.Error()
+				if errors.Is(err, io.EOF) {
+					detail = "QEMU has ended"
+				}
+				m.set(Absent, detail)
 			}
 		}
 		select {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -86,7 +87,7 @@ func (q *qmp) next() (qmpMessage, error) {
 		if err := q.lines.Err(); err != nil {
 			return m, err
 		}
-		return m, net.ErrClosed
+		return m, io.EOF
 	}
 	return m, json.Unmarshal(q.lines.Bytes(), &m)
 }
