@@ -53,6 +53,8 @@ type host struct {
 // switched off.
 func Run() error {
 	unix.Umask(0o022)
+	// Ctrl-Alt-Del is a signal to init, not a reset (reboot(2)).
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)
 	h := &host{console: newConsole(openConsole()), children: newChildren(), off: make(chan struct{})}
 	h.set("booting", "", "the host domain starts")
 	warnings, err := mountAll()
@@ -137,6 +139,9 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 	}
 	if err := shareBootLog(); err != nil {
 		h.console.line("init", "warning: event log: %v", err)
+	}
+	if err := labDevices(); err != nil {
+		h.console.line("init", "warning: %v", err)
 	}
 	for _, svc := range Services() {
 		if _, err := h.sup.add(ctx, svc); err != nil {

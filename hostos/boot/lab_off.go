@@ -2,5 +2,7 @@
 
 package boot
 
-// labServices is empty: a release image has no lab hook.
+// labServices and labDevices do nothing: a release image has no lab hook.
 func labServices() []Service { return nil }
+
+func labDevices() error { return nil }

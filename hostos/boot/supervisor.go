@@ -331,13 +331,14 @@ func (s *Service) attributes() *syscall.SysProcAttr {
 	return a
 }
 
-// deliver hands a message to the service whose main process sent it.
+// deliver hands a message to the service whose main process sent it. One that
+// does not speak the protocol, such as QEMU, is not listened to.
 func (v *supervisor) deliver(pid int, n notification) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for _, s := range v.services {
 		s.mu.Lock()
-		mine := s.status.PID == pid
+		mine := s.status.PID == pid && s.Notify
 		s.mu.Unlock()
 		if mine {
 			select {
