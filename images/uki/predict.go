@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 
 	"sekisho/attest"
 )
@@ -84,10 +83,12 @@ func Predict(image []byte, trust SecureBoot, name, version string) (*attest.Refe
 		}
 	}
 	separator := digest(make([]byte, 4))
+	// Components are the parts of the image. The keys in PCR 7 are the
+	// machine's: a difference there is another fault, which the PCR names.
 
 	measure(4, "", "", digest([]byte("Calling EFI Application from Boot Option")))
 	measure(4, "", "", separator)
-	measure(4, "uki", "EV_EFI_BOOT_SERVICES_APPLICATION", p.Authenticode())
+	measure(4, "uki", "", p.Authenticode())
 
 	for _, v := range []struct {
 		vendor guid
@@ -100,10 +101,10 @@ func Predict(image []byte, trust SecureBoot, name, version string) (*attest.Refe
 		{guidSecurityDatabase(), roleDB, signatureList(trust.DB)},
 		{guidSecurityDatabase(), "dbx", nil},
 	} {
-		measure(7, "secureboot-"+strings.ToLower(v.name), v.name, digest(variableEvent(v.vendor, v.name, v.data)))
+		measure(7, "", "", digest(variableEvent(v.vendor, v.name, v.data)))
 	}
 	measure(7, "", "", separator)
-	measure(7, "secureboot-authority", "EV_EFI_VARIABLE_AUTHORITY", digest(variableEvent(guidSecurityDatabase(), roleDB, signatureData(trust.DB))))
+	measure(7, "", "", digest(variableEvent(guidSecurityDatabase(), roleDB, signatureData(trust.DB))))
 
 	measure(9, "cmdline", "LOADED_IMAGE::LoadOptions", digest(append(utf16Bytes(loadOptions(parts.Cmdline)), 0, 0)))
 	measure(9, "initramfs", "Linux initrd", combinedInitrd(parts))
