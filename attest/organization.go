@@ -26,10 +26,20 @@ type Endpoint struct {
 	ServerName string         `json:"server_name"` // name in the server's certificate
 }
 
+// Firmware of the work domain.
+const (
+	FirmwareUEFI = "uefi"
+	// FirmwareBIOS is for hosts that are themselves emulated: QEMU's software
+	// emulation aborts when a nested guest's UEFI writes CR8 with an interrupt
+	// pending ("tcg_handle_interrupt: assertion failed", QEMU 7.2 and 10.0).
+	FirmwareBIOS = "bios"
+)
+
 // WorkDomain says how the host domain runs the work domain.
 type WorkDomain struct {
-	MemoryMiB int `json:"memory_mib"`
-	VCPUs     int `json:"vcpus"`
+	MemoryMiB int    `json:"memory_mib"`
+	VCPUs     int    `json:"vcpus"`
+	Firmware  string `json:"firmware"` // FirmwareUEFI or FirmwareBIOS
 }
 
 // Organization is the configuration of one organisation's laptops. It is part
@@ -85,6 +95,9 @@ func (o *Organization) Validate() error {
 	}
 	if w := o.WorkDomain; w.MemoryMiB < 64 || w.MemoryMiB > 1<<20 || w.VCPUs < 1 || w.VCPUs > 256 {
 		fail("work_domain: %d MiB and %d vCPUs: want 64 to 1048576 and 1 to 256", w.MemoryMiB, w.VCPUs)
+	}
+	if f := o.WorkDomain.Firmware; f != FirmwareUEFI && f != FirmwareBIOS {
+		fail("work_domain: firmware %q: want %q or %q", f, FirmwareUEFI, FirmwareBIOS)
 	}
 	return errors.Join(errs...)
 }

@@ -1,0 +1,355 @@
+package verifier
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"math/big"
+	"testing"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/eventlog/logtest"
+	"sekisho/attest/tpm"
+	"sekisho/attest/tpm/faketpm"
+)
+
+const name = "verifier.test"
+
+var (
+	image = logtest.Image{Kernel: "kernel 1", Initramfs: "initramfs 1", Cmdline: "quiet"}
+	start = time.Date(2026, 11, 21, 10, 0, 0, 0, time.UTC)
+)
+
+// bench is a device that is enrolled, and evidence of it that is right.
+type bench struct {
+	t     *testing.T
+	tpm   *faketpm.TPM
+	in    Input
+	extra attest.Digest
+}
+
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	b := &bench{t: t, tpm: faketpm.New()}
+	boot := image.Boot()
+	b.tpm.PCRs = boot.PCRs()
+	id := attest.DeviceID([]byte("ek"))
+	ident := b.tpm.Identity()
+	b.in = Input{
+		Verifier: name, Now: start, References: []attest.ReferenceValues{image.Reference("sekisho", "1")},
+		Device: &Device{ID: id, AK: ident.AK},
+		Evidence: &attest.Evidence{
+			Profile: attest.Profile, Device: id[:], Verifier: name, Purpose: attest.PurposeNetwork,
+			Nonce: []byte("nonce"), EventLog: boot.Bytes(), Key: ident.Key,
+		},
+	}
+	b.sign()
+	return b
+}
+
+// sign binds and signs the evidence as it stands.
+func (b *bench) sign() {
+	b.t.Helper()
+	e := b.in.Evidence
+	key, err := tpm.ParsePublic(e.Key)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	spki, err := key.SPKI()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.extra, err = attest.Binding{
+		Nonce: e.Nonce, Device: e.DeviceID(), Verifier: e.Verifier, Purpose: e.Purpose,
+		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(e.EventLog),
+	}.Digest()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.attest(b.extra)
+}
+
+func (b *bench) attest(extra attest.Digest) {
+	b.t.Helper()
+	p, err := b.tpm.Attest(extra)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	e := b.in.Evidence
+	e.Quote, e.QuoteSig, e.Certify, e.CertifySig = p.Quote, p.QuoteSig, p.Certify, p.CertifySig
+	e.PCRs = make(map[int][]byte)
+	for i, v := range p.PCRs {
+		e.PCRs[i] = v[:]
+	}
+}
+
+// requote replaces the quote by one that change has altered before signing.
+func (b *bench) requote(change func(*faketpm.Quote)) {
+	b.in.Evidence.Quote, b.in.Evidence.QuoteSig = b.tpm.Quote(b.extra, change)
+}
+
+func TestAppraiseAffirms(t *testing.T) {
+	b := newBench(t)
+	out := Appraise(b.in)
+	if out.Result.Status != attest.StatusAffirming || out.Result.Reason != attest.ReasonNone || out.Result.Image != "sekisho 1" {
+		t.Fatalf("result: %+v", out.Result)
+	}
+	if out.Key == nil || out.Clock.Clock == 0 {
+		t.Errorf("outcome: %+v", out)
+	}
+}
+
+// TestAppraiseRefuses has one case for each line of Appraise's list of what an
+// affirming result proves.
+func TestAppraiseRefuses(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		attack func(*bench)
+		want   attest.Reason
+	}{
+		{"for another verifier", func(b *bench) { b.in.Evidence.Verifier = "other"; b.sign() }, attest.ReasonVerifierMismatch},
+		{"for another purpose", func(b *bench) { b.in.Evidence.Purpose = 9; b.sign() }, attest.ReasonPurposeMismatch},
+		{"not enrolled", func(b *bench) { b.in.Device = nil }, attest.ReasonDeviceUnknown},
+		{"record of another device", func(b *bench) { b.in.Device.ID[0] ^= 1 }, attest.ReasonDeviceUnknown},
+		{"foreign AK", func(b *bench) { b.in.Device.AK = faketpm.New().Identity().AK }, attest.ReasonSignatureInvalid},
+		{"signature flipped", func(b *bench) { b.in.Evidence.QuoteSig[10] ^= 1 }, attest.ReasonSignatureInvalid},
+		{"signature empty", func(b *bench) { b.in.Evidence.QuoteSig = nil }, attest.ReasonSignatureInvalid},
+		{"quote flipped", func(b *bench) { b.in.Evidence.Quote[60] ^= 1 }, attest.ReasonSignatureInvalid},
+		{"magic", func(b *bench) { b.requote(func(q *faketpm.Quote) { q.Magic = 0x12345678 }) }, attest.ReasonQuoteMagic},
+		{"certification as quote", func(b *bench) {
+			b.in.Evidence.Quote, b.in.Evidence.QuoteSig = b.in.Evidence.Certify, b.in.Evidence.CertifySig
+		}, attest.ReasonQuoteType},
+		{"other signer named", func(b *bench) { b.requote(func(q *faketpm.Quote) { q.Signer[5] ^= 1 }) }, attest.ReasonQuoteSigner},
+		{"wrong extraData", func(b *bench) { b.attest(attest.Digest{1}) }, attest.ReasonBindingMismatch},
+		{"nonce exchanged", func(b *bench) { b.in.Evidence.Nonce = []byte("other") }, attest.ReasonBindingMismatch},
+		{"key exchanged", func(b *bench) { b.in.Evidence.Key = faketpm.New().Identity().Key }, attest.ReasonBindingMismatch},
+		{"log exchanged", func(b *bench) { b.in.Evidence.EventLog = logtest.New().Bytes() }, attest.ReasonBindingMismatch},
+		{"empty selection", func(b *bench) { b.requote(func(q *faketpm.Quote) { q.Selections = nil }) }, attest.ReasonPCRSelection},
+		{"selection of no PCR", func(b *bench) { b.requote(func(q *faketpm.Quote) { q.Selections[0].Mask = make([]byte, 3) }) }, attest.ReasonPCRSelection},
+		{"a PCR less", func(b *bench) { b.requote(func(q *faketpm.Quote) { q.Selections[0].Mask[1] &^= 1 << 3 }) }, attest.ReasonPCRSelection},
+		{"a PCR more", func(b *bench) { b.requote(func(q *faketpm.Quote) { q.Selections[0].Mask[2] = 1 }) }, attest.ReasonPCRSelection},
+		{"another bank", func(b *bench) { b.requote(func(q *faketpm.Quote) { q.Selections[0].Bank = 4 }) }, attest.ReasonPCRSelection},
+		{"two banks", func(b *bench) {
+			b.requote(func(q *faketpm.Quote) { q.Selections = append(q.Selections, q.Selections[0]) })
+		}, attest.ReasonPCRSelection},
+		{"a value missing", func(b *bench) { delete(b.in.Evidence.PCRs, 9) }, attest.ReasonPCRSelection},
+		{"a value not quoted", func(b *bench) { b.in.Evidence.PCRs[16] = make([]byte, 32) }, attest.ReasonPCRSelection},
+		{"values not the quoted", func(b *bench) { b.in.Evidence.PCRs[11] = make([]byte, 32) }, attest.ReasonPCRDigest},
+		{"clock went back", func(b *bench) { b.in.Device.Clock = &tpm.Clock{Clock: 1 << 40, ResetCount: 1} }, attest.ReasonClockReversed},
+		{"replay of the same evidence", func(b *bench) {
+			c := Appraise(b.in).Clock
+			b.in.Device.Clock = &c
+		}, attest.ReasonClockReversed},
+		{"clock not safe", func(b *bench) {
+			b.tpm.Clock.Safe = false
+			b.sign()
+			b.in.Device.Clock = &tpm.Clock{Clock: 1 << 40, ResetCount: 1}
+		}, attest.ReasonClockUnsafe},
+		{"reset count went back", func(b *bench) { b.in.Device.Clock = &tpm.Clock{ResetCount: 2} }, attest.ReasonClockReversed},
+		{"key of the AK's template", func(b *bench) { b.in.Evidence.Key = b.tpm.Identity().AK; b.sign() }, attest.ReasonKeyAttributes},
+		{"key no public area", func(b *bench) { b.in.Evidence.Key = []byte("key") }, attest.ReasonKeyAttributes},
+		{"certification by another AK", func(b *bench) {
+			other, err := faketpm.New().Attest(b.extra)
+			if err != nil {
+				b.t.Fatal(err)
+			}
+			b.in.Evidence.Certify, b.in.Evidence.CertifySig = other.Certify, other.CertifySig
+		}, attest.ReasonKeyNotCertified},
+		{"certification of another key", func(b *bench) {
+			b.in.Evidence.Key = faketpm.New().Identity().Key
+			b.sign()
+		}, attest.ReasonKeyNotCertified},
+		{"quote as certification", func(b *bench) {
+			b.in.Evidence.Certify, b.in.Evidence.CertifySig = b.in.Evidence.Quote, b.in.Evidence.QuoteSig
+		}, attest.ReasonKeyNotCertified},
+		{"certification of another session", func(b *bench) {
+			old, err := b.tpm.Attest(attest.Digest{7})
+			if err != nil {
+				b.t.Fatal(err)
+			}
+			b.in.Evidence.Certify, b.in.Evidence.CertifySig = old.Certify, old.CertifySig
+		}, attest.ReasonKeyNotCertified},
+		{"log malformed", func(b *bench) { b.in.Evidence.EventLog = []byte("log"); b.sign() }, attest.ReasonLogMalformed},
+		{"log of another boot", func(b *bench) {
+			b.in.Evidence.EventLog = logtest.Image{Kernel: "other"}.Boot().Bytes()
+			b.sign()
+		}, attest.ReasonLogReplay},
+		{"log without events", func(b *bench) { b.in.Evidence.EventLog = logtest.New().Bytes(); b.sign() }, attest.ReasonLogMissingEvents},
+		{"extended after boot", func(b *bench) { b.tpm.PCRs[15] = attest.Digest{1}; b.sign() }, attest.ReasonLogMissingEvents},
+		{"another kernel", func(b *bench) {
+			evil := image
+			evil.Kernel = "evil"
+			b.tpm.PCRs, b.in.Evidence.EventLog = evil.Boot().PCRs(), evil.Boot().Bytes()
+			b.sign()
+		}, attest.ReasonImageMismatch},
+		{"an unknown image", func(b *bench) {
+			evil := logtest.Image{Kernel: "a", Initramfs: "b", Cmdline: "c"}
+			b.tpm.PCRs, b.in.Evidence.EventLog = evil.Boot().PCRs(), evil.Boot().Bytes()
+			b.sign()
+		}, attest.ReasonImageUnknown},
+		{"no reference values", func(b *bench) { b.in.References = nil }, attest.ReasonNoReferenceValues},
+	} {
+		b := newBench(t)
+		c.attack(b)
+		out := Appraise(b.in)
+		if out.Result.Status != attest.StatusContraindicated || out.Result.Reason != c.want || out.Result.Detail == "" {
+			t.Errorf("%s: %v %v (%s), want %v", c.name, out.Result.Status, out.Result.Reason, out.Result.Detail, c.want)
+		}
+		if out.Key != nil || out.Clock != (tpm.Clock{}) {
+			t.Errorf("%s: a refusal entitles to %+v", c.name, out)
+		}
+	}
+}
+
+func TestAppraiseAcceptsANewerBoot(t *testing.T) {
+	b := newBench(t)
+	b.in.Device.Clock = &tpm.Clock{Clock: 1 << 40, ResetCount: 0}
+	if out := Appraise(b.in); out.Result.Status != attest.StatusAffirming {
+		t.Errorf("result: %+v", out.Result)
+	}
+}
+
+func refusal(t *testing.T, err error) attest.Reason {
+	t.Helper()
+	if err == nil {
+		return attest.ReasonNone
+	}
+	var r *attest.Refusal
+	if !errors.As(err, &r) {
+		t.Fatalf("%v is no refusal", err)
+	}
+	return r.Reason
+}
+
+func TestNonces(t *testing.T) {
+	n, device := NewNonces(name), attest.Digest{1}
+	nonce := func() []byte { return n.New(device, start) }
+	flipped := func(i int) []byte {
+		v := nonce()
+		v[i] ^= 1
+		return v
+	}
+	used := nonce()
+	if err := n.Use(used, device, start); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name   string
+		nonce  []byte
+		device attest.Digest
+		at     time.Time
+		want   attest.Reason
+	}{
+		{"fresh", nonce(), device, start.Add(NonceLife), attest.ReasonNone},
+		{"used", used, device, start, attest.ReasonNonceReused},
+		{"used, at the end of its life", used, device, start.Add(NonceLife), attest.ReasonNonceReused},
+		{"expired", nonce(), device, start.Add(NonceLife + time.Millisecond), attest.ReasonNonceExpired},
+		{"from the future", nonce(), device, start.Add(-NonceLife - time.Second), attest.ReasonNonceExpired},
+		{"another device", nonce(), attest.Digest{2}, start, attest.ReasonDeviceMismatch},
+		{"empty", nil, device, start, attest.ReasonNonceInvalid},
+		{"truncated", nonce()[:nonceSize-1], device, start, attest.ReasonNonceInvalid},
+		{"random flipped", flipped(0), device, start, attest.ReasonNonceInvalid},
+		{"time flipped", flipped(20), device, start, attest.ReasonNonceInvalid},
+		{"device flipped", flipped(30), device, start, attest.ReasonNonceInvalid},
+		{"mac flipped", flipped(nonceSize - 1), device, start, attest.ReasonNonceInvalid},
+		{"another verifier's", NewNonces(name).New(device, start), device, start, attest.ReasonNonceInvalid},
+	} {
+		if got := refusal(t, n.Use(c.nonce, c.device, c.at)); got != c.want {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+// TestNoncesStayUsed uses a nonce just before its end and again within it,
+// whenever the memory of used nonces turned over.
+func TestNoncesStayUsed(t *testing.T) {
+	n, device := NewNonces(name), attest.Digest{1}
+	for i := range 500 {
+		now := start.Add(time.Duration(i) * 700 * time.Millisecond)
+		nonce := n.New(device, now)
+		if err := n.Use(nonce, device, now); err != nil {
+			t.Fatal(err)
+		}
+		for _, later := range []time.Duration{time.Second, NonceLife / 2, NonceLife} {
+			// What the turn-over does then must not disturb this run.
+			m := &Nonces{verifier: n.verifier, key: n.key, turned: n.turned, now: n.now, old: n.old}
+			if got := refusal(t, m.Use(nonce, device, now.Add(later))); got != attest.ReasonNonceReused {
+				t.Fatalf("again after %v: %v", later, got)
+			}
+		}
+	}
+}
+
+func TestNoncesAreDistinct(t *testing.T) {
+	n, seen := NewNonces(name), make(map[string]bool)
+	for range 1000 {
+		seen[string(n.New(attest.Digest{}, start)[:nonceRandom])] = true
+	}
+	if len(seen) != 1000 {
+		t.Errorf("%d distinct nonces of 1000", len(seen))
+	}
+}
+
+func FuzzNonce(f *testing.F) {
+	n := NewNonces(name)
+	f.Add(n.New(attest.Digest{}, start)[:nonceBody])
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if n.Use(data, attest.Digest{}, start) == nil {
+			t.Error("a forged nonce was accepted")
+		}
+	})
+}
+
+func TestIssue(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign, NotBefore: start.Add(-time.Hour), NotAfter: start.Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	issuer, err := NewIssuer(ca, key, "Test City", 10*time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	device := attest.Digest{0xab}
+	cert, err := issuer.Issue(device, &key.PublicKey, start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cert.Subject.CommonName != device.String() || cert.Subject.Organization[0] != "Test City" || cert.IsCA ||
+		len(cert.URIs) != 1 || cert.URIs[0].String() != "urn:sekisho:device:"+device.String() ||
+		len(cert.ExtKeyUsage) != 1 || cert.ExtKeyUsage[0] != x509.ExtKeyUsageClientAuth {
+		t.Errorf("certificate: %+v", cert)
+	}
+	if !cert.NotBefore.Equal(start.Add(-time.Minute)) || !cert.NotAfter.Equal(start.Add(10*time.Minute)) {
+		t.Errorf("in force from %v to %v", cert.NotBefore, cert.NotAfter)
+	}
+	for _, life := range []time.Duration{0, time.Second, 48 * time.Hour} {
+		if _, err := NewIssuer(ca, key, "Test City", life); err == nil {
+			t.Errorf("a lifetime of %v was accepted", life)
+		}
+	}
+}
+
+func TestHead(t *testing.T) {
+	if _, _, err := tpm.Head(bytes.Repeat([]byte{1}, 5)); err == nil {
+		t.Error("five bytes have a head")
+	}
+	magic, kind, err := tpm.Head(binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint32(nil, tpm.Generated), tpm.TypeQuote))
+	if err != nil || magic != tpm.Generated || kind != tpm.TypeQuote {
+		t.Errorf("%x %x %v", magic, kind, err)
+	}
+}
