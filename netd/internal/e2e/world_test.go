@@ -108,7 +108,7 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 		Name: "Test City", CA: w.ca.pem(),
 		Verifiers:  []attest.Endpoint{{Address: netip.MustParseAddrPort(verifierAddr), ServerName: "verifier.test"}},
 		Gateways:   []attest.Endpoint{{Address: netip.MustParseAddrPort(gatewayAddr), ServerName: "gateway.test"}},
-		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1},
+		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareUEFI},
 	})
 	chain, key := w.ca.server(t, "gateway.test")
 	w.writeBytes("gateway.crt", chain)
