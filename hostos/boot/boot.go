@@ -149,11 +149,13 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 		}
 	}
 	h.set("running", "", "all stages are done")
-	if len(h.missing) > 0 {
-		h.set("running", "device-missing", h.missing[0].needed)
+	if len(missing) > 0 {
+		h.set("running", "device-missing", missing[0].needed)
 	}
 	if err := h.startWork(ctx, wg, broken); err != nil {
-		h.set("running", "no-work-domain", err.Error())
+		if len(missing) == 0 { // otherwise the missing device is the news
+			h.set("running", "no-work-domain", err.Error())
+		}
 		h.console.line("init", "no work domain: %v / 業務領域を起動できません", err)
 		return nil
 	}
@@ -216,6 +218,7 @@ func (h *host) startWork(ctx context.Context, wg *sync.WaitGroup, broken []strin
 	c, err := vmm.Prepare(vmm.Config{
 		MemoryMiB: org.WorkDomain.MemoryMiB, VCPUs: org.WorkDomain.VCPUs,
 		Disk: byPartlabel + "/" + WorkPart, Code: vmm.FirmwareCode, GuestCID: 3,
+		BIOS: org.WorkDomain.Firmware == attest.FirmwareBIOS,
 	}, workDir, vmm.FirmwareVars, int(uid))
 	if err != nil {
 		return err

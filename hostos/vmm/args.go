@@ -37,8 +37,9 @@ type Config struct {
 	MemoryMiB int
 	VCPUs     int
 	Disk      string // block device or file, raw
-	Code      string // firmware code, read only
-	Vars      string // firmware variables, this machine's own copy
+	BIOS      bool   // legacy BIOS instead of UEFI; Code and Vars are then unused
+	Code      string // UEFI firmware code, read only
+	Vars      string // UEFI firmware variables, this machine's own copy
 	QMP       string // path of the control socket that QEMU opens
 	GuestCID  uint32 // vsock context id, 3 or more
 	Accel     Accel
@@ -57,7 +58,7 @@ func (c Config) Validate() error {
 		errs = append(errs, fmt.Errorf("work domain: vsock context id %d, want at least 3 (vsock(7))", c.GuestCID))
 	}
 	for what, path := range map[string]string{"disk": c.Disk, "firmware code": c.Code, "firmware variables": c.Vars, "control socket": c.QMP} {
-		if path == "" {
+		if path == "" && !(c.BIOS && strings.HasPrefix(what, "firmware")) {
 			errs = append(errs, fmt.Errorf("work domain: no path of the %s", what))
 		}
 	}
@@ -73,7 +74,7 @@ func Args(c Config) []string {
 	if c.Accel == TCG {
 		cpu = "max"
 	}
-	return []string{
+	args := []string{
 		"-name", "work,process=qemu-work",
 		"-no-user-config", "-nodefaults",
 		"-machine", "q35,accel=" + c.Accel.String() + ",vmport=off",
@@ -83,8 +84,6 @@ func Args(c Config) []string {
 		"-nic", "none",
 		"-display", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-		"-drive", "if=pflash,unit=0,format=raw,readonly=on,file=" + escape(c.Code),
-		"-drive", "if=pflash,unit=1,format=raw,file=" + escape(c.Vars),
 		"-blockdev", "driver=raw,node-name=work,cache.direct=on,file.driver=" + fileDriver(c.Disk) +
 			",file.aio=threads,file.cache.direct=on,file.filename=" + escape(c.Disk),
 		"-device", "virtio-blk-pci,drive=work,bootindex=0",
@@ -94,6 +93,12 @@ func Args(c Config) []string {
 		"-serial", "chardev:console",
 		"-qmp", "unix:" + escape(c.QMP) + ",server=on,wait=off",
 	}
+	if !c.BIOS {
+		args = append(args,
+			"-drive", "if=pflash,unit=0,format=raw,readonly=on,file="+escape(c.Code),
+			"-drive", "if=pflash,unit=1,format=raw,file="+escape(c.Vars))
+	}
+	return args
 }
 
 // fileDriver is QEMU's protocol driver for a path: devices are under /dev.

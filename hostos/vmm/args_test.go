@@ -17,13 +17,21 @@ func testConfig() Config {
 func TestArgs(t *testing.T) {
 	want := `-name work,process=qemu-work -no-user-config -nodefaults -machine q35,accel=kvm,vmport=off -cpu host -smp 2 -m 1024M -nic none -display none ` +
 		`-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny ` +
-		`-drive if=pflash,unit=0,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd ` +
-		`-drive if=pflash,unit=1,format=raw,file=/run/sekisho/vmm/vars.fd ` +
 		`-blockdev driver=raw,node-name=work,cache.direct=on,file.driver=host_device,file.aio=threads,file.cache.direct=on,file.filename=/dev/disk/by-partlabel/sekisho-work ` +
 		`-device virtio-blk-pci,drive=work,bootindex=0 -device vhost-vsock-pci,guest-cid=3 -device pvpanic ` +
 		`-chardev stdio,id=console,signal=off -serial chardev:console -qmp unix:/run/sekisho/vmm/qmp.sock,server=on,wait=off`
-	if got := strings.Join(Args(testConfig()), " "); got != want {
-		t.Errorf("got\n%s\nwant\n%s", got, want)
+	uefi := want + ` -drive if=pflash,unit=0,format=raw,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd ` +
+		`-drive if=pflash,unit=1,format=raw,file=/run/sekisho/vmm/vars.fd`
+	c := testConfig()
+	if got := strings.Join(Args(c), " "); got != uefi {
+		t.Errorf("got\n%s\nwant\n%s", got, uefi)
+	}
+	c.BIOS, c.Code, c.Vars = true, "", ""
+	if got := strings.Join(Args(c), " "); got != want {
+		t.Errorf("bios: got\n%s\nwant\n%s", got, want)
+	}
+	if err := c.Validate(); err != nil {
+		t.Errorf("bios: %v", err)
 	}
 }
 

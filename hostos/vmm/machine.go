@@ -219,10 +219,14 @@ func Prepare(c Config, dir, vars string, uid int) (Config, error) {
 		return c, fmt.Errorf("work domain: %w", err)
 	}
 	c.Vars, c.QMP = filepath.Join(dir, "vars.fd"), filepath.Join(dir, "qmp.sock")
-	if err := copyFile(c.Vars, vars); err != nil {
-		return c, fmt.Errorf("work domain: firmware variables: %w", err)
+	owned := []string{dir}
+	if !c.BIOS {
+		if err := copyFile(c.Vars, vars); err != nil {
+			return c, fmt.Errorf("work domain: firmware variables: %w", err)
+		}
+		owned = append(owned, c.Vars)
 	}
-	for _, p := range []string{dir, c.Vars} {
+	for _, p := range owned {
 		if err := os.Chown(p, uid, uid); err != nil {
 			return c, fmt.Errorf("work domain: %w", err)
 		}
