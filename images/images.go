@@ -167,7 +167,8 @@ func (b *Builder) finishHost(parts uki.Parts, name, version string, manifest []b
 }
 
 // Work builds the disk of the Linux work domain that stands in for Windows: an
-// ESP with a UKI that is not signed. The work domain's firmware runs without
+// ESP with a UKI that is not signed, and the same for a legacy BIOS (see
+// attest.FirmwareBIOS). The work domain's firmware runs without
 // Secure Boot; what is trusted is the host domain below it.
 func (b *Builder) Work(ctx context.Context, lab, refresh bool) ([]File, error) {
 	img, err := initramfs.Work(ctx, b.initramfs(HostOptions{Version: "0", Lab: lab, Refresh: refresh}))
@@ -191,7 +192,8 @@ func (b *Builder) Work(ctx context.Context, lab, refresh bool) ([]File, error) {
 	}
 	b.step("writing the work domain's disk")
 	name := filepath.Join(b.Out, WorkImage)
-	if err := disk.Create(name, disk.Layout{Boot: image}); err != nil {
+	bios := &disk.BIOS{Kernel: img.Kernel, Initrd: img.Initrd, Cmdline: workCommandLine}
+	if err := disk.Create(name, disk.Layout{Boot: image, BIOS: bios}); err != nil {
 		return nil, err
 	}
 	return append(files, File{name, size(name)}), nil

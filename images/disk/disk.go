@@ -42,6 +42,8 @@ type Layout struct {
 	// WorkSize is the least size of the work partition in bytes; the file
 	// decides when it is larger.
 	WorkSize int64
+	// BIOS, if not nil, makes the disk bootable by a legacy BIOS too.
+	BIOS *BIOS
 }
 
 // Create writes a disk image to name, sparse, and replaces what was there only
@@ -68,7 +70,11 @@ func Create(name string, l Layout) (err error) {
 		})
 		next += size
 	}
-	add(ESP, gpt.EFISystemPartition, espSize(len(l.Boot)))
+	esp := espSize(len(l.Boot) + l.BIOS.size())
+	add(ESP, gpt.EFISystemPartition, esp)
+	if l.BIOS != nil {
+		table.Partitions[0].Attributes = legacyBootable
+	}
 	if l.State {
 		add(State, gpt.LinuxFilesystem, StateSize)
 	}
@@ -100,8 +106,13 @@ func Create(name string, l Layout) (err error) {
 	if err := table.Write(f, total); err != nil {
 		return err
 	}
-	if err := writeESP(f, mib, espSize(len(l.Boot)), l.Boot); err != nil {
+	if err := writeESP(f, mib, esp, l.Boot); err != nil {
 		return err
+	}
+	if l.BIOS != nil {
+		if err := l.BIOS.install(f, mib); err != nil {
+			return err
+		}
 	}
 	if l.Work != "" {
 		if err := copySparse(f, total-mib-roundUp(workSize), l.Work); err != nil {

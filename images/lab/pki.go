@@ -64,7 +64,7 @@ func (l *Lab) preparePKI() error {
 		Name: "Sekisho Lab", CA: string(ca),
 		Verifiers:  []attest.Endpoint{{Address: verifierAddress, ServerName: verifierName}},
 		Gateways:   []attest.Endpoint{{Address: gatewayAddress, ServerName: gatewayName}},
-		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1},
+		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareBIOS},
 	}
 	if err := o.Validate(); err != nil {
 		return err
