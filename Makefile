@@ -7,7 +7,7 @@ GO       := GOTOOLCHAIN=local CGO_ENABLED=0 go
 COMMANDS := $(patsubst %/main.go,./%,$(wildcard */cmd/*/main.go images/cmd/*/main.go images/lab/cmd/lab/main.go))
 # Everything make run and make test start that is not in this repository.
 PACKAGES := ca-certificates iproute2 nftables procps kmod qemu-system-x86 ovmf swtpm swtpm-tools \
-            dnsmasq-base sbsigntool mtools dosfstools tcpdump iperf3
+            dnsmasq-base sbsigntool syslinux syslinux-common mtools dosfstools tcpdump iperf3
 
 .PHONY: run test bench build packages vet clean
 run: packages build
