@@ -46,7 +46,7 @@ func child(mode string) {
 		os.Exit(7)
 	case "mute":
 		notify("READY=1")
-	case "stubborn":
+	case "deaf":
 		signal.Ignore(syscall.SIGTERM)
 		notify("READY=1\nSTATUS=ready \x1b[31mto resist")
 	case "serve":
@@ -247,9 +247,9 @@ func TestWatchdogKills(t *testing.T) {
 	}
 }
 
-func TestStubbornServiceIsKilledAtStop(t *testing.T) {
+func TestServiceDeafToSIGTERMIsKilledAtStop(t *testing.T) {
 	v, dir, console := testSupervisor(t)
-	svc := testService(v, dir, "stubborn")
+	svc := testService(v, dir, "deaf")
 	svc.Notify = true
 	s, err := v.add(t.Context(), svc)
 	if err != nil {
@@ -261,7 +261,7 @@ func TestStubbornServiceIsKilledAtStop(t *testing.T) {
 	if got := s.now(); got.State != Stopped || got.LastExit != "told to stop, signal killed" {
 		t.Errorf("%+v", got)
 	}
-	if !strings.Contains(console.String(), "stubborn: ready  [31mto resist\n") {
+	if !strings.Contains(console.String(), "deaf: ready  [31mto resist\n") {
 		t.Errorf("console:\n%s", console)
 	}
 }
