@@ -66,6 +66,8 @@ type Config struct {
 type Daemon struct {
 	Config
 	endpoints []netip.AddrPort
+	// follow keeps the uplink and reports it: uplink.Manager.
+	follow func(context.Context, <-chan []uplink.Link, func(netd.Uplink))
 
 	wake   chan struct{} // for the loop
 	links  chan []uplink.Link
@@ -107,6 +109,9 @@ func New(c Config) *Daemon {
 	d := &Daemon{
 		Config: c, wake: make(chan struct{}, 1), links: make(chan []uplink.Link, 1),
 		keeper: make(chan struct{}, 1), pusher: make(chan struct{}, 1),
+		follow: func(ctx context.Context, links <-chan []uplink.Link, report func(netd.Uplink)) {
+			uplink.New(report).Run(ctx, links)
+		},
 	}
 	for _, e := range slices.Concat(c.Organization.Verifiers, c.Organization.Gateways) {
 		d.endpoints = append(d.endpoints, e.Address)
@@ -130,7 +135,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		parts.Go(func() { d.watch(ctx, ns) })
 	}
 	parts.Go(func() { d.followAttestation(ctx) })
-	parts.Go(func() { uplink.New(d.reportUplink).Run(ctx, d.links) })
+	parts.Go(func() { d.follow(ctx, d.links, d.reportUplink) })
 	parts.Go(func() { d.keepTunnel(ctx) })
 	parts.Go(func() { d.pushConfig(ctx) })
 

@@ -1,0 +1,357 @@
+//go:build linux
+
+package daemon
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/gate"
+	"sekisho/guestlink"
+	"sekisho/netd"
+	"sekisho/netd/kernel"
+	"sekisho/netd/plan"
+	"sekisho/netd/tunnel"
+	"sekisho/netd/uplink"
+)
+
+// fakeNS is a kernel in memory.
+type fakeNS struct {
+	mu    *sync.Mutex
+	links []kernel.Link
+	held  plan.Namespace
+	fail  func(plan.Namespace) error
+}
+
+func (n *fakeNS) Apply(p plan.Namespace) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.fail != nil {
+		if err := n.fail(p); err != nil {
+			return err
+		}
+	}
+	n.held = p
+	return nil
+}
+func (n *fakeNS) Links() ([]kernel.Link, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Clone(n.links), nil
+}
+func (n *fakeNS) Watch(ctx context.Context) (<-chan struct{}, error) {
+	c := make(chan struct{})
+	context.AfterFunc(ctx, func() { close(c) })
+	return c, nil
+}
+
+// fakeDriver opens at once, or fails.
+type fakeDriver struct {
+	mu     *sync.Mutex
+	status tunnel.Status
+	ended  chan struct{}
+	ups    []tunnel.Target
+	err    error
+}
+
+func (f *fakeDriver) Up(_ context.Context, to tunnel.Target) (tunnel.Assignment, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ups = append(f.ups, to)
+	if f.err != nil {
+		return tunnel.Assignment{}, f.err
+	}
+	a := tunnel.Assignment{Inner: netip.MustParseAddr("10.80.0.2"), MTU: 1400}
+	f.ended = make(chan struct{})
+	f.status = tunnel.Status{Open: true, Gateway: to.Gateway.Address, Assignment: a, Until: to.Until, Ended: f.ended}
+	return a, nil
+}
+func (f *fakeDriver) Status() tunnel.Status {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.status
+}
+func (f *fakeDriver) Down() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.status.Open {
+		f.status.Open = false
+		close(f.ended)
+	}
+}
+
+// fakeAttestd answers with what the test puts in.
+type fakeAttestd struct{ answers chan any }
+
+func (f *fakeAttestd) Wait(ctx context.Context, _ uint64) (gate.Status, error) {
+	select {
+	case <-ctx.Done():
+		return gate.Status{}, ctx.Err()
+	case a := <-f.answers:
+		if err, ok := a.(error); ok {
+			return gate.Status{}, err
+		}
+		return a.(gate.Status), nil
+	}
+}
+func (f *fakeAttestd) Credential(context.Context) (*tls.Certificate, error) {
+	return &tls.Certificate{Leaf: &x509.Certificate{NotAfter: time.Now().Add(24 * time.Hour)}}, nil
+}
+
+// rig is a daemon over fakes. mu guards what it shares with the daemon.
+type rig struct {
+	mu              sync.Mutex
+	t               *testing.T
+	outside, inside *fakeNS
+	driver          *fakeDriver
+	attestd         *fakeAttestd
+	d               *Daemon
+	lines           []string
+}
+
+func runRig(t *testing.T, script func(*rig)) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &rig{
+			t: t, attestd: &fakeAttestd{make(chan any, 1)},
+			outside: &fakeNS{links: []kernel.Link{{Index: 2, Name: "eth0", Ethernet: true, Hardware: net.HardwareAddr{2, 0, 0, 0, 0, 1}}}},
+			inside:  &fakeNS{links: []kernel.Link{{Index: 2, Name: netd.TunnelLink}, {Index: 3, Name: netd.WorkLink}}},
+		}
+		r.outside.mu, r.inside.mu, r.driver = &r.mu, &r.mu, &fakeDriver{mu: &r.mu}
+		e := attest.Endpoint{Address: netip.MustParseAddrPort("203.0.113.20:443"), ServerName: "gateway.test"}
+		r.d = New(Config{
+			Organization: &attest.Organization{CA: newCA(t), Verifiers: []attest.Endpoint{e}, Gateways: []attest.Endpoint{e}},
+			Outside:      r.outside, Inside: r.inside, Driver: r.driver, Attestation: r.attestd,
+			Configure: func(context.Context, guestlink.Config) error { return nil },
+			Notify:    func(s string) { r.set(func() { r.lines = append(r.lines, s) }) },
+			Log:       slog.New(slog.DiscardHandler),
+		})
+		r.d.follow = func(ctx context.Context, _ <-chan []uplink.Link, report func(netd.Uplink)) {
+			report(netd.Uplink{Name: "eth0", Reason: netd.ReasonNoCarrier, Detail: "no carrier on eth0"})
+			<-ctx.Done()
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- r.d.Run(ctx) }()
+		synctest.Wait()
+		script(r)
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("Run: %v", err)
+		}
+		if len(r.inside.held.Routes) != 0 || len(r.outside.held.Addresses) != 0 {
+			t.Errorf("not closed at the end: %s", plan.Plan{Outside: r.outside.held, Inside: r.inside.held})
+		}
+	})
+}
+
+// set changes what the daemon sees, or looks at what it did.
+func (r *rig) set(f func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	f()
+}
+
+// sessions is how many were opened so far.
+func (r *rig) sessions() (n int) {
+	r.set(func() { n = len(r.driver.ups) })
+	return n
+}
+
+// lease plugs the cable in and reports a lease, as the uplink's manager would.
+func (r *rig) lease(address string) {
+	r.set(func() { r.outside.links[0].Carrier = true })
+	r.d.reportUplink(netd.Uplink{Name: "eth0", Carrier: true, Address: netip.MustParsePrefix(address), Router: netip.MustParseAddr("192.168.50.1"), MTU: 1500})
+}
+
+// newCA makes a certificate authority in PEM.
+func newCA(t *testing.T) string {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}
+
+func (r *rig) want(state netd.State, reason string) {
+	r.t.Helper()
+	synctest.Wait()
+	if s := r.d.Status(); s.State != state || s.Reason != reason {
+		r.t.Fatalf("%s, reason %q, want %s %q; history %+v", s.Line(), s.Reason, state, reason, s.History)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if open := len(r.inside.held.Routes) > 0; open != (state == netd.Tunnel) {
+		r.t.Fatalf("inside in state %s:\n%s", state, r.inside.held)
+	}
+}
+
+func affirming(life time.Duration) gate.Status {
+	return gate.Status{State: gate.StateAffirming, NotAfter: time.Now().Add(life), DeviceID: "d1"}
+}
+
+func sleep(d time.Duration) { <-time.After(d) } // virtual time
+
+func TestExplain(t *testing.T) {
+	at := time.Date(2026, 11, 21, 10, 0, 0, 0, time.UTC)
+	for _, c := range []struct {
+		state     netd.State
+		in        reports
+		fault     error
+		affirming bool
+		reason    string
+		detail    string
+	}{
+		{state: netd.Dark, fault: errors.New("no nftables"), reason: netd.ReasonKernel, detail: "no nftables"},
+		{state: netd.Dark, in: reports{uplink: netd.Uplink{Reason: netd.ReasonNoCarrier, Detail: "no carrier on eth0"}}, reason: netd.ReasonNoCarrier, detail: "no carrier on eth0"},
+		{state: netd.Linked, in: reports{silent: at}, reason: netd.ReasonAttestd, detail: "attestd does not answer since 2026-11-21T10:00:00Z"},
+		{state: netd.Attesting, in: reports{gate: gate.Status{State: gate.StateUnreachable, Since: at}}, reason: netd.ReasonVerifier, detail: "verifier unreachable since 2026-11-21T10:00:00Z"},
+		{state: netd.Attesting, in: reports{gate: gate.Status{State: gate.StateRefused, Reason: "pcr-mismatch", Detail: "kernel differs"}}, reason: "pcr-mismatch", detail: "kernel differs"},
+		{state: netd.Attesting, in: reports{gate: gate.Status{State: gate.StateAffirming, NotAfter: at}}, reason: netd.ReasonLapsed, detail: "credential lapsed at 2026-11-21T10:00:00Z"},
+		{state: netd.Attesting, affirming: true, reason: netd.ReasonConnecting, detail: "opening the tunnel"},
+		{state: netd.Attesting, affirming: true, in: reports{trouble: trouble{netd.ReasonGateway, "gateway 203.0.113.20:443 unreachable", at}}, reason: netd.ReasonGateway, detail: "gateway 203.0.113.20:443 unreachable since 2026-11-21T10:00:00Z"},
+		{state: netd.Tunnel},
+	} {
+		if reason, detail := explain(c.state, c.in, c.in.uplink, c.fault, c.affirming); reason != c.reason || detail != c.detail {
+			t.Errorf("%s: %q, %q, want %q, %q", c.state, reason, detail, c.reason, c.detail)
+		}
+	}
+}
+
+func TestFromDarkToTunnelAndBack(t *testing.T) {
+	runRig(t, func(r *rig) {
+		r.want(netd.Dark, netd.ReasonNoCarrier)
+		r.set(func() {
+			if !slices.Contains(r.lines, "READY=1") {
+				t.Errorf("not ready although closed and read back: %q", r.lines)
+			}
+		})
+		r.lease("192.168.50.23/24")
+		r.want(netd.Linked, netd.ReasonAttestd)
+		r.set(func() {
+			if got := r.outside.held.Addresses; len(got) != 1 || got[0].Link != "eth0" {
+				t.Errorf("addresses outside: %v", got)
+			}
+		})
+		r.attestd.answers <- gate.Status{State: gate.StateAttesting}
+		r.want(netd.Attesting, netd.ReasonAttestation)
+
+		r.set(func() { r.driver.err = errors.New("connection refused") })
+		r.attestd.answers <- affirming(time.Hour)
+		r.want(netd.Attesting, netd.ReasonGateway)
+		r.set(func() { r.driver.err = nil })
+		sleep(2 * time.Second)
+		r.want(netd.Tunnel, "")
+		r.set(func() {
+			if line := r.lines[len(r.lines)-1]; line != "STATUS=Tunnel inner 10.80.0.2 gateway 203.0.113.20:443" {
+				t.Errorf("last line %q", line)
+			}
+		})
+
+		// The gateway dies; back-off brings the tunnel back.
+		r.driver.Down()
+		sleep(2 * time.Second)
+		r.want(netd.Tunnel, "")
+
+		// attestd dies: what it granted stands. It comes back with a renewed
+		// credential: a new session is opened while the old one stands.
+		r.attestd.answers <- errors.New("connection refused")
+		sleep(5 * time.Second)
+		r.want(netd.Tunnel, "")
+		before := r.sessions()
+		r.attestd.answers <- affirming(2 * time.Hour)
+		r.want(netd.Tunnel, "")
+		if n := r.sessions() - before; n != 1 {
+			t.Errorf("%d sessions opened for the renewed credential, want 1", n)
+		}
+
+		// A refusal closes at once, the same device may come back.
+		r.attestd.answers <- gate.Status{State: gate.StateRefused, Reason: "pcr-mismatch", Detail: "kernel differs"}
+		r.want(netd.Attesting, "pcr-mismatch")
+		if r.driver.Status().Open {
+			t.Error("session open after a refusal")
+		}
+		r.attestd.answers <- affirming(time.Minute)
+		r.want(netd.Tunnel, "")
+
+		// Another address: the session moves.
+		r.lease("192.168.50.99/24")
+		r.want(netd.Tunnel, "")
+		r.set(func() {
+			if got := r.driver.ups[len(r.driver.ups)-1].Source.String(); got != "192.168.50.99" {
+				t.Errorf("session from %s, want the new address", got)
+			}
+		})
+
+		// The credential lapses with nobody there to renew it.
+		sleep(time.Minute + 2*time.Second)
+		r.want(netd.Attesting, netd.ReasonLapsed)
+		r.attestd.answers <- affirming(time.Hour)
+		r.want(netd.Tunnel, "")
+
+		// The cable goes, before the DHCP client has noticed.
+		r.set(func() { r.outside.links[0].Carrier = false })
+		sleep(2 * time.Second)
+		r.want(netd.Dark, netd.ReasonNoCarrier)
+		if r.driver.Status().Open {
+			t.Error("session open without an uplink")
+		}
+	})
+}
+
+func TestKernelThatRefusesStaysClosed(t *testing.T) {
+	runRig(t, func(r *rig) {
+		r.set(func() {
+			r.inside.fail = func(p plan.Namespace) error {
+				if len(p.Routes) > 0 {
+					return errors.New("no such device")
+				}
+				return nil
+			}
+		})
+		r.lease("192.168.50.23/24")
+		r.attestd.answers <- affirming(time.Hour)
+		r.want(netd.Dark, netd.ReasonKernel)
+		r.set(func() { r.inside.fail = nil })
+		sleep(5 * time.Second)
+		r.want(netd.Tunnel, "")
+	})
+}
+
+func TestWork0ComesLate(t *testing.T) {
+	runRig(t, func(r *rig) {
+		r.set(func() { r.inside.links = r.inside.links[:1] })
+		r.lease("192.168.50.23/24")
+		r.attestd.answers <- affirming(time.Hour)
+		synctest.Wait()
+		s := r.d.Status()
+		r.set(func() {
+			if s.State != netd.Tunnel || len(r.inside.held.Routes) > 0 {
+				t.Errorf("%s, routes %v: want none before work0 is there", s.Line(), r.inside.held.Routes)
+			}
+			r.inside.links = append(r.inside.links, kernel.Link{Index: 3, Name: netd.WorkLink})
+		})
+		sleep(2 * time.Second)
+		r.want(netd.Tunnel, "")
+	})
+}
