@@ -29,6 +29,7 @@ import (
 	"sekisho/attest/fleet"
 	"sekisho/attest/gate"
 	"sekisho/attest/tpm"
+	"sekisho/attest/tpm/faketpm"
 	"sekisho/attest/tpm/tpmtest"
 	"sekisho/attest/verifier"
 )
@@ -164,16 +165,16 @@ type laptop struct {
 	stop   func()
 }
 
-// newLaptop starts an attester; open gives its TPM, boot its event log.
-func newLaptop(t *testing.T, s *site, open func() (attester.Hardware, error), boot *logtest.Log, state attester.StateFile) *laptop {
+// newLaptop starts an attester on m.
+func newLaptop(t *testing.T, s *site, m machine, state attester.StateFile) *laptop {
 	t.Helper()
 	org := &attest.Organization{
 		Name: "Test City", CA: s.servers.pem(),
 		Verifiers: []attest.Endpoint{{Address: netip.MustParseAddrPort(s.address), ServerName: name}},
 	}
 	a, err := attester.New(attester.Config{
-		Organization: org, OpenTPM: open,
-		EventLog: func() ([]byte, error) { return boot.Bytes(), nil },
+		Organization: org, OpenTPM: m.open,
+		EventLog: func() ([]byte, error) { return m.boot.Bytes(), nil },
 		State:    state, Now: time.Now, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	if err != nil {
@@ -242,32 +243,64 @@ func newState(t *testing.T, ticket attest.Ticket) attester.StateFile {
 	return f
 }
 
-// booted returns a way to open an emulator that has measured boot.
-func booted(t *testing.T, e *tpmtest.Emulator, boot *logtest.Log) func() (attester.Hardware, error) {
-	t.Helper()
-	dev, err := tpm.Open(e.Socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, x := range boot.Extensions {
-		if err := dev.Extend(x.PCR, x.Digest); err != nil {
+// machine is a TPM that has measured boot.
+type machine struct {
+	boot  *logtest.Log
+	roots string // PEM file
+	open  func() (attester.Hardware, error)
+	fake  bool // one credential key for all starts
+}
+
+// machines runs f with a TPM in software, which needs no privilege, and with
+// swtpm, which does.
+func machines(t *testing.T, boot *logtest.Log, f func(*testing.T, machine)) {
+	t.Run("software", func(t *testing.T) { f(t, software(t, boot)) })
+	t.Run("swtpm", func(t *testing.T) {
+		e := tpmtest.Start(t)
+		dev, err := tpm.Open(e.Socket)
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	if err := dev.Close(); err != nil {
+		for _, x := range boot.Extensions {
+			if err := dev.Extend(x.PCR, x.Digest); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := dev.Close(); err != nil {
+			t.Fatal(err)
+		}
+		f(t, machine{boot, e.Roots, func() (attester.Hardware, error) { return tpm.Open(e.Socket) }, false})
+	})
+}
+
+func software(t *testing.T, boot *logtest.Log) machine {
+	t.Helper()
+	maker := newCA(t, "maker of TPMs")
+	dev := faketpm.New()
+	dev.PCRs = boot.PCRs()
+	if err := dev.Certify(maker.cert, maker.key, nil); err != nil {
 		t.Fatal(err)
 	}
-	return func() (attester.Hardware, error) { return tpm.Open(e.Socket) }
+	return machine{boot, writeFile(t, maker.pem()), func() (attester.Hardware, error) { return dev, nil }, true}
+}
+
+func writeFile(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // TestLife enrols, attests, uses the credential, renews it, loses the verifier
 // until it lapses, and finds it again.
-func TestLife(t *testing.T) {
-	e := tpmtest.Start(t)
-	boot := image.Boot()
-	s := newSite(t, e.Roots, 6*time.Second, image.Reference("sekisho", "1"))
+func TestLife(t *testing.T) { machines(t, image.Boot(), life) }
+
+func life(t *testing.T, m machine) {
+	s := newSite(t, m.roots, 6*time.Second, image.Reference("sekisho", "1"))
 	ticket := s.ticket()
-	p := newLaptop(t, s, booted(t, e, boot), boot, newState(t, ticket))
+	p := newLaptop(t, s, m, newState(t, ticket))
 	first, states := p.untilState(gate.StateAffirming)
 	t.Logf("states: %v", states)
 
@@ -364,12 +397,14 @@ func handshake(t *testing.T, s *site, cert *tls.Certificate) {
 // values: refused with the component's name, nothing granted, nothing stored;
 // then the values are added, and the laptop finds out by itself.
 func TestTamperedImageIsRefused(t *testing.T) {
-	e := tpmtest.Start(t)
 	evil := image
 	evil.Kernel = "evil"
-	boot := evil.Boot()
-	s := newSite(t, e.Roots, time.Minute, image.Reference("sekisho", "1"))
-	p := newLaptop(t, s, booted(t, e, boot), boot, newState(t, s.ticket()))
+	machines(t, evil.Boot(), func(t *testing.T, m machine) { tampered(t, m, evil) })
+}
+
+func tampered(t *testing.T, m machine, evil logtest.Image) {
+	s := newSite(t, m.roots, time.Minute, image.Reference("sekisho", "1"))
+	p := newLaptop(t, s, m, newState(t, s.ticket()))
 	st, _ := p.untilState(gate.StateRefused)
 	if st.Reason != attest.ReasonImageMismatch.String() || !strings.HasPrefix(st.Detail, "kernel (.linux, PCR 11): expected ") {
 		t.Errorf("status: %+v", st)
@@ -399,49 +434,45 @@ func TestTamperedImageIsRefused(t *testing.T) {
 
 // TestRestart restarts the attester: no ticket is needed again, and another
 // credential key is certified.
-func TestRestart(t *testing.T) {
-	e := tpmtest.Start(t)
-	boot := image.Boot()
-	s := newSite(t, e.Roots, time.Minute, image.Reference("sekisho", "1"))
-	open, state := booted(t, e, boot), newState(t, s.ticket())
-	p := newLaptop(t, s, open, boot, state)
+func TestRestart(t *testing.T) { machines(t, image.Boot(), restart) }
+
+func restart(t *testing.T, m machine) {
+	s := newSite(t, m.roots, time.Minute, image.Reference("sekisho", "1"))
+	state := newState(t, s.ticket())
+	p := newLaptop(t, s, m, state)
 	p.untilState(gate.StateAffirming)
 	before, err := p.client.Credential(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	p.stop()
-	p = newLaptop(t, s, open, boot, state)
+	p = newLaptop(t, s, m, state)
 	p.untilState(gate.StateAffirming)
 	after, err := p.client.Credential(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if before.Leaf.PublicKey.(*ecdsa.PublicKey).Equal(after.Leaf.PublicKey) {
+	if before.Leaf.PublicKey.(*ecdsa.PublicKey).Equal(after.Leaf.PublicKey) != m.fake {
 		t.Error("the credential key outlived the restart")
 	}
 }
 
 // TestEnrolmentIsRefused covers what a device without right to enrol sees.
-func TestEnrolmentIsRefused(t *testing.T) {
-	e := tpmtest.Start(t)
-	boot := image.Boot()
-	open := booted(t, e, boot)
-	foreign := filepath.Join(t.TempDir(), "roots.pem")
-	if err := os.WriteFile(foreign, []byte(newCA(t, "some vendor").pem()), 0o600); err != nil {
-		t.Fatal(err)
-	}
+func TestEnrolmentIsRefused(t *testing.T) { machines(t, image.Boot(), enrolmentRefused) }
+
+func enrolmentRefused(t *testing.T, m machine) {
+	foreign := writeFile(t, newCA(t, "some vendor").pem())
 	for _, c := range []struct {
 		name   string
 		roots  string
 		ticket func(*site) attest.Ticket
 		want   attest.Reason
 	}{
-		{"unknown ticket", e.Roots, func(*site) attest.Ticket { return attest.NewTicket("ticket-guess") }, attest.ReasonTicketUnknown},
+		{"unknown ticket", m.roots, func(*site) attest.Ticket { return attest.NewTicket("ticket-guess") }, attest.ReasonTicketUnknown},
 		{"TPM of a CA that is not trusted", foreign, (*site).ticket, attest.ReasonEKUntrusted},
 	} {
 		s := newSite(t, c.roots, time.Minute, image.Reference("sekisho", "1"))
-		p := newLaptop(t, s, open, boot, newState(t, c.ticket(s)))
+		p := newLaptop(t, s, m, newState(t, c.ticket(s)))
 		st, _ := p.untilState(gate.StateRefused)
 		if st.Reason != c.want.String() {
 			t.Errorf("%s: %+v, want %v", c.name, st, c.want)
@@ -456,17 +487,52 @@ func TestEnrolmentIsRefused(t *testing.T) {
 	}
 }
 
-// TestNoTPM has no TPM at all; it needs no privilege.
+// TestNoTPM has no TPM at all.
 func TestNoTPM(t *testing.T) {
-	roots := filepath.Join(t.TempDir(), "roots.pem")
-	if err := os.WriteFile(roots, []byte(newCA(t, "some vendor").pem()), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	s := newSite(t, roots, time.Minute)
+	s := newSite(t, writeFile(t, newCA(t, "some vendor").pem()), time.Minute)
 	open := func() (attester.Hardware, error) { return tpm.Open(filepath.Join(t.TempDir(), "tpm")) }
-	p := newLaptop(t, s, open, image.Boot(), newState(t, attest.Ticket{}))
+	p := newLaptop(t, s, machine{boot: image.Boot(), open: open}, newState(t, attest.Ticket{}))
 	st, _ := p.until(func(st gate.Status) bool { return st.Reason != "" })
 	if st.State != gate.StateNoTPM || st.Reason != attest.ReasonNoTPM.String() || !strings.Contains(st.Detail, "No TPM found") || !strings.Contains(st.Detail, "TPM が見つかりません") {
+		t.Errorf("status: %+v", st)
+	}
+}
+
+// TestNoTicket has a TPM, and nothing on its state partition.
+func TestNoTicket(t *testing.T) {
+	m := software(t, image.Boot())
+	s := newSite(t, m.roots, time.Minute)
+	p := newLaptop(t, s, m, newState(t, attest.Ticket{}))
+	st, _ := p.untilState(gate.StateUnenrolled)
+	if st.DeviceID == "" {
+		t.Errorf("status: %+v", st)
+	}
+}
+
+// TestPowerFailsAfterEnrolment loses the laptop's record of an enrolment that
+// the verifier has stored: the same ticket brings it back, at no further use.
+func TestPowerFailsAfterEnrolment(t *testing.T) {
+	m := software(t, image.Boot())
+	s := newSite(t, m.roots, time.Minute, image.Reference("sekisho", "1"))
+	ticket := s.ticket()
+	p := newLaptop(t, s, m, newState(t, ticket))
+	p.untilState(gate.StateAffirming)
+	p.stop()
+	p = newLaptop(t, s, m, newState(t, ticket))
+	p.untilState(gate.StateAffirming)
+}
+
+// TestStateOfAnotherLaptop has a state partition that was moved here.
+func TestStateOfAnotherLaptop(t *testing.T) {
+	m := software(t, image.Boot())
+	s := newSite(t, m.roots, time.Minute, image.Reference("sekisho", "1"))
+	state := newState(t, attest.Ticket{})
+	if err := state.Store(attester.Record{Enrolment: &attest.Enrolment{Device: attest.Digest{1}}}); err != nil {
+		t.Fatal(err)
+	}
+	p := newLaptop(t, s, m, state)
+	st, _ := p.until(func(st gate.Status) bool { return st.Reason != "" })
+	if st.State != gate.StateUnenrolled || st.Reason != attest.ReasonState.String() {
 		t.Errorf("status: %+v", st)
 	}
 }

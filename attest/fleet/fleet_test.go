@@ -1,0 +1,732 @@
+package fleet
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"log/slog"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/eventlog/logtest"
+	"sekisho/attest/tpm"
+	"sekisho/attest/tpm/faketpm"
+	"sekisho/attest/verifier"
+)
+
+const name = "verifier.test"
+
+var (
+	image = logtest.Image{Kernel: "kernel 1", Initramfs: "initramfs 1", Cmdline: "quiet"}
+	start = time.Now().Truncate(time.Second)
+)
+
+// bench is a service with one maker of TPMs that it trusts.
+type bench struct {
+	t       *testing.T
+	service *Service
+	store   *FileStore
+	dir     string
+	now     time.Time
+	maker   *x509.Certificate
+	makeKey *ecdsa.PrivateKey
+}
+
+func authority(t *testing.T, cn string) (*x509.Certificate, *ecdsa.PrivateKey) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: cn}, IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign, NotBefore: start.Add(-48 * time.Hour), NotAfter: start.Add(48 * time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert, key
+}
+
+func newBench(t *testing.T) *bench {
+	t.Helper()
+	b := &bench{t: t, dir: t.TempDir(), now: start}
+	b.maker, b.makeKey = authority(t, "maker of TPMs")
+	pool := x509.NewCertPool()
+	pool.AddCert(b.maker)
+	ca, key := authority(t, "devices")
+	issuer, err := verifier.NewIssuer(ca, key, "Test City", 10*time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.store, err = OpenFileStore(b.dir); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.store.Close() })
+	b.service, err = NewService(Config{
+		Verifier: name, Store: b.store, Issuer: issuer, EKRoots: pool,
+		References: []attest.ReferenceValues{image.Reference("sekisho", "1")}, Now: func() time.Time { return b.now },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// device is a TPM of the trusted maker that has booted the image.
+func (b *bench) device() *faketpm.TPM {
+	b.t.Helper()
+	d := faketpm.New()
+	d.PCRs = image.Boot().PCRs()
+	if err := d.Certify(b.maker, b.makeKey, nil); err != nil {
+		b.t.Fatal(err)
+	}
+	return d
+}
+
+func (b *bench) ticket(uses int) string {
+	b.t.Helper()
+	ticket, _, err := b.service.CreateTicket(uses, time.Hour)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return ticket.Reveal()
+}
+
+func request(d *faketpm.TPM, ticket string) attest.EnrolRequest {
+	id := d.Identity()
+	return attest.EnrolRequest{Ticket: ticket, EKCertificate: id.EKCertificate, EK: id.EK, AK: id.AK}
+}
+
+// enrol enrols d; change may alter the exchange on its way.
+func (b *bench) enrol(d *faketpm.TPM, ticket string, change func(*attest.EnrolRequest, *attest.EnrolAnswer)) (*attest.Enrolment, error) {
+	b.t.Helper()
+	if change == nil {
+		change = func(*attest.EnrolRequest, *attest.EnrolAnswer) {}
+	}
+	r := request(d, ticket)
+	change(&r, &attest.EnrolAnswer{})
+	c, err := b.service.Begin(r)
+	if err != nil {
+		return nil, err
+	}
+	secret, err := d.Activate(c.Credential, c.Secret)
+	if err != nil {
+		secret = make([]byte, 32) // a guess
+	}
+	proof, err := attest.EnrolProof(secret, r, *c)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	a := attest.EnrolAnswer{Session: c.Session, Proof: proof}
+	change(&attest.EnrolRequest{}, &a)
+	return b.service.Finish(a)
+}
+
+// evidence answers a challenge for device id with TPM d.
+func (b *bench) evidence(d *faketpm.TPM, id attest.Digest, nonce []byte) *attest.Evidence {
+	b.t.Helper()
+	key, err := tpm.ParsePublic(d.Identity().Key)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	spki, err := key.SPKI()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	log := image.Boot().Bytes()
+	extra, err := attest.Binding{
+		Nonce: nonce, Device: id, Verifier: name, Purpose: attest.PurposeNetwork,
+		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(log),
+	}.Digest()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	p, err := d.Attest(extra)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	e := &attest.Evidence{
+		Profile: attest.Profile, Device: id[:], Verifier: name, Purpose: attest.PurposeNetwork, Nonce: nonce,
+		Quote: p.Quote, QuoteSig: p.QuoteSig, PCRs: make(map[int][]byte), EventLog: log,
+		Key: key.Bytes, Certify: p.Certify, CertifySig: p.CertifySig,
+	}
+	for i, v := range p.PCRs {
+		e.PCRs[i] = v[:]
+	}
+	return e
+}
+
+func (b *bench) nonce(id attest.Digest) []byte {
+	return b.service.Challenge(attest.ChallengeRequest{Device: id}).Nonce
+}
+
+func (b *bench) attest(e *attest.Evidence) *attest.AttestResponse {
+	b.t.Helper()
+	data, err := e.Encode()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	r, err := b.service.Attest(data)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return r
+}
+
+// onDisk is the store's content.
+func (b *bench) onDisk() string {
+	b.t.Helper()
+	data, err := os.ReadFile(filepath.Join(b.dir, registryFile))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		b.t.Fatal(err)
+	}
+	return string(data)
+}
+
+func refusal(t *testing.T, err error) attest.Reason {
+	t.Helper()
+	if err == nil {
+		return attest.ReasonNone
+	}
+	var r *attest.Refusal
+	if !errors.As(err, &r) {
+		t.Fatalf("%v is no refusal", err)
+	}
+	return r.Reason
+}
+
+func deviceID(t *testing.T, d *faketpm.TPM) attest.Digest {
+	t.Helper()
+	ek, err := tpm.ParsePublic(d.Identity().EK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return attest.DeviceID(ek.Name())
+}
+
+func TestEnrolAndAttest(t *testing.T) {
+	b := newBench(t)
+	d := b.device()
+	e, err := b.enrol(d, b.ticket(1), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e.Device != deviceID(t, d) {
+		t.Errorf("enrolled as %v", e.Device)
+	}
+	r := b.attest(b.evidence(d, e.Device, b.nonce(e.Device)))
+	if r.Result.Status != attest.StatusAffirming || len(r.Chain) != 1 {
+		t.Errorf("%+v", r)
+	}
+	// What was stored survives a restart of the verifier.
+	b.store.Close()
+	s, err := OpenFileStore(b.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.View(func(reg *Registry) error {
+		if got := reg.Devices[e.Device]; got.Clock == nil || got.Image != "sekisho 1" || len(reg.Tickets) != 1 {
+			t.Errorf("registry: %+v", reg)
+		}
+		return nil
+	})
+}
+
+func TestEnrolRefuses(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		attack func(b *bench) error
+		want   attest.Reason
+	}{
+		{"no ticket", func(b *bench) error { _, err := b.enrol(b.device(), "", nil); return err }, attest.ReasonTicketUnknown},
+		{"unknown ticket", func(b *bench) error { _, err := b.enrol(b.device(), "ticket-x", nil); return err }, attest.ReasonTicketUnknown},
+		{"long ticket", func(b *bench) error {
+			_, err := b.enrol(b.device(), string(make([]byte, 5000)), nil)
+			return err
+		}, attest.ReasonTicketUnknown},
+		{"expired ticket", func(b *bench) error {
+			ticket := b.ticket(1)
+			b.now = b.now.Add(2 * time.Hour)
+			_, err := b.enrol(b.device(), ticket, nil)
+			return err
+		}, attest.ReasonTicketExpired},
+		{"no certificate", func(b *bench) error { _, err := b.enrol(faketpm.New(), b.ticket(1), nil); return err }, attest.ReasonEKMissing},
+		{"certificate of another maker", func(b *bench) error {
+			d := faketpm.New()
+			ca, key := authority(b.t, "maker of TPMs")
+			if err := d.Certify(ca, key, nil); err != nil {
+				b.t.Fatal(err)
+			}
+			_, err := b.enrol(d, b.ticket(1), nil)
+			return err
+		}, attest.ReasonEKUntrusted},
+		{"certificate of a CA", func(b *bench) error {
+			d := faketpm.New()
+			if err := d.Certify(b.maker, b.makeKey, func(c *x509.Certificate) { c.IsCA, c.BasicConstraintsValid = true, true }); err != nil {
+				b.t.Fatal(err)
+			}
+			_, err := b.enrol(d, b.ticket(1), nil)
+			return err
+		}, attest.ReasonEKUntrusted},
+		{"certificate of another TPM", func(b *bench) error {
+			_, err := b.enrol(faketpm.New(), b.ticket(1), func(r *attest.EnrolRequest, _ *attest.EnrolAnswer) {
+				r.EKCertificate = b.device().Identity().EKCertificate
+			})
+			return err
+		}, attest.ReasonEKMismatch},
+		{"EK that signs", func(b *bench) error {
+			_, err := b.enrol(b.device(), b.ticket(1), func(r *attest.EnrolRequest, _ *attest.EnrolAnswer) { r.EK = r.AK })
+			return err
+		}, attest.ReasonEKAttributes},
+		{"AK that is not restricted", func(b *bench) error {
+			d := b.device()
+			_, err := b.enrol(d, b.ticket(1), func(r *attest.EnrolRequest, _ *attest.EnrolAnswer) { r.AK = d.Identity().Key })
+			return err
+		}, attest.ReasonAKAttributes},
+		{"AK of another TPM", func(b *bench) error {
+			_, err := b.enrol(b.device(), b.ticket(1), func(r *attest.EnrolRequest, _ *attest.EnrolAnswer) {
+				if r.AK != nil {
+					r.AK = faketpm.New().Identity().AK
+				}
+			})
+			return err
+		}, attest.ReasonChallengeFailed},
+		{"wrong proof", func(b *bench) error {
+			_, err := b.enrol(b.device(), b.ticket(1), func(_ *attest.EnrolRequest, a *attest.EnrolAnswer) {
+				if a.Proof != nil {
+					a.Proof[0] ^= 1
+				}
+			})
+			return err
+		}, attest.ReasonChallengeFailed},
+		{"unknown session", func(b *bench) error {
+			_, err := b.enrol(b.device(), b.ticket(1), func(_ *attest.EnrolRequest, a *attest.EnrolAnswer) { a.Session = []byte("x") })
+			return err
+		}, attest.ReasonChallengeExpired},
+		{"late answer", func(b *bench) error {
+			_, err := b.enrol(b.device(), b.ticket(1), func(_ *attest.EnrolRequest, a *attest.EnrolAnswer) {
+				if a.Proof != nil {
+					b.now = b.now.Add(enrolLife + time.Second)
+				}
+			})
+			return err
+		}, attest.ReasonChallengeExpired},
+	} {
+		b := newBench(t)
+		err := c.attack(b)
+		if got := refusal(t, err); got != c.want {
+			t.Errorf("%s: %v (%v), want %v", c.name, got, err, c.want)
+		}
+		b.store.View(func(r *Registry) error {
+			for _, ticket := range r.Tickets {
+				if ticket.Uses != 1 {
+					t.Errorf("%s: the ticket was used", c.name)
+				}
+			}
+			if len(r.Devices) != 0 {
+				t.Errorf("%s: a device was stored", c.name)
+			}
+			return nil
+		})
+	}
+}
+
+func TestTicketIsUsedUp(t *testing.T) {
+	b := newBench(t)
+	ticket := b.ticket(2)
+	for range 2 {
+		if _, err := b.enrol(b.device(), ticket, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := b.enrol(b.device(), ticket, nil); refusal(t, err) != attest.ReasonTicketUsed {
+		t.Errorf("third use of two: %v", err)
+	}
+	if bytes.Contains([]byte(b.onDisk()), []byte(ticket)) {
+		t.Error("the ticket is stored in the clear")
+	}
+}
+
+// TestTicketRace begins two enrolments with one use left: one gets it.
+func TestTicketRace(t *testing.T) {
+	b := newBench(t)
+	ticket := b.ticket(1)
+	second := b.device()
+	_, err := b.enrol(b.device(), ticket, func(_ *attest.EnrolRequest, a *attest.EnrolAnswer) {
+		if a.Proof != nil {
+			if _, err := b.enrol(second, ticket, nil); err != nil {
+				t.Errorf("the quicker one: %v", err)
+			}
+		}
+	})
+	if refusal(t, err) != attest.ReasonTicketUsed {
+		t.Errorf("the slower one: %v", err)
+	}
+}
+
+// TestTakeover enrols a known TPM with another attestation key.
+func TestTakeover(t *testing.T) {
+	b := newBench(t)
+	d := b.device()
+	if _, err := b.enrol(d, b.ticket(1), nil); err != nil {
+		t.Fatal(err)
+	}
+	ticket := b.ticket(1)
+	before := b.onDisk()
+	d.Renew()
+	if _, err := b.enrol(d, ticket, nil); refusal(t, err) != attest.ReasonAlreadyEnrolled {
+		t.Errorf("takeover: %v", err)
+	}
+	if b.onDisk() != before {
+		t.Error("a refusal changed the store")
+	}
+}
+
+// TestAttacks is issue 2's table of bad input: each has its own reason, gives
+// no certificate, and stores nothing.
+func TestAttacks(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		attack func(b *bench, d *faketpm.TPM, id attest.Digest) *attest.Evidence
+		want   attest.Reason
+	}{
+		{"replayed nonce", func(b *bench, d *faketpm.TPM, id attest.Digest) *attest.Evidence {
+			nonce := b.nonce(id)
+			b.attest(b.evidence(d, id, nonce))
+			return b.evidence(d, id, nonce)
+		}, attest.ReasonNonceReused},
+		{"replayed evidence", func(b *bench, d *faketpm.TPM, id attest.Digest) *attest.Evidence {
+			e := b.evidence(d, id, b.nonce(id))
+			b.attest(e)
+			return e
+		}, attest.ReasonNonceReused},
+		{"expired nonce", func(b *bench, d *faketpm.TPM, id attest.Digest) *attest.Evidence {
+			nonce := b.nonce(id)
+			b.now = b.now.Add(verifier.NonceLife + time.Second)
+			return b.evidence(d, id, nonce)
+		}, attest.ReasonNonceExpired},
+		{"nonce of our own making", func(b *bench, d *faketpm.TPM, id attest.Digest) *attest.Evidence {
+			return b.evidence(d, id, make([]byte, 88))
+		}, attest.ReasonNonceInvalid},
+		{"foreign AK", func(b *bench, _ *faketpm.TPM, id attest.Digest) *attest.Evidence {
+			return b.evidence(b.device(), id, b.nonce(id))
+		}, attest.ReasonSignatureInvalid},
+		{"evidence of another device", func(b *bench, d *faketpm.TPM, id attest.Digest) *attest.Evidence {
+			other := b.device()
+			enrolled, err := b.enrol(other, b.ticket(1), nil)
+			if err != nil {
+				b.t.Fatal(err)
+			}
+			e := b.evidence(other, enrolled.Device, b.nonce(enrolled.Device))
+			e.Device = id[:]
+			return e
+		}, attest.ReasonDeviceMismatch},
+		{"device that is not enrolled", func(b *bench, _ *faketpm.TPM, _ attest.Digest) *attest.Evidence {
+			d := b.device()
+			id := deviceID(b.t, d)
+			return b.evidence(d, id, b.nonce(id))
+		}, attest.ReasonDeviceUnknown},
+		{"wrong extraData", func(b *bench, d *faketpm.TPM, id attest.Digest) *attest.Evidence {
+			e := b.evidence(d, id, b.nonce(id))
+			p, err := d.Attest(attest.Digest{1})
+			if err != nil {
+				b.t.Fatal(err)
+			}
+			e.Quote, e.QuoteSig = p.Quote, p.QuoteSig
+			return e
+		}, attest.ReasonBindingMismatch},
+		{"other PCR selection", func(b *bench, d *faketpm.TPM, id attest.Digest) *attest.Evidence {
+			e := b.evidence(d, id, b.nonce(id))
+			s, err := tpm.ParseStatement(e.Quote)
+			if err != nil {
+				b.t.Fatal(err)
+			}
+			e.Quote, e.QuoteSig = d.Quote(attest.Digest(s.ExtraData), func(q *faketpm.Quote) { q.Selections = nil })
+			return e
+		}, attest.ReasonPCRSelection},
+	} {
+		b := newBench(t)
+		d := b.device()
+		enrolled, err := b.enrol(d, b.ticket(1), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := c.attack(b, d, enrolled.Device)
+		before := b.onDisk()
+		r := b.attest(e)
+		if r.Result.Status != attest.StatusContraindicated || r.Result.Reason != c.want || r.Chain != nil {
+			t.Errorf("%s: %v %v (%s), want %v", c.name, r.Result.Status, r.Result.Reason, r.Result.Detail, c.want)
+		}
+		if b.onDisk() != before {
+			t.Errorf("%s: a refusal changed the store", c.name)
+		}
+	}
+}
+
+func TestMalformedEvidence(t *testing.T) {
+	b := newBench(t)
+	for want, data := range map[attest.Reason][]byte{
+		attest.ReasonEvidenceMalformed: []byte("rubbish"),
+		attest.ReasonEvidenceTooLarge:  make([]byte, attest.MaxEvidence+1),
+	} {
+		r, err := b.service.Attest(data)
+		if err != nil || r.Result.Reason != want || r.Result.Status != attest.StatusContraindicated {
+			t.Errorf("%v: %+v, %v", want, r, err)
+		}
+	}
+	for range maxResults + 10 {
+		if _, err := b.service.Attest(nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(b.service.Results()); n != maxResults {
+		t.Errorf("%d results are kept", n)
+	}
+}
+
+// TestRoutes shows that nothing but the four routes answers, that admin routes
+// are not among them, and that large bodies are cut.
+func TestRoutes(t *testing.T) {
+	b := newBench(t)
+	h := Handler(b.service, slog.New(slog.DiscardHandler))
+	do := func(method, path string, body []byte) int {
+		r := httptest.NewRequest(method, path, bytes.NewReader(body))
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		b.now = b.now.Add(time.Second) // the limit by address is another test
+		return w.Code
+	}
+	for _, path := range []string{"/", "/v1", "/v1/devices", AdminTickets, AdminDevices, AdminResults, AdminReferences, "/debug/pprof/"} {
+		for _, method := range []string{"GET", "POST", "DELETE", "PUT"} {
+			if code := do(method, path, nil); code != http.StatusNotFound {
+				t.Errorf("%s %s: %d", method, path, code)
+			}
+		}
+	}
+	for _, path := range []string{attest.PathEnrolBegin, attest.PathEnrolFinish, attest.PathChallenge, attest.PathAttest} {
+		if code := do("GET", path, nil); code != http.StatusMethodNotAllowed {
+			t.Errorf("GET %s: %d", path, code)
+		}
+	}
+	for path, body := range map[string]string{
+		attest.PathEnrolBegin:  `{"ticket":"` + string(bytes.Repeat([]byte("a"), attest.MaxMessage)) + `"}`,
+		attest.PathEnrolFinish: `{"unknown":1}`,
+		attest.PathChallenge:   `{"device_id":"zz"}`,
+	} {
+		if code := do("POST", path, []byte(body)); code != http.StatusBadRequest {
+			t.Errorf("POST %s: %d", path, code)
+		}
+	}
+	if code := do("POST", attest.PathEnrolBegin, []byte(`{"ticket":"x"}`)); code != http.StatusForbidden {
+		t.Errorf("enrolment without right: %d", code)
+	}
+	if code := do("POST", attest.PathAttest, []byte("rubbish")); code != http.StatusOK {
+		t.Errorf("malformed evidence is a result: %d", code)
+	}
+}
+
+func TestRateLimit(t *testing.T) {
+	b := newBench(t)
+	h := Handler(b.service, slog.New(slog.DiscardHandler))
+	ask := func(from string) int {
+		r := httptest.NewRequest("POST", attest.PathChallenge, bytes.NewReader([]byte(`{}`)))
+		r.RemoteAddr = from
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		return w.Code
+	}
+	for i := range rateBurst {
+		if code := ask("192.0.2.1:1"); code != http.StatusOK {
+			t.Fatalf("request %d: %d", i, code)
+		}
+	}
+	if code := ask("192.0.2.1:2"); code != http.StatusTooManyRequests {
+		t.Errorf("one too many: %d", code)
+	}
+	if code := ask("192.0.2.2:1"); code != http.StatusOK {
+		t.Errorf("another address: %d", code)
+	}
+	b.now = b.now.Add(time.Second)
+	if code := ask("192.0.2.1:3"); code != http.StatusOK {
+		t.Errorf("a second later: %d", code)
+	}
+}
+
+func TestStore(t *testing.T) {
+	dir := t.TempDir()
+	s, err := OpenFileStore(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenFileStore(dir); err == nil {
+		t.Error("the store was opened twice")
+	}
+	fail := errors.New("no")
+	if err := s.Update(func(r *Registry) error {
+		r.Tickets["x"] = Ticket{ID: "x"}
+		return fail
+	}); err != fail {
+		t.Errorf("%v", err)
+	}
+	s.View(func(r *Registry) error {
+		if len(r.Tickets) != 0 {
+			t.Error("a failed update is visible")
+		}
+		return nil
+	})
+	if _, err := os.Stat(filepath.Join(dir, registryFile)); !errors.Is(err, os.ErrNotExist) {
+		t.Error("a failed update is on disk")
+	}
+	if err := s.Update(func(r *Registry) error { r.Tickets["x"] = Ticket{ID: "x"}; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	// A power cut while the next one is written leaves the rubbish beside it.
+	if err := os.WriteFile(filepath.Join(dir, newFile), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	if s, err = OpenFileStore(dir); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.View(func(r *Registry) error {
+		if len(r.Tickets) != 1 {
+			t.Errorf("%+v", r)
+		}
+		return nil
+	})
+}
+
+func TestEKCertificateForms(t *testing.T) {
+	b := newBench(t)
+	d := b.device()
+	plain := d.Identity().EKCertificate
+	header := append([]byte{0x10, 0x01, 0, 0, 0, 0x10, 0x02}, plain...)
+	for name, raw := range map[string][]byte{
+		"plain": plain, "with header": header, "padded": append(bytes.Clone(plain), 0xff, 0xff), "both": append(bytes.Clone(header), 0, 0, 0),
+	} {
+		c, err := parseEKCertificate(raw)
+		if err != nil || !bytes.Equal(c.Raw, plain) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	// Expiry alone does not refuse.
+	ek, err := tpm.ParsePublic(d.Identity().EK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := checkEK(ek, plain, b.service.EKRoots, start.Add(24*time.Hour)); err != nil {
+		t.Errorf("expired: %v", err)
+	}
+	for name, want := range map[string]bool{
+		"hirs-nuc-1-ek_cert_untouched.cer": false, // TPM 1.2: OAEP key
+		"keylime-stm-rsa.der":              true, "keylime-infineon-rsa.der": true, "keylime-idevid.der": false,
+	} {
+		raw, err := os.ReadFile("../../../shared/corpus/attest/ekcert/" + name)
+		if errors.Is(err, os.ErrNotExist) {
+			t.Skip("needs the corpus beside the repository")
+		}
+		if _, err := parseEKCertificate(raw); (err == nil) != want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func FuzzParseEKCertificate(f *testing.F) {
+	f.Add([]byte{0x10, 0x01, 0, 0, 0, 0x10, 0x02, 0x30, 0})
+	f.Fuzz(func(t *testing.T, data []byte) { parseEKCertificate(data) })
+}
+
+func FuzzDecodeRegistry(f *testing.F) {
+	f.Add([]byte(`{"devices":{},"tickets":{"a":{"uses":1}}}`))
+	f.Fuzz(func(t *testing.T, data []byte) { decode(data) })
+}
+
+func FuzzParseServerConfig(f *testing.F) {
+	f.Add([]byte(`{"listen":"a","certificate_lifetime":"10m"}`))
+	f.Fuzz(func(t *testing.T, data []byte) { ParseServerConfig(data) })
+}
+
+func FuzzParseRoots(f *testing.F) {
+	f.Add(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte{0x30, 0}}))
+	f.Fuzz(func(t *testing.T, data []byte) { ParseRoots(x509.NewCertPool(), data) })
+}
+
+func TestAdmin(t *testing.T) {
+	b := newBench(t)
+	h := AdminHandler(b.service, slog.New(slog.DiscardHandler))
+	do := func(method, path string, body any, answer any) int {
+		data, err := json.Marshal(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(method, path, bytes.NewReader(data)))
+		if w.Code == http.StatusOK {
+			if err := json.Unmarshal(w.Body.Bytes(), answer); err != nil {
+				t.Errorf("%s %s: %v", method, path, err)
+			}
+		}
+		return w.Code
+	}
+	var ticket TicketResponse
+	if code := do("POST", AdminTickets, TicketRequest{1, 60}, &ticket); code != http.StatusOK {
+		t.Fatalf("ticket: %d", code)
+	}
+	if code := do("POST", AdminTickets, TicketRequest{0, 60}, &ticket); code != http.StatusBadRequest {
+		t.Errorf("ticket of no use: %d", code)
+	}
+	e, err := b.enrol(b.device(), ticket.Ticket, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list []Device
+	if do("GET", AdminDevices, nil, &list); len(list) != 1 || list[0].ID != e.Device {
+		t.Errorf("devices: %+v", list)
+	}
+	var d Device
+	if code := do("GET", AdminDevices+"/"+e.Device.String(), nil, &d); code != http.StatusOK || d.ID != e.Device {
+		t.Errorf("device: %d, %+v", code, d)
+	}
+	if code := do("GET", AdminDevices+"/"+attest.Digest{}.String(), nil, &d); code != http.StatusNotFound {
+		t.Errorf("unknown device: %d", code)
+	}
+	var refs []Reference
+	var ref Reference
+	if code := do("POST", AdminReferences, image.Reference("sekisho", "2"), &ref); code != http.StatusOK || ref.ID != "sekisho 2" {
+		t.Errorf("reference: %d, %+v", code, ref)
+	}
+	if code := do("POST", AdminReferences, map[string]string{"image": "x"}, &ref); code != http.StatusBadRequest {
+		t.Errorf("reference without values: %d", code)
+	}
+	if do("GET", AdminReferences, nil, &refs); len(refs) != 2 {
+		t.Errorf("references: %+v", refs)
+	}
+	var none struct{}
+	if code := do("DELETE", AdminReferences+"?id=sekisho+2", nil, &none); code != http.StatusOK {
+		t.Errorf("remove: %d", code)
+	}
+	if code := do("DELETE", AdminReferences+"?id=sekisho+2", nil, &none); code != http.StatusNotFound {
+		t.Errorf("remove again: %d", code)
+	}
+}
