@@ -119,7 +119,7 @@ func verdict(text string) error {
 		if s.service == "attestd" && s.state == "refused" {
 			return fmt.Errorf("%w: %s", errRefused, s.detail)
 		}
-		if s.service == "attestd" && s.state == "no-tpm" {
+		if s.service == "attestd" && s.state == "no-tpm" && s.detail != "starting" {
 			return fmt.Errorf("%w: no TPM: %s", errRefused, s.detail)
 		}
 		return nil
