@@ -33,10 +33,8 @@ type authority struct {
 // the organisation's configuration. The CA is part of the image, so all of it
 // stays as it is until out/ is removed.
 func (l *Lab) preparePKI() error {
-	if _, err := os.Stat(l.OrganizationFile()); err == nil {
-		return nil
-	} else if !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("lab: %w", err)
+	if exist(l.lab("pki", "made")) {
+		return l.writeOrganization()
 	}
 	org, err := l.issue("ca", nil, &x509.Certificate{
 		Subject: pkix.Name{Organization: []string{"Sekisho Lab"}, CommonName: "Sekisho Lab organisation CA"},
@@ -56,6 +54,15 @@ func (l *Lab) preparePKI() error {
 			return err
 		}
 	}
+	// Last: it says that all the rest is there.
+	if err := writeFile(l.lab("pki", "made"), nil, 0o644); err != nil {
+		return err
+	}
+	return l.writeOrganization()
+}
+
+// writeOrganization writes the configuration that the image is built with.
+func (l *Lab) writeOrganization() error {
 	ca, err := os.ReadFile(l.lab("pki", "ca.pem"))
 	if err != nil {
 		return fmt.Errorf("lab: %w", err)
@@ -73,7 +80,7 @@ func (l *Lab) preparePKI() error {
 	if err != nil {
 		return err
 	}
-	return writeFile(l.OrganizationFile(), append(b, '\n'), 0o644) // last: it says that all the rest is there
+	return writeFile(l.OrganizationFile(), append(b, '\n'), 0o644)
 }
 
 // OrganizationFile is the configuration that the lab's images are built with.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -14,7 +15,7 @@ import (
 // Stages of a boot, in the order in which a report lists them; some run beside
 // each other, so they need not end in this order.
 const (
-	StageFirmware = "firmware"       // power-on to the first word of the kernel
+	StageFirmware = "firmware"       // power-on to the kernel
 	StageKernel   = "kernel"         // to init
 	StageInit     = "init"           // to the first service
 	StageUplink   = "uplink"         // to an address
@@ -49,8 +50,9 @@ func parseStamped(line string) (stamped, error) {
 	return stamped{at, text}, nil
 }
 
-// report is a status line of init (docs/host-domain.md, "Console").
+// statusLine is a line of init (docs/host-domain.md, "Console").
 type statusLine struct {
+	since                  time.Duration // the kernel's start
 	service, state, detail string
 }
 
@@ -61,8 +63,9 @@ func parseStatusLine(text string) (statusLine, bool) {
 	if !ok {
 		return statusLine{}, false
 	}
-	_, rest, ok = strings.Cut(rest, "] ")
-	if !ok {
+	clock, rest, ok := strings.Cut(rest, "] ")
+	seconds, err := strconv.ParseFloat(strings.TrimSpace(clock), 64)
+	if !ok || err != nil || !(seconds >= 0 && seconds < 1e9) {
 		return statusLine{}, false
 	}
 	service, words, ok := strings.Cut(rest, ": ")
@@ -70,15 +73,14 @@ func parseStatusLine(text string) (statusLine, bool) {
 		return statusLine{}, false
 	}
 	state, detail, _ := strings.Cut(strings.TrimSpace(words), " ")
-	return statusLine{service, strings.TrimRight(state, ",:"), strings.TrimSpace(detail)}, state != ""
+	return statusLine{time.Duration(seconds * float64(time.Second)), service, strings.TrimRight(state, ",:"), strings.TrimSpace(detail)}, state != ""
 }
 
-// ends returns the stages that a line of the console is the end of.
+// ends returns the stages that a line of the console is the end of. The kernel
+// is quiet: when it began follows from the clock in init's first line.
 func ends(text string) []string {
 	s, ok := parseStatusLine(text)
 	switch {
-	case !ok && (strings.Contains(text, "EFI stub:") || strings.Contains(text, "Linux version ")):
-		return []string{StageFirmware}
 	case !ok:
 		return nil
 	case s.service == "init" && s.state == "started":

@@ -262,7 +262,11 @@ func (l *Lab) watch(ctx context.Context) (stages []Stage, page string, err error
 	wg.Go(func() {
 		err := follow(ctx, l.run("console.log"), func(line stamped) (bool, error) {
 			for _, name := range ends(line.text) {
-				ended(name, line.at)
+				at := line.at
+				if s, ok := parseStatusLine(line.text); ok && name == StageFirmware {
+					at = at.Add(-s.since)
+				}
+				ended(name, at)
 			}
 			return false, verdict(line.text)
 		})
