@@ -267,7 +267,7 @@ func explain(s netd.State, r reports, u netd.Uplink, fault error, affirming bool
 		case r.gate.State == gate.StateAffirming:
 			return netd.ReasonLapsed, "credential lapsed at " + at(r.gate.NotAfter)
 		}
-		return cmp.Or(r.gate.Reason, netd.ReasonAttestation), cmp.Or(r.gate.Detail, r.gate.State)
+		return cmp.Or(r.gate.Reason, netd.ReasonAttestation), cmp.Or(r.gate.Detail, "attestation is "+r.gate.State)
 	}
 	return "", ""
 }

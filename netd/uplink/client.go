@@ -1,3 +1,5 @@
+//go:build linux
+
 package uplink
 
 import (
@@ -20,6 +22,12 @@ const (
 	maxPause  = 30 * time.Second // between attempts to get a lease
 	minRetry  = 5 * time.Second  // between attempts to renew one
 )
+
+// New returns a Manager that calls report with every change. report must not
+// block; it is called by one goroutine at a time.
+func New(report func(netd.Uplink)) *Manager {
+	return &Manager{report: report, lease: client{}.keep}
+}
 
 // client is the DHCPv4 client. Its packet socket is open only during an
 // exchange: it sees a copy of every packet of the link.

@@ -39,7 +39,7 @@ func rank(l Link, present string) int {
 	return 2
 }
 
-// Manager keeps the best link's lease.
+// Manager keeps the best link's lease. Make one with New.
 type Manager struct {
 	report func(netd.Uplink)
 	lease  leaser
@@ -47,12 +47,6 @@ type Manager struct {
 
 // leaser keeps a lease on a link and reports it until ctx is done.
 type leaser func(ctx context.Context, l Link, previous netip.Addr, report func(netd.Uplink))
-
-// New returns a Manager that calls report with every change. report must not
-// block; it is called by one goroutine at a time.
-func New(report func(netd.Uplink)) *Manager {
-	return &Manager{report: report, lease: client{}.keep}
-}
 
 // Run follows the links that arrive on links until ctx is done.
 func (m *Manager) Run(ctx context.Context, links <-chan []Link) {

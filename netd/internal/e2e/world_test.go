@@ -62,6 +62,10 @@ func TestMain(m *testing.M) {
 				return 1
 			}
 			defer os.RemoveAll(programs)
+			if err := os.Chmod(programs, 0o755); err != nil {
+				fmt.Println(err)
+				return 1
+			}
 			build := exec.Command("go", "build", "-o", programs, "sekisho/netd/cmd/netd", "sekisho/netd/cmd/gateway")
 			if out, err := build.CombinedOutput(); err != nil {
 				fmt.Printf("%v: %s\n", err, out)
@@ -91,7 +95,7 @@ type world struct {
 // newWorld builds everything but starts neither netd nor the gateway.
 // dnsmasq gets the extra arguments.
 func newWorld(t testing.TB, dnsmasq ...string) *world {
-	nstest.Require(t, "dnsmasq", "tcpdump", "sysctl")
+	nstest.Require(t, "dnsmasq", "tcpdump", "sysctl", "setpriv")
 	w := &world{t: t, dir: t.TempDir()}
 	w.laptop, w.inside, w.work = nstest.New(t, "laptop"), nstest.New(t, "inside"), nstest.New(t, "work")
 	w.home, w.site, w.web = nstest.New(t, "home"), nstest.New(t, "site"), nstest.New(t, "web")
@@ -172,8 +176,18 @@ func (w *world) startGateway() {
 	w.gateway = w.site.Start(filepath.Join(programs, "gateway"), "serve", "-config", w.path("gateway.json"))
 }
 
+// startNetd starts netd as init does: a user of its own with four capabilities.
 func (w *world) startNetd() {
-	w.netd = w.laptop.Start(filepath.Join(programs, "netd"), "run", "-config", w.path("organization.json"), "-attestd", w.path("attestd.sock"),
+	const caps = "+net_admin,+net_raw,+net_bind_service,+sys_admin"
+	for dir := w.dir; dir != os.TempDir() && dir != "/"; dir = filepath.Dir(dir) {
+		os.Chmod(dir, 0o755)
+	}
+	os.Chmod(w.dir, 0o777) // netd makes its socket here; init passes it one
+	os.Chmod(w.path("organization.json"), 0o644)
+	os.Chmod(w.path("attestd.sock"), 0o666)
+	os.Chmod(w.path("linkd.sock"), 0o666)
+	w.netd = w.laptop.Start("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all,"+caps, "--ambient-caps=-all,"+caps, "--bounding-set=-all,"+caps, "--no-new-privs",
+		filepath.Join(programs, "netd"), "run", "-config", w.path("organization.json"), "-attestd", w.path("attestd.sock"),
 		"-linkd", w.path("linkd.sock"), "-inside", w.inside.Path, "-socket", w.path("netd.sock"))
 }
 
