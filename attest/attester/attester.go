@@ -92,7 +92,8 @@ func New(c Config) (*Attester, error) {
 	for _, e := range c.Organization.Verifiers {
 		a.remotes = append(a.remotes, newRemote(e, roots))
 	}
-	a.status = gate.Status{State: gate.StateNoTPM, Since: c.Now().UTC(), Detail: "starting"}
+	// Until the first fact is known: closed, and no alarm yet.
+	a.status = gate.Status{State: gate.StateAttesting, Since: c.Now().UTC(), Detail: "starting"}
 	return a, nil
 }
 
@@ -173,6 +174,7 @@ func (a *Attester) fail(err error) {
 	)
 	switch {
 	case errors.As(err, &local):
+		a.facts.Refused, a.facts.Unreachable = false, false
 		a.publish(local.reason, local.Error())
 	case errors.As(err, &refusal) && refusal.Reason != attest.ReasonBusy:
 		a.facts.Refused, a.facts.Unreachable = true, false
