@@ -24,13 +24,12 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"os/user"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
-	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"sekisho/attest"
@@ -44,27 +43,23 @@ func main() {
 	state := flag.String("state", "/dev/disk/by-partlabel/sekisho-state", "state partition, a block `device` or file")
 	events := flag.String("eventlog", tpm.EventLogFile, "firmware event log `file`")
 	socket := flag.String("socket", "", "unix socket `path` to listen on, if none is passed by LISTEN_FDS")
-	allow := flag.String("allow-uid", "", "comma-separated user `ids` that may connect, besides root and our own")
+	client := flag.String("client", "netd", "`user` who, beside root, may use the API socket")
 	flag.Usage = func() {
 		fmt.Fprintf(flag.CommandLine.Output(), "usage: attestd -config FILE -tpm DEVICE -state DEVICE [flags]\n\nattests this machine and keeps its credential; runs until SIGTERM\n\n")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
-	uids, err := parseUIDs(*allow)
-	if err == nil && flag.NArg() > 0 {
-		err = fmt.Errorf("unexpected argument %q", flag.Arg(0))
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "attestd:", err)
+	if flag.NArg() > 0 {
+		fmt.Fprintf(os.Stderr, "attestd: unexpected argument %q\n", flag.Arg(0))
 		os.Exit(2)
 	}
-	if err := run(*config, *device, *state, *events, *socket, uids); err != nil {
+	if err := run(*config, *device, *state, *events, *socket, *client); err != nil {
 		fmt.Fprintln(os.Stderr, "attestd:", err)
 		os.Exit(1)
 	}
 }
 
-func run(config, device, state, events, socket string, uids []uint32) error {
+func run(config, device, state, events, socket, client string) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	data, err := readConfig(config)
 	if err != nil {
@@ -99,42 +94,9 @@ func run(config, device, state, events, socket string, uids []uint32) error {
 	defer stop()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.Run(ctx) })
-	g.Go(func() error { return a.Serve(ctx, l, uids) })
-	g.Go(func() error { return notify(ctx, a) })
+	g.Go(func() error { return a.Serve(ctx, l, users(log, client)) })
+	g.Go(func() error { return a.Notify(ctx) })
 	return g.Wait()
-}
-
-// notify tells the service manager each change of state, and that we live.
-func notify(ctx context.Context, a *attester.Attester) error {
-	watchdog, err := daemon.SdWatchdogEnabled(false)
-	if err != nil {
-		return fmt.Errorf("WATCHDOG_USEC: %w", err)
-	}
-	pause := time.Minute
-	if watchdog > 0 {
-		pause = watchdog / 2
-	}
-	message := daemon.SdNotifyReady
-	for seen := uint64(0); ctx.Err() == nil; {
-		s := a.Status()
-		if s.Version != seen || message == daemon.SdNotifyReady {
-			message += "\nSTATUS=" + strings.ReplaceAll(attester.Line(s), "\n", " ")
-			seen = s.Version
-		}
-		if watchdog > 0 {
-			message += "\n" + daemon.SdNotifyWatchdog
-		}
-		if message = strings.TrimSpace(message); message != "" {
-			if _, err := daemon.SdNotify(false, message); err != nil {
-				return fmt.Errorf("NOTIFY_SOCKET: %w", err)
-			}
-		}
-		message = ""
-		wait, cancel := context.WithTimeout(ctx, pause)
-		a.Wait(wait, seen)
-		cancel()
-	}
-	return nil
 }
 
 func listen(socket string) (net.Listener, error) {
@@ -165,13 +127,17 @@ func readConfig(path string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, 1<<20))
 }
 
-func parseUIDs(list string) (uids []uint32, err error) {
-	for _, s := range strings.FieldsFunc(list, func(r rune) bool { return r == ',' }) {
-		uid, err := strconv.ParseUint(s, 10, 32)
-		if err != nil {
-			return nil, fmt.Errorf("-allow-uid: %w", err)
-		}
-		uids = append(uids, uint32(uid))
+// users returns the ids that may use the socket beside root and our own.
+func users(log *slog.Logger, client string) []uint32 {
+	u, err := user.Lookup(client)
+	if err != nil {
+		log.Warn("only root may use the socket", "client", client, "cause", err)
+		return nil
 	}
-	return uids, nil
+	uid, err := strconv.ParseUint(u.Uid, 10, 32)
+	if err != nil {
+		log.Warn("only root may use the socket", "client", client, "cause", err)
+		return nil
+	}
+	return []uint32{uint32(uid)}
 }
