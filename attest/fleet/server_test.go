@@ -1,0 +1,246 @@
+package fleet
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/tpm"
+)
+
+// TestRoutes shows that nothing but the four routes answers, that admin routes
+// are not among them, and that large bodies are cut.
+func TestRoutes(t *testing.T) {
+	b := newBench(t)
+	h := Handler(b.service, slog.New(slog.DiscardHandler))
+	do := func(method, path string, body []byte) int {
+		r := httptest.NewRequest(method, path, bytes.NewReader(body))
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		b.now = b.now.Add(time.Second) // the limit by address is another test
+		return w.Code
+	}
+	for _, path := range []string{"/", "/v1", "/v1/devices", AdminTickets, AdminDevices, AdminResults, AdminReferences, "/debug/pprof/"} {
+		for _, method := range []string{"GET", "POST", "DELETE", "PUT"} {
+			if code := do(method, path, nil); code != http.StatusNotFound {
+				t.Errorf("%s %s: %d", method, path, code)
+			}
+		}
+	}
+	for _, path := range []string{attest.PathEnrolBegin, attest.PathEnrolFinish, attest.PathChallenge, attest.PathAttest} {
+		if code := do("GET", path, nil); code != http.StatusMethodNotAllowed {
+			t.Errorf("GET %s: %d", path, code)
+		}
+	}
+	for path, body := range map[string]string{
+		attest.PathEnrolBegin:  `{"ticket":"` + string(bytes.Repeat([]byte("a"), attest.MaxMessage)) + `"}`,
+		attest.PathEnrolFinish: `{"unknown":1}`,
+		attest.PathChallenge:   `{"device_id":"zz"}`,
+	} {
+		if code := do("POST", path, []byte(body)); code != http.StatusBadRequest {
+			t.Errorf("POST %s: %d", path, code)
+		}
+	}
+	if code := do("POST", attest.PathEnrolBegin, []byte(`{"ticket":"x"}`)); code != http.StatusForbidden {
+		t.Errorf("enrolment without right: %d", code)
+	}
+	if code := do("POST", attest.PathAttest, []byte("rubbish")); code != http.StatusOK {
+		t.Errorf("malformed evidence is a result: %d", code)
+	}
+}
+
+func TestRateLimit(t *testing.T) {
+	b := newBench(t)
+	h := Handler(b.service, slog.New(slog.DiscardHandler))
+	ask := func(from string) int {
+		r := httptest.NewRequest("POST", attest.PathChallenge, bytes.NewReader([]byte(`{}`)))
+		r.RemoteAddr = from
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		return w.Code
+	}
+	for i := range rateBurst {
+		if code := ask("192.0.2.1:1"); code != http.StatusOK {
+			t.Fatalf("request %d: %d", i, code)
+		}
+	}
+	if code := ask("192.0.2.1:2"); code != http.StatusTooManyRequests {
+		t.Errorf("one too many: %d", code)
+	}
+	if code := ask("192.0.2.2:1"); code != http.StatusOK {
+		t.Errorf("another address: %d", code)
+	}
+	b.now = b.now.Add(time.Second)
+	if code := ask("192.0.2.1:3"); code != http.StatusOK {
+		t.Errorf("a second later: %d", code)
+	}
+}
+
+func TestStore(t *testing.T) {
+	dir := t.TempDir()
+	s, err := OpenFileStore(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenFileStore(dir); err == nil {
+		t.Error("the store was opened twice")
+	}
+	fail := errors.New("no")
+	if err := s.Update(func(r *Registry) error {
+		r.Tickets["x"] = Ticket{ID: "x"}
+		return fail
+	}); err != fail {
+		t.Errorf("%v", err)
+	}
+	s.View(func(r *Registry) error {
+		if len(r.Tickets) != 0 {
+			t.Error("a failed update is visible")
+		}
+		return nil
+	})
+	if _, err := os.Stat(filepath.Join(dir, registryFile)); !errors.Is(err, os.ErrNotExist) {
+		t.Error("a failed update is on disk")
+	}
+	if err := s.Update(func(r *Registry) error { r.Tickets["x"] = Ticket{ID: "x"}; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	// A power cut while the next one is written leaves the rubbish beside it.
+	if err := os.WriteFile(filepath.Join(dir, newFile), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	if s, err = OpenFileStore(dir); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.View(func(r *Registry) error {
+		if len(r.Tickets) != 1 {
+			t.Errorf("%+v", r)
+		}
+		return nil
+	})
+}
+
+func TestEKCertificateForms(t *testing.T) {
+	b := newBench(t)
+	d := b.device()
+	plain := d.Identity().EKCertificate
+	header := append([]byte{0x10, 0x01, 0, 0, 0, 0x10, 0x02}, plain...)
+	for name, raw := range map[string][]byte{
+		"plain": plain, "with header": header, "padded": append(bytes.Clone(plain), 0xff, 0xff), "both": append(bytes.Clone(header), 0, 0, 0),
+	} {
+		c, err := parseEKCertificate(raw)
+		if err != nil || !bytes.Equal(c.Raw, plain) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	// Expiry alone does not refuse.
+	ek, err := tpm.ParsePublic(d.Identity().EK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := checkEK(ek, plain, b.service.EKRoots, start.Add(24*time.Hour)); err != nil {
+		t.Errorf("expired: %v", err)
+	}
+	for name, want := range map[string]bool{
+		"hirs-nuc-1-ek_cert_untouched.cer": false, // TPM 1.2: OAEP key
+		"keylime-stm-rsa.der":              true, "keylime-infineon-rsa.der": true, "keylime-idevid.der": false,
+	} {
+		raw, err := os.ReadFile("../../../shared/corpus/attest/ekcert/" + name)
+		if errors.Is(err, os.ErrNotExist) {
+			t.Skip("needs the corpus beside the repository")
+		}
+		if _, err := parseEKCertificate(raw); (err == nil) != want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func FuzzParseEKCertificate(f *testing.F) {
+	f.Add([]byte{0x10, 0x01, 0, 0, 0, 0x10, 0x02, 0x30, 0})
+	f.Fuzz(func(t *testing.T, data []byte) { parseEKCertificate(data) })
+}
+
+func FuzzDecodeRegistry(f *testing.F) {
+	f.Add([]byte(`{"devices":{},"tickets":{"a":{"uses":1}}}`))
+	f.Fuzz(func(t *testing.T, data []byte) { decode(data) })
+}
+
+func FuzzParseServerConfig(f *testing.F) {
+	f.Add([]byte(`{"listen":"a","certificate_lifetime":"10m"}`))
+	f.Fuzz(func(t *testing.T, data []byte) { ParseServerConfig(data) })
+}
+
+func FuzzParseRoots(f *testing.F) {
+	f.Add(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte{0x30, 0}}))
+	f.Fuzz(func(t *testing.T, data []byte) { ParseRoots(x509.NewCertPool(), data) })
+}
+
+func TestAdmin(t *testing.T) {
+	b := newBench(t)
+	h := AdminHandler(b.service, slog.New(slog.DiscardHandler))
+	do := func(method, path string, body any, answer any) int {
+		data, err := json.Marshal(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(method, path, bytes.NewReader(data)))
+		if w.Code == http.StatusOK {
+			if err := json.Unmarshal(w.Body.Bytes(), answer); err != nil {
+				t.Errorf("%s %s: %v", method, path, err)
+			}
+		}
+		return w.Code
+	}
+	var ticket TicketResponse
+	if code := do("POST", AdminTickets, TicketRequest{1, 60}, &ticket); code != http.StatusOK {
+		t.Fatalf("ticket: %d", code)
+	}
+	if code := do("POST", AdminTickets, TicketRequest{0, 60}, &ticket); code != http.StatusBadRequest {
+		t.Errorf("ticket of no use: %d", code)
+	}
+	e, err := b.enrol(b.device(), ticket.Ticket, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list []Device
+	if do("GET", AdminDevices, nil, &list); len(list) != 1 || list[0].ID != e.Device {
+		t.Errorf("devices: %+v", list)
+	}
+	var d Device
+	if code := do("GET", AdminDevices+"/"+e.Device.String(), nil, &d); code != http.StatusOK || d.ID != e.Device {
+		t.Errorf("device: %d, %+v", code, d)
+	}
+	if code := do("GET", AdminDevices+"/"+attest.Digest{}.String(), nil, &d); code != http.StatusNotFound {
+		t.Errorf("unknown device: %d", code)
+	}
+	var refs []Reference
+	var ref Reference
+	if code := do("POST", AdminReferences, image.Reference("sekisho", "2"), &ref); code != http.StatusOK || ref.ID != "sekisho 2" {
+		t.Errorf("reference: %d, %+v", code, ref)
+	}
+	if code := do("POST", AdminReferences, map[string]string{"image": "x"}, &ref); code != http.StatusBadRequest {
+		t.Errorf("reference without values: %d", code)
+	}
+	if do("GET", AdminReferences, nil, &refs); len(refs) != 2 {
+		t.Errorf("references: %+v", refs)
+	}
+	var none struct{}
+	if code := do("DELETE", AdminReferences+"?id=sekisho+2", nil, &none); code != http.StatusOK {
+		t.Errorf("remove: %d", code)
+	}
+	if code := do("DELETE", AdminReferences+"?id=sekisho+2", nil, &none); code != http.StatusNotFound {
+		t.Errorf("remove again: %d", code)
+	}
+}
