@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/sha256"
+	"encoding/binary"
 	"slices"
 	"strings"
 	"unicode/utf16"
@@ -84,7 +85,7 @@ func (l *Log) find(comp attest.Component) (seen string, ok bool) {
 		}
 		switch {
 		case comp.Event != "":
-			if label(e.Data) == comp.Event && e.Digest != attest.Digest(name) {
+			if e.label() == comp.Event && e.Digest != attest.Digest(name) {
 				candidates = append(candidates, e)
 			}
 		case e.Type == TypeApplication:
@@ -97,16 +98,25 @@ func (l *Log) find(comp attest.Component) (seen string, ok bool) {
 	return candidates[0].Digest.String(), false
 }
 
-// label reads event data that is a short text: ASCII, or UTF-16LE as
-// systemd-stub writes it.
-func label(data []byte) string {
+// label reads the text by which the one who measured names the event. Linux's
+// EFI boot code puts it in a tagged event: identifier, size, text
+// (drivers/firmware/efi/libstub/efi-stub-helper.c of the kernel).
+func (e Event) label() string {
+	if e.Type == TypeTag && len(e.Data) >= 8 && int(binary.LittleEndian.Uint32(e.Data[4:])) == len(e.Data)-8 {
+		return text(e.Data[8:])
+	}
+	return text(e.Data)
+}
+
+// text reads a short text: ASCII, or UTF-16LE as systemd-stub writes it.
+func text(data []byte) string {
 	if len(data) > 512 {
 		return ""
 	}
 	if len(data) >= 2 && len(data)%2 == 0 && data[1] == 0 {
 		units := make([]uint16, 0, len(data)/2)
 		for i := 0; i < len(data); i += 2 {
-			units = append(units, uint16(data[i])|uint16(data[i+1])<<8)
+			units = append(units, binary.LittleEndian.Uint16(data[i:]))
 		}
 		return strings.TrimRight(string(utf16.Decode(units)), "\x00")
 	}

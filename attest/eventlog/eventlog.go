@@ -31,6 +31,7 @@ const (
 const (
 	TypeNoAction    uint32 = 0x00000003
 	TypeSeparator   uint32 = 0x00000004
+	TypeTag         uint32 = 0x00000006 // EV_EVENT_TAG
 	TypeIPL         uint32 = 0x0000000d
 	TypeApplication uint32 = 0x80000003 // EV_EFI_BOOT_SERVICES_APPLICATION
 )

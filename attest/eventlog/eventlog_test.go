@@ -196,6 +196,37 @@ func TestJudgeByFinalValuesOnly(t *testing.T) {
 	}
 }
 
+// TestLabels finds what stands in a component's place, however it is labelled.
+func TestLabels(t *testing.T) {
+	tagged := func(text string) []byte {
+		b := binary.LittleEndian.AppendUint32(nil, 0x8f3b22ed)
+		return append(binary.LittleEndian.AppendUint32(b, uint32(len(text))), text...)
+	}
+	for _, c := range []struct {
+		name string
+		kind uint32
+		data []byte
+	}{
+		{"ASCII", eventlog.TypeIPL, []byte(".initrd\x00")},
+		{"UTF-16", eventlog.TypeIPL, []byte(".\x00i\x00n\x00i\x00t\x00r\x00d\x00\x00\x00")},
+		{"tagged", eventlog.TypeTag, tagged(".initrd\x00")},
+	} {
+		boot := logtest.New()
+		boot.Add(9, c.kind, c.data, attest.Digest{7})
+		l, err := eventlog.Parse(boot.Bytes())
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := l.Compare(boot.PCRs(), &attest.ReferenceValues{
+			PCRs:       map[int]attest.Digest{9: {1}},
+			Components: []attest.Component{{Name: "initramfs", PCR: 9, Event: ".initrd", Digest: attest.Digest{8}}},
+		})
+		if len(got.Findings) != 1 || got.Findings[0].Seen != (attest.Digest{7}).String() {
+			t.Errorf("%s: %+v", c.name, got.Findings)
+		}
+	}
+}
+
 // corpus is public data beside the repository.
 const corpus = "../../../shared/corpus/attest"
 
