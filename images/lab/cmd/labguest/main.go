@@ -8,6 +8,7 @@
 //	labguest serve
 //	labguest probe [-n COUNT] [-every D] [-o FILE] TOKEN ADDRESS:PORT...
 //	labguest dial [-wait D] PORT < BYTES
+//	labguest stream [-frames] [-tcp ADDRESS:PORT | -vsock PORT] BYTES
 //
 // Description:
 //
@@ -35,7 +36,7 @@ import (
 
 func main() {
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: labguest serve | probe [-n COUNT] [-every D] [-o FILE] TOKEN ADDRESS:PORT... | dial [-wait D] PORT\nthe lab's hand in the stand-in work domain; lab images only")
+		fmt.Fprintln(os.Stderr, "usage: labguest serve | probe [-n COUNT] [-every D] [-o FILE] TOKEN ADDRESS:PORT... | dial [-wait D] PORT | stream [-frames] [-tcp ADDRESS:PORT | -vsock PORT] BYTES\nthe lab's hand in the stand-in work domain; lab images only")
 	}
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
@@ -48,6 +49,8 @@ func main() {
 		err = probe(ctx, args[1:])
 	case len(args) > 1 && args[0] == "dial":
 		err = dial(ctx, args[1:])
+	case len(args) > 1 && args[0] == "stream":
+		err = send(ctx, args[1:])
 	default:
 		flag.Usage()
 		os.Exit(2)

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 
 	"sekisho/guestlink"
 	"sekisho/guestlink/vsock"
+	"sekisho/images/lab/stream"
 )
 
 func probe(ctx context.Context, args []string) error {
@@ -74,4 +76,31 @@ func dial(ctx context.Context, args []string) error {
 	received, err := io.Copy(io.Discard, conn)
 	fmt.Printf("received %d bytes, error %v\n", received, err)
 	return nil
+}
+
+func send(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("stream", flag.ExitOnError)
+	frames := flags.Bool("frames", false, "send guestlink frames")
+	tcp := flags.String("tcp", "", "`address` and port of a sink behind the tunnel")
+	port := flags.Uint("vsock", 0, "vsock `port` of a sink in the host domain")
+	flags.Parse(args)
+	count, err := strconv.ParseInt(flags.Arg(0), 10, 64)
+	if err != nil {
+		return fmt.Errorf("stream: bytes: %w", err)
+	}
+	var conn net.Conn
+	if *tcp != "" {
+		conn, err = (&net.Dialer{Timeout: stream.Idle}).DialContext(ctx, "tcp4", *tcp)
+	} else {
+		conn, err = vsock.Dial(ctx, guestlink.HostCID, uint32(*port))
+	}
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	r, err := stream.Send(conn, count, *frames)
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(r)
 }

@@ -5,13 +5,17 @@
 // Synopsis:
 //
 //	labhook
+//	labhook sink [-frames] PORT
+//	labhook tunnel INNER ADDRESS:PORT BYTES
 //
 // Description:
 //
 //	Serves requests of the lab (package images/lab/hook) on the virtio serial
 //	port org.sekisho.lab: commands and questions to the daemons of the host
 //	domain, and, over vsock, of the stand-in work domain. It ends with status 0
-//	on SIGTERM, 1 when the port cannot be used.
+//	on SIGTERM, 1 when the port cannot be used. sink and tunnel are the host
+//	domain's ends of the benchmarks: sink receives streams on a vsock port,
+//	tunnel sends one through the tunnel without the guest link.
 package main
 
 import (
@@ -35,7 +39,13 @@ func main() {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	if err := run(ctx); err != nil && ctx.Err() == nil {
+	do := run
+	if args := flag.Args(); len(args) > 1 && args[0] == "sink" {
+		do = func(ctx context.Context) error { return sink(ctx, args[1:]) }
+	} else if len(args) > 1 && args[0] == "tunnel" {
+		do = func(ctx context.Context) error { return tunnel(ctx, args[1:]) }
+	}
+	if err := do(ctx); err != nil && ctx.Err() == nil {
 		slog.Error("labhook", "err", err)
 		os.Exit(1)
 	}
