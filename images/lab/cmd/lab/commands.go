@@ -32,6 +32,7 @@ var commands = map[string]command{
 	"status":   {false, status},
 	"exec":     {false, execute},
 	"capture":  {false, captures},
+	"bench":    {true, bench},
 }
 
 func run(ctx context.Context, l *lab.Lab, args []string) error {
@@ -43,6 +44,26 @@ func run(ctx context.Context, l *lab.Lab, args []string) error {
 	}
 	once := os.Getenv("ONCE") == "1" || !terminal(os.Stdout)
 	return l.Run(ctx, lab.Boot{}, once)
+}
+
+func bench(ctx context.Context, l *lab.Lab, args []string) error {
+	asJSON := false
+	rest, err := options("bench", args, func(f *flag.FlagSet) { f.BoolVar(&asJSON, "json", false, "figures as JSON") })
+	if err != nil || len(rest) != 0 {
+		return errUsage
+	}
+	if err := l.Build(ctx); err != nil {
+		return err
+	}
+	b, err := l.Bench(ctx)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return printJSON(b)
+	}
+	fmt.Print(b)
+	return nil
 }
 
 // options parses flags that come after a command's name.

@@ -33,6 +33,8 @@ usage: lab [-accel auto|kvm|tcg] COMMAND
   tamper cmdline|kernel|initramfs   change one component, sign again, boot: runs, but
                                attestation must refuse it
   unsigned                     boot an image without signature: firmware must refuse it
+  bench [--json]               boot times against a yardstick, sizes, and streams over
+                               vsock, guest link and tunnel (what make bench runs)
   down                         power the laptop off in order, take the rest down
 
 files: out/lab/*.log, out/run/console.log, out/run/uplink.pcap
@@ -112,6 +114,8 @@ func helper(ctx context.Context, args []string) error {
 	switch args[0] {
 	case "page":
 		return lab.ServePage(ctx)
+	case "sink":
+		return lab.ServeSink(ctx, os.Stdout)
 	case "probes":
 		return lab.Probes(ctx, os.Stdout)
 	case "console":
