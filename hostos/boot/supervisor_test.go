@@ -64,7 +64,9 @@ func child(mode string) {
 			notify("WATCHDOG=1")
 		}
 	}
-	select {}
+	for { // an empty select would be a deadlock to the runtime
+		syscall.Pause()
+	}
 }
 
 // about is what a service says of itself.
