@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"net"
 	"strings"
 	"testing"
 	"time"
@@ -86,6 +87,21 @@ func TestBoot(t *testing.T) {
 		b.killService(t, "vmm")
 		b.untilPage(t)
 		b.cleanUplink(t, true)
+	})
+	t.Run("the check sees a packet that should not be there", func(t *testing.T) {
+		must(t, inNamespace("sekisho-home", func() error {
+			c, err := net.Dial("udp4", "192.168.50.255:9")
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			_, err = c.Write([]byte("astray"))
+			return err
+		}))
+		b.until(t, "the packet to be recorded", func(context.Context) bool {
+			r, err := b.CheckUplink()
+			return err == nil && r.Leaked == 1 && r.Leaks[0].Destination == "192.168.50.255:9"
+		})
 	})
 }
 
@@ -229,8 +245,6 @@ func TestNoTPM(t *testing.T) {
 		t.Fatalf("the boot ended with %v, want a refusal that names the TPM", err)
 	}
 	b.untilState(t, "attestd", "no-tpm", "no-tpm")
-	if d, err := b.Daemon(t.Context(), "netd"); err != nil || d.State == "Tunnel" {
-		t.Errorf("netd: %+v, %v", d, err)
-	}
+	b.untilState(t, "netd", "Attesting", "") // with an uplink, and no further
 	b.cleanUplink(t, false)
 }

@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -358,11 +359,14 @@ func copySparse(to, from string) error {
 
 // writeJSON writes v where programs look for it.
 func writeJSON(path string, v any) error {
-	b, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false) // the page is in it
+	e.SetIndent("", "  ")
+	if err := e.Encode(v); err != nil {
 		return err
 	}
-	return writeFile(path, append(b, '\n'), 0o644)
+	return writeFile(path, b.Bytes(), 0o644)
 }
 
 // progress shows fetches and builds, one line per step.
