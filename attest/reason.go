@@ -40,6 +40,8 @@ const (
 	ReasonImageMismatch     Reason = 31
 	ReasonImageUnknown      Reason = 32
 	ReasonSecureBoot        Reason = 33 // PCR 7
+	ReasonPolicyRule        Reason = 34 // a rule of the signed policy
+	ReasonNoPolicy          Reason = 35 // signed policies are required and none is in force
 )
 
 // Reasons of enrolment.
@@ -100,6 +102,8 @@ var reasonNames = map[Reason]string{
 	ReasonImageMismatch:     "image-mismatch",
 	ReasonImageUnknown:      "image-unknown",
 	ReasonSecureBoot:        "secure-boot-mismatch",
+	ReasonPolicyRule:        "policy-rule",
+	ReasonNoPolicy:          "no-policy",
 	ReasonTicketUnknown:     "ticket-unknown",
 	ReasonTicketExpired:     "ticket-expired",
 	ReasonTicketUsed:        "ticket-used",

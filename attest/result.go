@@ -59,6 +59,63 @@ type Finding struct {
 	Event     string `json:"event,omitempty"` // as Component.Event
 	Expected  string `json:"expected,omitempty"`
 	Seen      string `json:"seen,omitempty"`
+
+	Severity Severity `json:"severity"`
+	Rule     string   `json:"rule,omitempty"`   // id of the policy's rule
+	Number   int      `json:"number,omitempty"` // position of the event in the log
+	Sentence Text     `json:"sentence,omitzero"`
+	Action   Text     `json:"action,omitzero"` // what to do
+}
+
+// Explained returns f with the words of its reason where it has none.
+func (f Finding) Explained() Finding {
+	w := f.Reason.Words()
+	if f.Sentence == (Text{}) {
+		f.Sentence = w.Sentence
+	}
+	if f.Action == (Text{}) {
+		f.Action = w.Action
+	}
+	return f
+}
+
+// Change is one difference between the event log of a boot and that of the
+// last boot of the same device that was affirmed.
+type Change struct {
+	PCR    int    `json:"pcr"`
+	Number int    `json:"number"` // position in its log
+	Type   uint32 `json:"type"`   // a hint: no PCR covers it
+	Event  string `json:"event,omitempty"`
+	Was    string `json:"was,omitempty"` // digest; empty if the event is new
+	Is     string `json:"is,omitempty"`  // digest; empty if the event is gone
+}
+
+// PolicyID names the signed policy that a result follows.
+type PolicyID struct {
+	Organization string `json:"organization"`
+	Version      uint64 `json:"version"`
+	Digest       Digest `json:"digest"` // SHA-256 of the policy's content
+}
+
+func (p PolicyID) String() string {
+	return fmt.Sprintf("%s/%d/%s", p.Organization, p.Version, p.Digest)
+}
+
+// Shadow is what a policy that is not enforced would have said.
+type Shadow struct {
+	Policy   PolicyID  `json:"policy"`
+	Status   Status    `json:"status"`
+	Reason   Reason    `json:"reason"`
+	Detail   string    `json:"detail,omitempty"`
+	Findings []Finding `json:"findings,omitempty"`
+}
+
+// Firmware is how common a device's firmware measurements (PCR 0 to 3) are.
+type Firmware struct {
+	Digest        Digest `json:"digest"`            // SHA-256 over the values of PCR 0 to 3
+	Version       string `json:"version,omitempty"` // as the firmware calls itself
+	Devices       int    `json:"devices"`           // other devices with these values
+	Organizations int    `json:"organizations"`     // of so many organisations
 }
 
 func (f Finding) String() string {
@@ -94,9 +151,15 @@ type Result struct {
 	Device   Digest    `json:"ueid"`
 	Nonce    []byte    `json:"eat_nonce,omitempty"`
 	Reason   Reason    `json:"sekisho.reason"`
-	Detail   string    `json:"sekisho.detail,omitempty"`   // one sentence
-	Findings []Finding `json:"sekisho.findings,omitempty"` // all differences
-	Image    string    `json:"sekisho.image,omitempty"`    // name and version of the image that matched
+	Detail   string    `json:"sekisho.detail,omitempty"`    // one sentence
+	Findings []Finding `json:"sekisho.findings,omitempty"`  // all differences
+	Image    string    `json:"sekisho.image,omitempty"`     // name and version of the image that matched
+	Policy   *PolicyID `json:"sekisho.policy,omitempty"`    // nil: unsigned reference values only
+	Shadow   *Shadow   `json:"sekisho.shadow,omitempty"`    // only if it differs
+	Changes  []Change  `json:"sekisho.changes,omitempty"`   // since LastGood, if refused
+	LastGood *Digest   `json:"sekisho.last_good,omitempty"` // event log of the last affirmed boot
+	Firmware *Firmware `json:"sekisho.firmware,omitempty"`
+	Report   string    `json:"sekisho.report,omitempty"` // id of the stored report
 }
 
 // maxResult bounds ParseResult's input in bytes.

@@ -1,0 +1,122 @@
+package attest
+
+import "fmt"
+
+// Text is one sentence in the two languages of those who read it.
+type Text struct {
+	JA string `json:"ja,omitempty"`
+	EN string `json:"en,omitempty"`
+}
+
+// In returns the text in language "ja" or "en", or in the other where that one
+// is missing.
+func (t Text) In(language string) string {
+	if language == "ja" && t.JA != "" || t.EN == "" {
+		return t.JA
+	}
+	return t.EN
+}
+
+// Severity says what a finding does to the result. The zero value refuses.
+type Severity uint8
+
+// The severities, numbered by hand.
+const (
+	SeverityBlock   Severity = 0 // the result is contraindicated
+	SeverityDegrade Severity = 1 // the result is at best a warning
+	SeverityWarn    Severity = 2 // reported, changes nothing
+)
+
+var severityNames = [...]string{"block", "degrade", "warn"}
+
+func (s Severity) String() string {
+	if int(s) < len(severityNames) {
+		return severityNames[s]
+	}
+	return fmt.Sprintf("severity-%d", uint8(s))
+}
+
+// ParseSeverity is the inverse of Severity.String.
+func ParseSeverity(s string) (Severity, error) {
+	for i, name := range severityNames {
+		if s == name {
+			return Severity(i), nil
+		}
+	}
+	return SeverityBlock, fmt.Errorf("unknown severity %.64q: want block, degrade or warn", s)
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (s Severity) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (s *Severity) UnmarshalText(b []byte) (err error) {
+	*s, err = ParseSeverity(string(b))
+	return err
+}
+
+// Words are what a reason means to people and what they can do about it.
+type Words struct {
+	Sentence, Action Text
+}
+
+// Words returns the sentence and the action of a reason. Reasons without words
+// of their own get general ones: no refusal is left without something to do.
+func (r Reason) Words() Words {
+	if w, ok := reasonWords[r]; ok {
+		return w
+	}
+	return words("%[1]s という理由で拒否されました。", "Refused for the reason %[1]s.",
+		"詳細を確認し、担当者に連絡してください。", "Read the detail and ask the security team.").with(r.String())
+}
+
+func (w Words) with(name string) Words {
+	w.Sentence.JA, w.Sentence.EN = fmt.Sprintf(w.Sentence.JA, name), fmt.Sprintf(w.Sentence.EN, name)
+	return w
+}
+
+func words(ja, en, doJA, doEN string) Words {
+	return Words{Text{ja, en}, Text{doJA, doEN}}
+}
+
+const (
+	retryJA, retryEN   = "端末が自動でやり直します。続く場合は通信経路と時刻を確認してください。", "The device tries again by itself; if this goes on, check the clock and the path to the verifier."
+	attackJA, attackEN = "通常の利用では起こりません。端末を隔離し、報告書を保存して調査してください。", "This does not happen in normal use; isolate the device, keep the report and investigate."
+	firmJA, firmEN     = "ファームウェアを更新してから再起動してください。続く場合はイベントログを添えて機器メーカーに連絡してください。", "Update the firmware and start again; if this goes on, send the event log to the maker."
+)
+
+var reasonWords = map[Reason]Words{
+	ReasonNone:              words("問題はありません。", "Nothing is wrong.", "何もする必要はありません。", "Nothing is to be done."),
+	ReasonEvidenceMalformed: words("証拠の形式が正しくありません。", "The evidence is malformed.", "端末のホスト領域を現在のリリースに更新してください。", "Update the device's host domain to the current release."),
+	ReasonEvidenceTooLarge:  words("証拠が大きすぎます。", "The evidence is too large.", "端末のホスト領域を現在のリリースに更新してください。", "Update the device's host domain to the current release."),
+	ReasonVerifierMismatch:  words("この証拠は別の検証サーバー宛てです。", "The evidence was made for another verifier.", retryJA, retryEN),
+	ReasonPurposeMismatch:   words("この用途の資格情報は発行していません。", "No credential is issued for this purpose.", "端末のホスト領域を現在のリリースに更新してください。", "Update the device's host domain to the current release."),
+	ReasonNonceInvalid:      words("ノンスがこの組織の検証サーバーのものではありません。", "The nonce is not one of this organisation's verifiers.", retryJA, retryEN),
+	ReasonNonceExpired:      words("ノンスの有効期限が切れています。", "The nonce has expired.", retryJA, retryEN),
+	ReasonNonceReused:       words("ノンスはすでに使われています。", "The nonce was used before.", attackJA, attackEN),
+	ReasonDeviceMismatch:    words("ノンスは別の端末に渡されたものです。", "The nonce was given to another device.", attackJA, attackEN),
+	ReasonDeviceUnknown:     words("端末が登録されていません。", "The device is not enrolled.", "登録チケットを発行して端末を登録してください。", "Make a ticket and enrol the device."),
+	ReasonSignatureInvalid:  words("署名が、登録された証明鍵のものではありません。", "The quote is not signed by the attestation key on record.", "TPM を消去した場合は再登録し、そうでなければ端末を調査してください。", "Re-enrol the device if its TPM was cleared; otherwise investigate it."),
+	ReasonQuoteMagic:        words("TPM が作った証拠ではありません。", "The statement was not made by a TPM.", attackJA, attackEN),
+	ReasonQuoteType:         words("クォートではない TPM の署名が送られました。", "The TPM statement is not a quote.", attackJA, attackEN),
+	ReasonQuoteSigner:       words("クォートが別の鍵を署名者としています。", "The quote names another signer.", attackJA, attackEN),
+	ReasonBindingMismatch:   words("クォートは別のノンス、端末、鍵またはログのために作られました。", "The quote was made for another nonce, device, key or event log.", attackJA, attackEN),
+	ReasonPCRSelection:      words("クォートされた PCR の組が規定と異なります。", "The quote does not cover exactly the required PCRs.", attackJA, attackEN),
+	ReasonPCRDigest:         words("PCR の値がクォートと一致しません。", "The PCR values are not the quoted ones.", attackJA, attackEN),
+	ReasonClockReversed:     words("TPM の時計またはリセット回数が戻りました。", "The TPM's clock or reset count went back.", "TPM を消去した場合は再登録し、そうでなければ端末を調査してください。", "Re-enrol the device if its TPM was cleared; otherwise investigate it."),
+	ReasonClockUnsafe:       words("電源断の後、TPM の時計が戻った可能性があります。", "The TPM's clock may have gone back after a power cut.", "端末を一度正しく終了してから起動してください。", "Shut the device down in order and start it again."),
+	ReasonKeyNotCertified:   words("証明書の鍵が、この端末の TPM で証明されていません。", "The certificate's key is not certified by this device's TPM.", attackJA, attackEN),
+	ReasonKeyAttributes:     words("証明書の鍵が、TPM から出せない鍵の条件を満たしません。", "The certificate's key is not one that cannot leave the TPM.", attackJA, attackEN),
+	ReasonLogTooLarge:       words("イベントログが大きすぎます。", "The event log is too large.", firmJA, firmEN),
+	ReasonLogMalformed:      words("イベントログを読み取れません。", "The event log cannot be read.", firmJA, firmEN),
+	ReasonLogNoSHA256:       words("イベントログに SHA-256 がありません。", "The event log has no SHA-256 digests.", "ファームウェア設定で TPM の SHA-256 バンクを有効にしてください。", "Enable the TPM's SHA-256 bank in the firmware setup."),
+	ReasonLogMissingEvents:  words("PCR を拡張した内容がイベントログにありません。", "A PCR was extended and the event log does not say by what.", attackJA, attackEN),
+	ReasonLogReplay:         words("イベントログから PCR の値を再現できません。", "The event log does not give the quoted PCR values.", firmJA, firmEN),
+	ReasonLogSeparator:      words("イベントログの区切りが正しくありません。", "The event log's separators are not right.", firmJA, firmEN),
+	ReasonNoReferenceValues: words("検証サーバーに参照値がありません。", "The verifier has no reference values.", "リリースの参照値を署名して公開してください。", "Sign and publish the reference values of a release."),
+	ReasonImageMismatch:     words("ホスト領域のイメージが、承認された値と異なります。", "The host domain's image differs from the approved one.", "新しいリリースならその参照値を承認し、そうでなければ正しいイメージを入れ直してください。", "Approve the values if this is a new release; otherwise install the approved image again."),
+	ReasonImageUnknown:      words("起動したイメージは承認されていません。", "The image that was started is not an approved one.", "新しいリリースならその参照値を承認し、そうでなければ正しいイメージを入れ直してください。", "Approve the values if this is a new release; otherwise install the approved image again."),
+	ReasonSecureBoot:        words("セキュアブートの設定が承認された値と異なります。", "The Secure Boot settings differ from the approved ones.", "ファームウェア設定でセキュアブートを有効にし、鍵を組織のものに戻してください。", "Turn Secure Boot on in the firmware setup and restore the organisation's keys."),
+	ReasonPolicyRule:        words("組織のポリシーの規則を満たしていません。", "A rule of the organisation's policy is not met.", "規則の理由を確認し、その指示に従ってください。", "Read the rule's reason and do what it says."),
+	ReasonNoPolicy:          words("有効な署名済みポリシーがありません。", "No signed policy is in force.", "ポリシーを署名して公開してください（attestctl policy publish）。", "Sign and publish a policy (attestctl policy publish)."),
+}
