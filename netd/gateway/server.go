@@ -29,7 +29,7 @@ import (
 )
 
 const (
-	// openTimeout bounds the TLS handshake and the request together.
+	// openTimeout bounds the TLS handshake, and after it the request.
 	openTimeout = 10 * time.Second
 	// maxHeader bounds a request's header in bytes.
 	maxHeader = 8 << 10

@@ -3,8 +3,8 @@ package plan
 import "net/netip"
 
 // GatewayTable is the name of the gateway's nftables table. A gateway is a
-// server with other tables beside it, so its chains see only what enters or
-// leaves by the tunnel's link.
+// server with other tables beside it, so its chains judge only what enters or
+// leaves by the tunnel's link, and what would be forwarded by LGWAN's.
 const GatewayTable = "sekisho-gateway"
 
 // Gateway is what the gateway's configuration asks of its host's kernel.
@@ -18,7 +18,9 @@ type Gateway struct {
 
 // MakeGateway returns the desired configuration of a gateway's namespace:
 // packets pass between the tunnel and the LGWAN link and nowhere else; laptops
-// reach neither the gateway itself, but for its ICMP, nor each other.
+// reach neither the gateway itself, but for its ICMP, nor each other. Because
+// it switches forwarding on for the whole server, it also forbids what that
+// would open: a way between LGWAN and the server's other links.
 func MakeGateway(g Gateway) Namespace {
 	tun, lgwan := g.Tun, g.LGWAN
 	mss := uint16(g.MTU - 40)
@@ -39,6 +41,8 @@ func MakeGateway(g Gateway) Namespace {
 				{In: lgwan, Out: tun, Destination: g.Pool, Verdict: Accept},
 				{In: tun},
 				{Out: tun},
+				{In: lgwan},
+				{Out: lgwan},
 			}},
 		}},
 	}

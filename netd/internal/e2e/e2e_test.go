@@ -48,6 +48,38 @@ func TestPageThroughTheTunnel(t *testing.T) {
 	w.checkUplink()
 }
 
+// TestGatewayIsNoRouterIntoLGWAN: the gateway switches forwarding on, and still
+// nothing but the tunnel leads through its server, in either direction.
+func TestGatewayIsNoRouterIntoLGWAN(t *testing.T) {
+	w := open(t, time.Hour)
+	w.home.Run("ip", "route", "add", "10.1.0.0/24", "via", "203.0.113.20")
+	w.web.Run("ip", "route", "add", "203.0.113.0/24", "via", "10.1.0.1")
+	if f := w.site.Run("sysctl", "-n", "net.ipv4.ip_forward"); strings.TrimSpace(f) != "1" {
+		t.Fatalf("ip_forward at the gateway is %q: this test would prove nothing", f)
+	}
+	dial := func(from *nstest.NS, to string) error {
+		return from.Do(func() error {
+			c, err := net.DialTimeout("tcp", to, 2*time.Second)
+			if err == nil {
+				c.Close()
+			}
+			return err
+		})
+	}
+	outer := w.home.Listen("203.0.113.1:8080")
+	defer outer.Close()
+	if err := dial(w.site, "203.0.113.1:8080"); err != nil {
+		t.Fatalf("the home's server cannot be reached at all: %v", err)
+	}
+	if err := dial(w.home, "10.1.0.80:80"); err == nil {
+		t.Error("LGWAN can be reached through the gateway's server without a tunnel")
+	}
+	if err := dial(w.web, "203.0.113.1:8080"); err == nil {
+		t.Error("LGWAN reaches out through the gateway's server")
+	}
+	w.readPage(10 * time.Second)
+}
+
 func contains(s, sub string) bool { return strings.Contains(s, sub) }
 
 // open starts everything and waits for the page.
