@@ -89,6 +89,46 @@ func TestConsoleFormat(t *testing.T) {
 	}
 }
 
+// TestStoppedConsoleDoesNotStopInit writes to a console that takes nothing, as
+// one does after Ctrl-S, and then to the same console taking lines again.
+func TestStoppedConsoleDoesNotStopInit(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	c := newConsole(w)
+	for range 2000 { // more than a pipe holds (64 KiB, pipe(7))
+		c.line("netd", "%s", strings.Repeat("x", 60))
+		if c.stuck {
+			break
+		}
+	}
+	if !c.stuck {
+		t.Fatal("the pipe took everything")
+	}
+	c.line("netd", "lost")
+	got := make(chan string, 1)
+	go func() {
+		b := make([]byte, 0, 1<<20)
+		for !strings.Contains(string(b), "again") {
+			n, err := r.Read(b[len(b):cap(b)])
+			if err != nil {
+				break
+			}
+			b = b[:len(b)+n]
+		}
+		got <- string(b)
+	}()
+	for c.stuck = true; c.stuck; {
+		c.line("netd", "again")
+	}
+	if s := <-got; strings.Contains(s, "lost") {
+		t.Error("a line that was given up was written later")
+	}
+}
+
 func FuzzNotification(f *testing.F) {
 	f.Add([]byte("READY=1\nSTATUS=Linked eth0\nWATCHDOG=1"))
 	f.Fuzz(func(t *testing.T, b []byte) {

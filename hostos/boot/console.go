@@ -1,8 +1,10 @@
 package boot
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -12,10 +14,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// console writes the lines of docs/host-domain.md, one for each change.
+// consolePatience is how long one line may wait for a console that takes
+// nothing; lines after it only consoleGlance, until one gets through.
+const (
+	consolePatience = 500 * time.Millisecond
+	consoleGlance   = 10 * time.Millisecond
+)
+
+// console writes the lines of docs/host-domain.md, one for each change. A
+// console that somebody has stopped (Ctrl-S, Scroll Lock) loses lines; it must
+// not stop PID 1.
 type console struct {
 	mu    sync.Mutex
 	w     io.Writer
+	stuck bool                 // the last line did not get through in time
 	since func() time.Duration // since the kernel started
 }
 
@@ -35,7 +47,15 @@ func sinceKernelStart() time.Duration {
 func (c *console) line(name, format string, a ...any) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	fmt.Fprintf(c.w, "sekisho [%9.3f] %s: %s\n", c.since().Seconds(), name, printable(fmt.Sprintf(format, a...)))
+	if f, ok := c.w.(interface{ SetWriteDeadline(time.Time) error }); ok {
+		wait := consolePatience
+		if c.stuck {
+			wait = consoleGlance
+		}
+		_ = f.SetWriteDeadline(time.Now().Add(wait)) // a file without deadlines does not block either
+	}
+	_, err := fmt.Fprintf(c.w, "sekisho [%9.3f] %s: %s\n", c.since().Seconds(), name, printable(fmt.Sprintf(format, a...)))
+	c.stuck = errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // maxLine is how many bytes of a text reach the console.
