@@ -143,17 +143,19 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 	if err := labDevices(); err != nil {
 		h.console.line("init", "warning: %v", err)
 	}
+	reason, detail := "", "all stages are done"
+	if len(missing) > 0 {
+		reason, detail = "device-missing", missing[0].needed
+	}
 	for _, svc := range Services() {
 		if _, err := h.sup.add(ctx, svc); err != nil {
 			h.console.line("init", "warning: %v", err)
+			reason, detail = "service-missing", err.Error()
 		}
 	}
-	h.set("running", "", "all stages are done")
-	if len(missing) > 0 {
-		h.set("running", "device-missing", missing[0].needed)
-	}
+	h.set("running", reason, detail)
 	if err := h.startWork(ctx, wg, broken); err != nil {
-		if len(missing) == 0 { // otherwise the missing device is the news
+		if reason == "" { // otherwise the missing device or service is the news
 			h.set("running", "no-work-domain", err.Error())
 		}
 		h.console.line("init", "no work domain: %v / 業務領域を起動できません", err)

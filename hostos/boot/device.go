@@ -31,9 +31,9 @@ func nodes() []node {
 			"no partition sekisho-work: no work domain; install the disk again / パーティション sekisho-work がありません。業務領域は起動しません。ディスクを再インストールしてください"},
 		{"/dev/kvm", "vmm", 0o600,
 			"no KVM: no work domain; switch virtualisation on in the firmware setup / KVM が使えません。業務領域は起動しません。ファームウェア設定で仮想化支援を有効にしてください"},
-		{"/dev/vhost-vsock", "vmm", 0o600, "no vhost-vsock: no work domain / vhost-vsock がありません。業務領域は起動しません"},
+		{"/dev/vhost-vsock", "vmm", 0o600, "no vhost-vsock: no work domain; install the release again / vhost-vsock がありません。業務領域は起動しません。リリースを再インストールしてください"},
 		// Who makes a device still needs CAP_NET_ADMIN where it is made.
-		{"/dev/net/tun", "", 0o666, "no /dev/net/tun: stays closed / /dev/net/tun がありません。閉じたままです"},
+		{"/dev/net/tun", "", 0o666, "no /dev/net/tun: stays closed; install the release again / /dev/net/tun がありません。閉じたままです。リリースを再インストールしてください"},
 	}
 }
 

@@ -14,8 +14,9 @@ type Module struct {
 	Serves string
 }
 
-// What a required module serves. Init refuses the stage of that name when the
-// module is absent from both the image and the kernel.
+// What a required module serves, when it is neither in the image nor in the
+// kernel: without the ruleset init stops, closed; without the work domain's it
+// does not start QEMU; without tun, linkd and netd cannot start, so nothing opens.
 const (
 	ServesRuleset    = "ruleset"     // netd close, hence everything after it
 	ServesInside     = "inside"      // work0 and tun0 in the namespace inside
