@@ -32,12 +32,11 @@ func Listen(path string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("passed sockets: %w", err)
 	}
-	switch len(passed) {
-	case 0:
-	case 1:
+	switch {
+	case len(passed) == 1 && passed[0] != nil: // nil: a descriptor that does not listen
 		return passed[0], nil
-	default:
-		return nil, fmt.Errorf("%d sockets passed by LISTEN_FDS, want one", len(passed))
+	case len(passed) > 0:
+		return nil, fmt.Errorf("%d sockets passed by LISTEN_FDS, want one that listens", len(passed))
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
