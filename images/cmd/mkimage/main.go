@@ -32,7 +32,7 @@ const usage = `mkimage builds what the laptop boots.
   mkimage predict FILE.efi            print the PCR values that a boot of FILE.efi gives
 
 Order: host and work, then disk. A release has no lab hook and no shell; with -lab it has
-both, and its os-release says so. Needs apt-get and the package ovmf; not root.
+both, and its os-release says so. Needs apt-get and the packages ovmf, mtools, syslinux and syslinux-common; not root.
 
 Exit status: 0 done, 1 failed, 2 wrong use.
 
