@@ -7,7 +7,7 @@ GO       := GOTOOLCHAIN=local CGO_ENABLED=0 go
 COMMANDS := $(patsubst %/main.go,./%,$(wildcard */cmd/*/main.go images/cmd/*/main.go images/lab/cmd/lab/main.go))
 # Everything make run and make test start that is not in this repository.
 PACKAGES := ca-certificates iproute2 nftables procps kmod qemu-system-x86 ovmf swtpm swtpm-tools \
-            dnsmasq-base sbsigntool syslinux syslinux-common mtools dosfstools tcpdump iperf3
+            dnsmasq-base sbsigntool syslinux syslinux-common mtools dosfstools tcpdump
 
 .PHONY: run test bench build packages vet clean
 run: packages build
@@ -15,7 +15,8 @@ run: packages build
 
 test: packages vet build
 	@set -o pipefail; echo "== unit and privileged tests"; \
-	 SEKISHO_TEST=all $(GO) test -timeout 20m $$($(GO) list ./... | grep -v '/images/lab$$') || { echo "make test: FAIL"; exit 1; }
+	 SEKISHO_TEST=all $(GO) test -timeout 20m $$($(GO) list ./... | grep -v '/images/lab$$') && \
+	 SEKISHO_TEST=all $(GO) test -tags lab ./hostos/boot ./images/work || { echo "make test: FAIL"; exit 1; }
 	@echo "== the laptop in the lab: real boots"; \
 	 SEKISHO_TEST=all $(GO) test -count=1 -timeout 40m -v ./images/lab || { echo "make test: FAIL"; exit 1; }
 	@echo "make test: PASS"
