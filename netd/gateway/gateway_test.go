@@ -386,6 +386,24 @@ func TestLeases(t *testing.T) {
 	}
 }
 
+// TestLeasesStayReadable: what OpenLeases would refuse is never written.
+func TestLeasesStayReadable(t *testing.T) {
+	l, err := OpenLeases(filepath.Join(t.TempDir(), "leases.json"), netip.MustParsePrefix("10.0.0.0/8"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range uint32(200_000) { // 84 bytes each, and more
+		a := netip.AddrFrom4([4]byte{10, byte(n>>16) + 1, byte(n >> 8), byte(n)})
+		l.device[attest.Digest{1, byte(n >> 16), byte(n >> 8), byte(n)}], l.used[a] = a, true
+	}
+	if _, err := l.Get(attest.Digest{2}); err == nil {
+		t.Error("a lease file was written that cannot be read")
+	}
+	if _, known := l.device[attest.Digest{2}]; known || l.Len() != 200_000 {
+		t.Error("the refused device keeps an address")
+	}
+}
+
 func TestParseConfig(t *testing.T) {
 	good := `{"listen":"203.0.113.20:443","certificate":"c","key":"k","client_ca":"a","pool":"10.80.0.0/16","leases":"l","tun":"t0","lgwan":"l0"%s}`
 	c, err := ParseConfig(fmt.Appendf(nil, good, ""))

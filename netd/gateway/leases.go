@@ -124,6 +124,9 @@ func (l *Leases) save() error {
 	if err != nil {
 		return fmt.Errorf("leases: %w", err)
 	}
+	if len(data) > maxLeases { // a gateway could not start with it again
+		return fmt.Errorf("leases: %d devices, no room for more in %d bytes", len(l.device)-1, maxLeases)
+	}
 	f, err := os.CreateTemp(filepath.Dir(l.file), ".leases-*")
 	if err != nil {
 		return fmt.Errorf("leases: %w", err)
