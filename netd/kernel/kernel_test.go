@@ -84,6 +84,7 @@ func TestApplyReadBackAndRepair(t *testing.T) {
 	for _, meddle := range [][]string{
 		{"nft", "add rule inet sekisho output accept"},
 		{"nft", "delete table inet sekisho"},
+		{"nft", "table inet sekisho { flags dormant; }"},
 		{"nft", "chain inet sekisho input { policy accept; }"},
 		{"ip", "route", "add", "0.0.0.0/0", "dev", "eth0"},
 		{"ip", "route", "add", "0.0.0.0/1", "via", "192.168.50.1", "dev", "eth0", "onlink"},

@@ -138,13 +138,22 @@ func (n *Namespace) holdsRules(r plan.Ruleset) (bool, error) {
 	if len(chains) != len(r.Chains) {
 		return false, nil
 	}
+	tables, err := n.nft.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return false, fmt.Errorf("nftables tables: %w", err)
+	}
+	// Flags would put a whole table out of force (NFT_TABLE_F_DORMANT,
+	// linux/netfilter/nf_tables.h); ours has none.
+	if !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == r.Table && t.Flags == 0 }) {
+		return false, nil
+	}
 	for _, want := range r.Chains {
 		i := slices.IndexFunc(chains, func(c *nftables.Chain) bool { return c.Name == string(want.Hook) })
 		if i < 0 {
 			return false, nil
 		}
 		c := chains[i]
-		if c.Hooknum == nil || *c.Hooknum != *hook(want.Hook) || c.Policy == nil || *c.Policy != policy(want) || c.Priority == nil || *c.Priority != *nftables.ChainPriorityFilter {
+		if c.Type != nftables.ChainTypeFilter || c.Hooknum == nil || *c.Hooknum != *hook(want.Hook) || c.Policy == nil || *c.Policy != policy(want) || c.Priority == nil || *c.Priority != *nftables.ChainPriorityFilter {
 			return false, nil
 		}
 		rules, err := n.nft.GetRules(c.Table, c)
