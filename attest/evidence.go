@@ -13,7 +13,7 @@ import (
 // anything of that size is allocated or parsed.
 const (
 	MaxEventLog = 512 << 10                         // one event log
-	MaxEvidence = MaxEventLog + 32<<10              // encoded Evidence
+	MaxEvidence = MaxEventLog + MaxRunLog + 32<<10  // encoded Evidence
 	MaxTPMBytes = 4 << 10                           // any one TPM structure
 	MaxNonce    = 256                               // a nonce
 	MaxName     = 255                               // a verifier's name
@@ -56,17 +56,18 @@ func DeviceID(ekName []byte) Digest { return sha256.Sum256(ekName) }
 // key from its own record.
 type Evidence struct {
 	Profile    string         `cbor:"1,keyasint"`
-	Device     []byte         `cbor:"2,keyasint"`  // device id, 32 bytes
-	Verifier   string         `cbor:"3,keyasint"`  // verifier that gave the nonce
-	Purpose    Purpose        `cbor:"4,keyasint"`  // what the credential is for
-	Nonce      []byte         `cbor:"5,keyasint"`  // as the verifier gave it
-	Quote      []byte         `cbor:"6,keyasint"`  // TPMS_ATTEST of TPM2_Quote
-	QuoteSig   []byte         `cbor:"7,keyasint"`  // TPMT_SIGNATURE over Quote
-	PCRs       map[int][]byte `cbor:"8,keyasint"`  // SHA-256 bank, by index
-	EventLog   []byte         `cbor:"9,keyasint"`  // TCG crypto-agile log, as firmware wrote it
-	Key        []byte         `cbor:"10,keyasint"` // TPMT_PUBLIC of the credential key
-	Certify    []byte         `cbor:"11,keyasint"` // TPMS_ATTEST of TPM2_Certify over Key
-	CertifySig []byte         `cbor:"12,keyasint"` // TPMT_SIGNATURE over Certify
+	Device     []byte         `cbor:"2,keyasint"`            // device id, 32 bytes
+	Verifier   string         `cbor:"3,keyasint"`            // verifier that gave the nonce
+	Purpose    Purpose        `cbor:"4,keyasint"`            // what the credential is for
+	Nonce      []byte         `cbor:"5,keyasint"`            // as the verifier gave it
+	Quote      []byte         `cbor:"6,keyasint"`            // TPMS_ATTEST of TPM2_Quote
+	QuoteSig   []byte         `cbor:"7,keyasint"`            // TPMT_SIGNATURE over Quote
+	PCRs       map[int][]byte `cbor:"8,keyasint"`            // SHA-256 bank, by index
+	EventLog   []byte         `cbor:"9,keyasint"`            // TCG crypto-agile log, as firmware wrote it
+	Key        []byte         `cbor:"10,keyasint"`           // TPMT_PUBLIC of the credential key
+	Certify    []byte         `cbor:"11,keyasint"`           // TPMS_ATTEST of TPM2_Certify over Key
+	CertifySig []byte         `cbor:"12,keyasint"`           // TPMT_SIGNATURE over Certify
+	RunLog     []byte         `cbor:"13,keyasint,omitempty"` // run-time events (attest/runlog), absent while there are none
 }
 
 // ErrTooLarge is returned for input over one of this package's limits.
@@ -152,6 +153,7 @@ func (e *Evidence) check() error {
 		"quote":             {len(e.Quote), MaxTPMBytes},
 		"quote signature":   {len(e.QuoteSig), MaxTPMBytes},
 		"event log":         {len(e.EventLog), MaxEventLog},
+		"run-time log":      {len(e.RunLog), MaxRunLog},
 		"key":               {len(e.Key), MaxTPMBytes},
 		"certify":           {len(e.Certify), MaxTPMBytes},
 		"certify signature": {len(e.CertifySig), MaxTPMBytes},
@@ -178,17 +180,24 @@ type Binding struct {
 	Purpose  Purpose
 	Key      Digest // SHA-256 of the SubjectPublicKeyInfo of the certificate's key
 	EventLog Digest // SHA-256 of the event log
+	RunLog   []byte // run-time events, as in Evidence
 }
 
 // Digest returns SHA-256("sekisho/attest/1" || deterministic CBOR of the
 // fields as an array). CBOR gives each field its type and its length, so no
-// two bindings share an encoding.
+// two bindings share an encoding. The digest of the run-time log is a seventh
+// element, absent while there are no events.
 func (b Binding) Digest() (Digest, error) {
 	enc, _, err := codec()
 	if err != nil {
 		return Digest{}, fmt.Errorf("binding: %w", err)
 	}
-	tuple, err := enc.Marshal([]any{b.Nonce, b.Device[:], b.Verifier, uint8(b.Purpose), b.Key[:], b.EventLog[:]})
+	fields := []any{b.Nonce, b.Device[:], b.Verifier, uint8(b.Purpose), b.Key[:], b.EventLog[:]}
+	if len(b.RunLog) > 0 {
+		run := sha256.Sum256(b.RunLog)
+		fields = append(fields, run[:])
+	}
+	tuple, err := enc.Marshal(fields)
 	if err != nil {
 		return Digest{}, fmt.Errorf("binding: %w", err)
 	}

@@ -61,6 +61,7 @@ func TestParseEvidenceRefuses(t *testing.T) {
 		"short device":  func(e *Evidence) { e.Device = e.Device[:31] },
 		"long log":      func(e *Evidence) { e.EventLog = make([]byte, MaxEventLog+1) },
 		"long quote":    func(e *Evidence) { e.Quote = make([]byte, MaxTPMBytes+1) },
+		"long run log":  func(e *Evidence) { e.RunLog = make([]byte, MaxRunLog+1) },
 		"pcr 24":        func(e *Evidence) { e.PCRs[24] = make([]byte, 32) },
 		"short pcr":     func(e *Evidence) { e.PCRs[0] = make([]byte, 20) },
 		"long verifier": func(e *Evidence) { e.Verifier = strings.Repeat("v", MaxName+1) },
@@ -115,6 +116,7 @@ func TestBinding(t *testing.T) {
 		"device":        {Nonce: []byte("ab"), Verifier: "c", Purpose: PurposeNetwork, Device: Digest{1}},
 		"key":           {Nonce: []byte("ab"), Verifier: "c", Purpose: PurposeNetwork, Key: Digest{1}},
 		"log":           {Nonce: []byte("ab"), Verifier: "c", Purpose: PurposeNetwork, EventLog: Digest{1}},
+		"run-time log":  {Nonce: []byte("ab"), Verifier: "c", Purpose: PurposeNetwork, RunLog: []byte{1}},
 		"empty nonce":   {Verifier: "c", Purpose: PurposeNetwork},
 		"nothing given": {},
 	} {

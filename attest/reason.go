@@ -36,6 +36,11 @@ const (
 	ReasonLogMissingEvents  Reason = 24 // a PCR was extended and the log does not say by what
 	ReasonLogReplay         Reason = 25
 	ReasonLogSeparator      Reason = 26
+	ReasonLogEventType      Reason = 27 // a type that has no place in its PCR
+	ReasonLogEventDigest    Reason = 28 // a digest that is not of the data it covers
+	ReasonLogOrder          Reason = 29 // an event that is out of its place
+	ReasonRunLogMalformed   Reason = 36 // our own log of run-time events
+	ReasonRunLogReplay      Reason = 37
 	ReasonNoReferenceValues Reason = 30
 	ReasonImageMismatch     Reason = 31
 	ReasonImageUnknown      Reason = 32
@@ -98,6 +103,11 @@ var reasonNames = map[Reason]string{
 	ReasonLogMissingEvents:  "log-missing-events",
 	ReasonLogReplay:         "log-replay",
 	ReasonLogSeparator:      "log-separator",
+	ReasonLogEventType:      "log-event-type",
+	ReasonLogEventDigest:    "log-event-digest",
+	ReasonLogOrder:          "log-order",
+	ReasonRunLogMalformed:   "run-log-malformed",
+	ReasonRunLogReplay:      "run-log-replay",
 	ReasonNoReferenceValues: "no-reference-values",
 	ReasonImageMismatch:     "image-mismatch",
 	ReasonImageUnknown:      "image-unknown",

@@ -37,6 +37,7 @@ func (a *Attester) Serve(ctx context.Context, l net.Listener, allow []uint32) er
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    maxRequest,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext:       withPeer,
 		ErrorLog:          slog.NewLogLogger(a.Log.Handler(), slog.LevelDebug),
 	}
 	allow = append([]uint32{0, uint32(unix.Getuid())}, allow...)
@@ -65,6 +66,7 @@ func (a *Attester) handler() http.Handler {
 		w.Write(chain)
 	})
 	mux.HandleFunc("POST /v1/sign", a.serveSign)
+	mux.HandleFunc("POST /v1/events", a.serveEvent)
 	return mux
 }
 
@@ -130,7 +132,7 @@ func (p *peers) Accept() (net.Conn, error) {
 		}
 		uid, err := peerUID(c)
 		if err == nil && slices.Contains(p.allow, uid) {
-			return c, nil
+			return peerConn{c, uid}, nil
 		}
 		p.log.Warn("client refused", "uid", uid, "error", err)
 		c.Close()

@@ -43,18 +43,21 @@ type Storage interface {
 	Erase() error
 }
 
-// Hardware is an open TPM that also signs with its credential key.
+// Hardware is an open TPM that also measures, and signs with its credential
+// key.
 type Hardware interface {
 	TPM
+	Measurer
 	crypto.Signer
 	io.Closer
 }
 
-// Config is what an Attester is made of. All fields are needed.
+// Config is what an Attester is made of. All fields but RunLog are needed.
 type Config struct {
 	Organization *attest.Organization
 	OpenTPM      func() (Hardware, error) // called again after a fault
 	EventLog     func() ([]byte, error)
+	RunLog       *RunLog // run-time events; nil records none
 	State        Storage
 	Now          func() time.Time
 	Log          *slog.Logger
@@ -65,6 +68,7 @@ type Config struct {
 type Attester struct {
 	Config
 	remotes []*remote
+	again   chan struct{} // a run-time event asks for a new quote
 
 	// Of Run's goroutine alone.
 	record   Record
@@ -88,7 +92,7 @@ func New(c Config) (*Attester, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Attester{Config: c, change: make(chan struct{})}
+	a := &Attester{Config: c, change: make(chan struct{}), again: make(chan struct{}, 1)}
 	for _, e := range c.Organization.Verifiers {
 		a.remotes = append(a.remotes, newRemote(e, roots))
 	}
@@ -106,6 +110,8 @@ func (a *Attester) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			wait.Stop()
 			return nil
+		case <-a.again:
+			wait.Stop()
 		case <-wait.C:
 		}
 	}
@@ -368,9 +374,15 @@ func (a *Attester) evidence(c attest.Challenge, log []byte) ([]byte, error) {
 	if err != nil {
 		return nil, a.tpmFault(err)
 	}
+	// No event may come between its log and the quote.
+	run, done, err := a.RunLog.hold(a.hw)
+	if err != nil {
+		return nil, a.tpmFault(err)
+	}
+	defer done()
 	binding := attest.Binding{
 		Nonce: c.Nonce, Device: a.device, Verifier: c.Verifier, Purpose: attest.PurposeNetwork,
-		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(log),
+		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(log), RunLog: run,
 	}
 	extra, err := binding.Digest()
 	if err != nil {
@@ -383,7 +395,7 @@ func (a *Attester) evidence(c attest.Challenge, log []byte) ([]byte, error) {
 	e := attest.Evidence{
 		Profile: attest.Profile, Device: a.device[:], Verifier: c.Verifier, Purpose: binding.Purpose, Nonce: c.Nonce,
 		Quote: proof.Quote, QuoteSig: proof.QuoteSig, PCRs: make(map[int][]byte, len(proof.PCRs)), EventLog: log,
-		Key: id.Key, Certify: proof.Certify, CertifySig: proof.CertifySig,
+		Key: id.Key, Certify: proof.Certify, CertifySig: proof.CertifySig, RunLog: run,
 	}
 	for i, v := range proof.PCRs {
 		e.PCRs[i] = v[:]

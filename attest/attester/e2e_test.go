@@ -157,6 +157,13 @@ func (s *site) ticket() attest.Ticket {
 	return ticket
 }
 
+func (s *site) organization() *attest.Organization {
+	return &attest.Organization{
+		Name: "Test City", CA: s.servers.pem(),
+		Verifiers: []attest.Endpoint{{Address: netip.MustParseAddrPort(s.address), ServerName: name}},
+	}
+}
+
 // laptop is an attester in the test's process.
 type laptop struct {
 	t      *testing.T
@@ -168,13 +175,10 @@ type laptop struct {
 // newLaptop starts an attester on m.
 func newLaptop(t *testing.T, s *site, m machine, state attester.StateFile) *laptop {
 	t.Helper()
-	org := &attest.Organization{
-		Name: "Test City", CA: s.servers.pem(),
-		Verifiers: []attest.Endpoint{{Address: netip.MustParseAddrPort(s.address), ServerName: name}},
-	}
 	a, err := attester.New(attester.Config{
-		Organization: org, OpenTPM: m.open,
+		Organization: s.organization(), OpenTPM: m.open,
 		EventLog: func() ([]byte, error) { return m.boot.Bytes(), nil },
+		RunLog:   attester.OpenRunLog(m.events),
 		State:    state, Now: time.Now, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	if err != nil {
@@ -245,10 +249,11 @@ func newState(t *testing.T, ticket attest.Ticket) attester.StateFile {
 
 // machine is a TPM that has measured boot.
 type machine struct {
-	boot  *logtest.Log
-	roots string // PEM file
-	open  func() (attester.Hardware, error)
-	fake  bool // one credential key for all starts
+	boot   *logtest.Log
+	roots  string // PEM file
+	open   func() (attester.Hardware, error)
+	fake   bool   // one credential key for all starts
+	events string // run-time event log
 }
 
 // machines runs f with a TPM in software, which needs no privilege, and with
@@ -269,7 +274,7 @@ func machines(t *testing.T, boot *logtest.Log, f func(*testing.T, machine)) {
 		if err := dev.Close(); err != nil {
 			t.Fatal(err)
 		}
-		f(t, machine{boot, e.Roots, func() (attester.Hardware, error) { return tpm.Open(e.Socket) }, false})
+		f(t, machine{boot, e.Roots, func() (attester.Hardware, error) { return tpm.Open(e.Socket) }, false, writeFile(t, "")})
 	})
 }
 
@@ -281,7 +286,7 @@ func software(t *testing.T, boot *logtest.Log) machine {
 	if err := dev.Certify(maker.cert, maker.key, nil); err != nil {
 		t.Fatal(err)
 	}
-	return machine{boot, writeFile(t, maker.pem()), func() (attester.Hardware, error) { return dev, nil }, true}
+	return machine{boot, writeFile(t, maker.pem()), func() (attester.Hardware, error) { return dev, nil }, true, writeFile(t, "")}
 }
 
 func writeFile(t *testing.T, text string) string {

@@ -249,6 +249,13 @@ func (t *TPM) Extend(pcr int, digest attest.Digest) error {
 	return nil
 }
 
+// ReadPCRs reads PCRs of the SHA-256 bank, given in rising order.
+func (t *TPM) ReadPCRs(want []int) (map[int]attest.Digest, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.readPCRs(want)
+}
+
 // readPCRs reads PCRs of the SHA-256 bank; a TPM gives at most eight at a time
 // (TPML_DIGEST).
 func (t *TPM) readPCRs(want []int) (map[int]attest.Digest, error) {

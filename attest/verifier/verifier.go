@@ -12,6 +12,7 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/eventlog"
+	"sekisho/attest/runlog"
 	"sekisho/attest/tpm"
 )
 
@@ -56,14 +57,16 @@ type Outcome struct {
 //   - it is newer than the last one that we affirmed (clock);
 //   - the certificate key is certified by the same attestation key as one that
 //     lives in the same TPM and cannot leave it;
-//   - the event log passes eventlog.Check;
+//   - what was extended after the boot is known run-time events, each once,
+//     and nothing else (runlog.AtBoot);
+//   - without them, the event log passes eventlog.Check;
 //   - the PCR values are those of one image of the reference values.
 //
 // The nonce itself is judged by Nonces before.
 func Appraise(in Input) Outcome {
 	out := Outcome{Result: newResult(in)}
 	a := &appraisal{in: in}
-	for _, check := range []func() error{a.addressee, a.signature, a.quote, a.binding, a.pcrs, a.clock, a.credentialKey, a.log, a.policy} {
+	for _, check := range []func() error{a.addressee, a.signature, a.quote, a.binding, a.pcrs, a.clock, a.credentialKey, a.runTime, a.log, a.policy} {
 		if err := check(); err != nil {
 			refuse(&out.Result, err, a.findings)
 			return out
@@ -109,7 +112,8 @@ type appraisal struct {
 	ak        *tpm.Public
 	statement *tpm.Statement
 	extra     attest.Digest
-	values    map[int]attest.Digest
+	values    map[int]attest.Digest // as quoted
+	boot      map[int]attest.Digest // values without the run-time events
 	certify   *ecdsa.PublicKey
 	events    *eventlog.Log
 	findings  []attest.Finding
@@ -171,7 +175,7 @@ func (a *appraisal) binding() error {
 	}
 	a.extra, err = attest.Binding{
 		Nonce: e.Nonce, Device: a.in.Device.ID, Verifier: a.in.Verifier, Purpose: e.Purpose,
-		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(e.EventLog),
+		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(e.EventLog), RunLog: e.RunLog,
 	}.Digest()
 	if err != nil {
 		return err
@@ -255,15 +259,20 @@ func (a *appraisal) credentialKey() error {
 	return nil
 }
 
+func (a *appraisal) runTime() (err error) {
+	a.boot, _, err = runlog.AtBoot(a.values, a.in.Evidence.RunLog)
+	return err
+}
+
 func (a *appraisal) log() (err error) {
 	if a.events, err = eventlog.Parse(a.in.Evidence.EventLog); err != nil {
 		return err
 	}
-	return a.events.Check(a.values)
+	return a.events.Check(a.boot)
 }
 
 func (a *appraisal) policy() error {
-	ref, findings, err := a.events.Judge(a.values, a.in.References)
+	ref, findings, err := a.events.Judge(a.boot, a.in.References)
 	a.findings = findings
 	if err != nil {
 		return err

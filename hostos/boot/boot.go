@@ -140,6 +140,9 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 	if err := shareBootLog(); err != nil {
 		h.console.line("init", "warning: event log: %v", err)
 	}
+	if err := makeEvents(EventsFile); err != nil {
+		h.console.line("init", "warning: %v", err)
+	}
 	if err := labDevices(); err != nil {
 		h.console.line("init", "warning: %v", err)
 	}
@@ -228,8 +231,10 @@ func (h *host) startWork(ctx context.Context, wg *sync.WaitGroup, broken []strin
 	if err := c.Validate(); err != nil {
 		return err
 	}
+	args := append([]string{vmm.Binary}, vmm.Args(c)...)
+	wg.Go(func() { h.measureWork(ctx, args) })
 	work, err := h.sup.add(ctx, Service{
-		Name: "vmm", Args: append([]string{vmm.Binary}, vmm.Args(c)...),
+		Name: "vmm", Args: args,
 		User: "vmm", NewNetns: true, Log: WorkConsole,
 	})
 	if err != nil {

@@ -90,7 +90,7 @@ func Services() []Service {
 	return append([]Service{
 		{
 			Name: "attestd",
-			Args: []string{"/bbin/attestd", "-config", config, "-tpm", TPMDevice, "-state", byPartlabel + "/" + StatePart},
+			Args: []string{"/bbin/attestd", "-config", config, "-tpm", TPMDevice, "-state", byPartlabel + "/" + StatePart, "-events", EventsFile},
 			User: "attestd", Socket: AttestdSocket, Notify: true, Watchdog: watchdog,
 		},
 		{

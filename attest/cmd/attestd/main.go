@@ -42,6 +42,7 @@ func main() {
 	device := flag.String("tpm", "/dev/tpmrm0", "TPM `device`, or the unix socket of an emulator")
 	state := flag.String("state", "/dev/disk/by-partlabel/sekisho-state", "state partition, a block `device` or file")
 	events := flag.String("eventlog", tpm.EventLogFile, "firmware event log `file`")
+	runlog := flag.String("events", "", "log `file` of run-time events; it must exist before anything is measured")
 	socket := flag.String("socket", "", "unix socket `path` to listen on, if none is passed by LISTEN_FDS")
 	client := flag.String("client", "netd", "`user` who, beside root, may use the API socket")
 	flag.Usage = func() {
@@ -53,13 +54,13 @@ func main() {
 		fmt.Fprintf(os.Stderr, "attestd: unexpected argument %q\n", flag.Arg(0))
 		os.Exit(2)
 	}
-	if err := run(*config, *device, *state, *events, *socket, *client); err != nil {
+	if err := run(*config, *device, *state, *events, *runlog, *socket, *client); err != nil {
 		fmt.Fprintln(os.Stderr, "attestd:", err)
 		os.Exit(1)
 	}
 }
 
-func run(config, device, state, events, socket, client string) error {
+func run(config, device, state, events, runlog, socket, client string) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	data, err := readConfig(config)
 	if err != nil {
@@ -83,6 +84,7 @@ func run(config, device, state, events, socket, client string) error {
 			return t, nil
 		},
 		EventLog: func() ([]byte, error) { return tpm.ReadEventLog(events) },
+		RunLog:   attester.OpenRunLog(runlog),
 		State:    attester.StateFile{Path: state},
 		Now:      time.Now,
 		Log:      log,
