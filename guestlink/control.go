@@ -12,7 +12,7 @@ import (
 // Version is the newest version of the protocol that this code speaks, and
 // MinVersion the oldest.
 const (
-	Version    = 1
+	Version    = 2
 	MinVersion = 1
 )
 
@@ -20,10 +20,28 @@ const (
 // Version 1 defines none: an end ignores bits that it does not know.
 type Capabilities uint32
 
-// Hello is the first frame of each end.
+// Capabilities of version 2; numbers are never reused.
+const (
+	CapOffload Capabilities = 1 << 0 // frames of TypeOffload are understood
+	CapTime    Capabilities = 1 << 1 // the guest takes the time from the host
+	CapPower   Capabilities = 1 << 2 // the guest shuts down and suspends on request
+	CapProbe   Capabilities = 1 << 3 // probes are answered
+)
+
+// Has reports whether all bits of b are in c.
+func (c Capabilities) Has(b Capabilities) bool { return c&b == b }
+
+// MinBatch is the smallest batch in bytes that an end can ask for; a smaller
+// one means this.
+const MinBatch = 4 << 10
+
+// Hello is the first frame of each end. Batch and Queues came with version 2;
+// where they are absent, they are MaxBatch and 1.
 type Hello struct {
 	Version      uint16
 	Capabilities Capabilities
+	Batch        uint32 // most bytes in one write that this end likes to get
+	Queues       uint16 // streams over which it would spread flows
 }
 
 // helloMagic begins every hello.
@@ -34,7 +52,11 @@ func AppendHello(dst []byte, h Hello) []byte {
 	p := []byte(helloMagic)
 	p = binary.BigEndian.AppendUint16(p, h.Version)
 	p = binary.BigEndian.AppendUint32(p, uint32(h.Capabilities))
-	dst, _ = AppendFrame(dst, TypeHello, p) // 14 bytes: within the cap
+	if h.Version >= 2 {
+		p = binary.BigEndian.AppendUint32(p, h.Batch)
+		p = binary.BigEndian.AppendUint16(p, h.Queues)
+	}
+	dst, _ = AppendFrame(dst, TypeHello, p) // 14 or 20 bytes: within the cap
 	return dst
 }
 
@@ -45,16 +67,30 @@ func ParseHello(p []byte) (Hello, error) {
 	if len(p) < size || len(p) > maxHello || string(p[:len(helloMagic)]) != helloMagic {
 		return Hello{}, &FrameError{Reason: ReasonHello, Type: TypeHello, Length: len(p)}
 	}
-	return Hello{
+	h := Hello{
 		Version:      binary.BigEndian.Uint16(p[len(helloMagic):]),
 		Capabilities: Capabilities(binary.BigEndian.Uint32(p[len(helloMagic)+2:])),
-	}, nil
+		Batch:        MaxBatch,
+		Queues:       1,
+	}
+	if h.Version >= 2 && len(p) >= size+6 {
+		h.Batch = min(max(binary.BigEndian.Uint32(p[size:]), MinBatch), MaxBatch)
+		h.Queues = max(binary.BigEndian.Uint16(p[size+4:]), 1)
+	}
+	return h, nil
 }
 
-// Agree returns what is in force between two ends: the lower version and the
-// capabilities that both offer.
+// Agree returns what is in force between two ends: the lower version, the
+// capabilities that both offer (none in version 1), the smaller batch and the
+// fewer queues.
 func Agree(a, b Hello) (Hello, error) {
-	h := Hello{Version: min(a.Version, b.Version), Capabilities: a.Capabilities & b.Capabilities}
+	h := Hello{
+		Version: min(a.Version, b.Version), Capabilities: a.Capabilities & b.Capabilities,
+		Batch: min(max(min(a.Batch, b.Batch), MinBatch), MaxBatch), Queues: max(min(a.Queues, b.Queues), 1),
+	}
+	if h.Version < 2 {
+		h.Capabilities, h.Batch, h.Queues = 0, MaxBatch, 1
+	}
 	if h.Version < MinVersion {
 		return Hello{}, &FrameError{Reason: ReasonVersion, Type: TypeHello,
 			Err: fmt.Errorf("version %d, want at least %d", h.Version, MinVersion)}

@@ -14,11 +14,18 @@ import (
 //	+---------------+---------------+---------------+---------------+
 const headerSize = 4
 
+// HeaderSize is the length in bytes of the header of a frame.
+const HeaderSize = headerSize
+
+// maxFrame is the longest frame in bytes.
+const maxFrame = headerSize + VirtioHeaderSize + MaxPacket
+
 // Caps of a payload in bytes, checked before anything is stored.
 const (
 	MaxPacket  = 65535   // the longest IP packet (RFC 791 total length)
-	MaxControl = 4 << 10 // Config and Status, JSON
+	MaxControl = 4 << 10 // Config, Status, Time and Power, JSON
 	maxHello   = 64
+	maxProbe   = probeSize
 	// MaxBatch is how many bytes one write carries at most: the largest
 	// packet of a virtio vsock stream (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE).
 	MaxBatch = 64 << 10
@@ -33,6 +40,12 @@ const (
 	TypePacket Type = 2 // both ways: one IP packet
 	TypeConfig Type = 3 // host to guest: Config
 	TypeStatus Type = 4 // guest to host: Status
+
+	// Of version 2, each only where its capability is in force.
+	TypeOffload Type = 16 // both ways: virtio-net header and packet, CapOffload
+	TypeTime    Type = 17 // host to guest: Time, CapTime
+	TypePower   Type = 18 // both ways: Power, CapPower
+	TypeProbe   Type = 19 // both ways: Probe, CapProbe
 )
 
 func (t Type) String() string {
@@ -45,6 +58,14 @@ func (t Type) String() string {
 		return "config"
 	case TypeStatus:
 		return "status"
+	case TypeOffload:
+		return "offload"
+	case TypeTime:
+		return "time"
+	case TypePower:
+		return "power"
+	case TypeProbe:
+		return "probe"
 	}
 	return fmt.Sprintf("type %d", uint8(t))
 }
@@ -56,8 +77,12 @@ func (t Type) limit() int {
 		return maxHello
 	case TypePacket:
 		return MaxPacket
-	case TypeConfig, TypeStatus:
+	case TypeOffload:
+		return VirtioHeaderSize + MaxPacket
+	case TypeConfig, TypeStatus, TypeTime, TypePower:
 		return MaxControl
+	case TypeProbe:
+		return maxProbe
 	}
 	return 0
 }
@@ -117,7 +142,7 @@ func ReasonOf(err error) Reason {
 }
 
 // Frame is one frame. Payload belongs to the Reader it came from and is valid
-// until the next call.
+// until a call of Next that reads: as long as Buffered was true before each.
 type Frame struct {
 	Type    Type
 	Payload []byte
@@ -132,6 +157,17 @@ func AppendFrame(dst []byte, t Type, payload []byte) ([]byte, error) {
 	n := len(payload)
 	dst = append(dst, byte(t), byte(n>>16), byte(n>>8), byte(n))
 	return append(dst, payload...), nil
+}
+
+// PutHeader writes the header of a frame whose payload of n bytes already lies
+// behind it. It lets a packet be read from a device into the place from which
+// it is sent.
+func PutHeader(frame []byte, t Type, n int) error {
+	if err := checkHeader(t, n); err != nil {
+		return err
+	}
+	frame[0], frame[1], frame[2], frame[3] = byte(t), byte(n>>16), byte(n>>8), byte(n)
+	return nil
 }
 
 func checkHeader(t Type, n int) error {
@@ -179,6 +215,9 @@ func (r *Reader) Buffered() bool {
 	return len(b) >= headerSize && len(b)-headerSize >= length(b)
 }
 
+// Partial reports whether a frame has begun and not ended.
+func (r *Reader) Partial() bool { return r.from < r.to && !r.Buffered() }
+
 func length(header []byte) int {
 	return int(header[1])<<16 | int(header[2])<<8 | int(header[3])
 }
@@ -205,7 +244,7 @@ func (r *Reader) split() (f Frame, ok bool, err error) {
 func (r *Reader) fill() error {
 	if r.from == r.to {
 		r.from, r.to = 0, 0
-	} else if len(r.buf)-r.from < headerSize+MaxPacket {
+	} else if len(r.buf)-r.from < maxFrame {
 		r.to = copy(r.buf, r.buf[r.from:r.to])
 		r.from = 0
 	}

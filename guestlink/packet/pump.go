@@ -19,35 +19,89 @@ import (
 const (
 	// handshakeTimeout bounds the exchange of hellos.
 	handshakeTimeout = 5 * time.Second
-	// stallTimeout is how long the other end may leave a batch unread before
-	// the link is reset.
+	// stallTimeout is how long the other end may leave a batch unread, or a
+	// frame unfinished, before the link is reset.
 	stallTimeout = 10 * time.Second
+	// probeEvery is the time between questions whether the other end runs, and
+	// silentTimeout how long it may leave them unanswered.
+	probeEvery    = 5 * time.Second
+	silentTimeout = 30 * time.Second
+	// timeEvery is the number of probes from one time frame to the next.
+	timeEvery = 6
 )
 
-// Pump carries packets of one TUN device over one link at a time.
+// Pump carries packets of one TUN device over one link at a time. Fields may be
+// set before Run and Serve.
 type Pump struct {
-	dev    PacketDevice
-	host   bool
-	apply  func(guestlink.Config) error // guest: puts a Config in force
-	status func(guestlink.Status)       // host: what the guest said
+	// Policy is applied to packets of both directions.
+	Policy guestlink.Policy
+	// SetTime takes the host's time at the guest end; nil: not offered.
+	SetTime func(time.Time) error
+	// Power does what the host asks at the guest end; nil: not offered.
+	Power func(guestlink.Action) error
+	// PowerAnswer is told the guest's answers at the host end.
+	PowerAnswer func(guestlink.Power)
+	// Now is the clock that the host end tells the guest.
+	Now func() time.Time
 
-	config atomic.Pointer[guestlink.Config] // nil: carry nothing
-	count  counters
+	dev     PacketDevice
+	batch   BatchDevice   // dev, if it is one
+	offload OffloadDevice // likewise
+	host    bool
+	apply   func(guestlink.Config) error // guest: puts a Config in force
+	status  func(guestlink.Status)       // host: what the guest said
+	offer   guestlink.Hello
+	every   time.Duration // probeEvery
+	silent  time.Duration // silentTimeout
+	stall   time.Duration // stallTimeout
 
-	mu  sync.Mutex
-	out *outbox // of the link that is up, nil when none is
+	config  atomic.Pointer[guestlink.Config] // nil: carry nothing
+	count   counters
+	pool    pool
+	rtt     atomic.Int64 // nanoseconds, of the last probe
+	powerID atomic.Uint32
+
+	mu   sync.Mutex
+	link *link // the one that is up, nil when none is
+}
+
+// link is one connection after its handshake.
+type link struct {
+	*queue
+	agreed guestlink.Hello
+}
+
+func (l *link) has(c guestlink.Capabilities) bool { return l.agreed.Capabilities.Has(c) }
+
+func newPump(dev PacketDevice) *Pump {
+	p := &Pump{dev: dev, every: probeEvery, silent: silentTimeout, stall: stallTimeout, Now: time.Now}
+	p.batch, _ = dev.(BatchDevice)
+	p.offload, _ = dev.(OffloadDevice)
+	p.offer = guestlink.Hello{
+		Version: guestlink.Version, Batch: guestlink.MaxBatch, Queues: 1, Capabilities: guestlink.CapProbe,
+	}
+	if p.offload != nil {
+		p.offer.Capabilities |= guestlink.CapOffload
+	}
+	return p
 }
 
 // NewHost returns the host domain's end. Status is called with what the guest
 // says of itself, which may be a lie.
 func NewHost(dev PacketDevice, status func(guestlink.Status)) *Pump {
-	return &Pump{dev: dev, host: true, status: status}
+	p := newPump(dev)
+	p.host, p.status, p.Policy = true, status, guestlink.DefaultPolicy()
+	p.offer.Capabilities |= guestlink.CapTime | guestlink.CapPower
+	return p
 }
 
 // NewGuest returns the work domain's end. Apply sets the device to a Config;
-// packets flow once it has returned nil.
+// packets flow once it has returned nil. What is unusual is left to the host's
+// policy.
 func NewGuest(dev PacketDevice, apply func(guestlink.Config) error) *Pump {
-	return &Pump{dev: dev, apply: apply}
+	p := newPump(dev)
+	p.apply, p.Policy = apply, guestlink.Policy{Fragments: true, Options: true, Extensions: true}
+	return p
 }
 
 // Counters returns what p has done so far.
@@ -62,6 +116,22 @@ func (p *Pump) Config() (guestlink.Config, bool) {
 	return *c, true
 }
 
+// Link returns what is in force on the link and the round-trip time of the last
+// probe, and false when no link is up.
+func (p *Pump) Link() (agreed guestlink.Hello, rtt time.Duration, up bool) {
+	l := p.current()
+	if l == nil {
+		return guestlink.Hello{}, 0, false
+	}
+	return l.agreed, time.Duration(p.rtt.Load()), true
+}
+
+func (p *Pump) current() *link {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.link
+}
+
 // SetConfig puts c in force at the host end and tells the guest.
 func (p *Pump) SetConfig(c guestlink.Config) error {
 	frame, err := guestlink.AppendConfig(nil, c)
@@ -73,60 +143,30 @@ func (p *Pump) SetConfig(c guestlink.Config) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.out != nil && !p.out.putControl(frame) {
-		p.out.close() // a guest that reads nothing is reset, and gets it then
+	if p.link != nil && !p.link.putControl(frame) {
+		p.link.close() // a guest that reads nothing is reset, and gets it then
 	}
 	return nil
 }
 
-// Run reads the device until ctx is done or the device fails, and closes it. A
-// packet that finds no link is dropped, so that nothing stale waits for one.
-func (p *Pump) Run(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, func() { p.dev.Close() })
-	defer stop()
-	defer p.dev.Close()
-	buf := make([]byte, guestlink.MaxPacket)
-	for {
-		n, err := p.dev.Read(buf)
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if err != nil {
-			return fmt.Errorf("read tun device: %w", err)
-		}
-		if drop, ok := p.check(buf[:n], !p.host); !ok {
-			p.count.dropped[drop].Add(1)
-			continue
-		}
-		p.mu.Lock()
-		out := p.out
-		p.mu.Unlock()
-		if out == nil || !out.put(buf[:n]) {
-			p.count.dropped[DropNoLink].Add(1)
-			continue
-		}
-		p.count.toLink.add(n)
-	}
-}
+// ErrNoPower is a guest that is not linked, or does not take power requests.
+var ErrNoPower = errors.New("the work domain takes no power requests now")
 
-// check says whether a packet may be carried. It is the same at both ends:
-// what leaves the guest has its inner address as source, what enters it has it
-// as destination.
-func (p *Pump) check(packet []byte, fromGuest bool) (Drop, bool) {
-	c := p.config.Load()
-	if c == nil {
-		return DropNoConfig, false
+// RequestPower asks the guest for an action. Its answer goes to PowerAnswer.
+func (p *Pump) RequestPower(a guestlink.Action) (id uint32, err error) {
+	l := p.current()
+	if l == nil || !l.has(guestlink.CapPower) {
+		return 0, ErrNoPower
 	}
-	src, dst, err := guestlink.ParseIP(packet)
-	switch {
-	case err != nil:
-		return DropMalformed, false
-	case fromGuest && src != c.Address.Addr():
-		return DropSource, false
-	case !fromGuest && dst != c.Address.Addr():
-		return DropDestination, false
+	id = p.powerID.Add(1)
+	frame, err := guestlink.AppendPower(nil, guestlink.Power{ID: id, Action: a})
+	if err != nil {
+		return 0, err
 	}
-	return 0, true
+	if !l.putControl(frame) {
+		return 0, ErrNoPower
+	}
+	return id, nil
 }
 
 // Serve runs the link over conn until it ends, ctx is done or the other end
@@ -147,171 +187,166 @@ func (p *Pump) Serve(ctx context.Context, conn net.Conn, up func()) (err error) 
 	}()
 
 	frames := guestlink.NewReader(conn)
-	if err := handshake(conn, frames); err != nil {
+	agreed, err := p.handshake(conn, frames)
+	if err != nil {
 		return fmt.Errorf("handshake: %w", err)
 	}
 	p.count.links.Add(1)
 
-	out, err := p.attach()
+	l, err := p.attach(agreed)
 	if err != nil {
 		return err
 	}
 	up()
-	written := make(chan error, 1)
-	go func() {
-		written <- write(conn, out)
-		conn.Close() // ends the reader below
-	}()
-	err = p.read(frames, out)
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var cause error // the first end that is not the reader's
+	run := func(f func() error) {
+		wg.Go(func() {
+			err := f()
+			mu.Lock()
+			if cause == nil {
+				cause = err
+			}
+			mu.Unlock()
+			conn.Close() // ends the reader below
+		})
+	}
+	reader := &reader{p: p, l: l, frames: frames, conn: conn}
+	keepCtx, cancel := context.WithCancel(ctx)
+	run(func() error { return p.write(conn, l) })
+	if l.has(guestlink.CapProbe) {
+		run(func() error { return p.keep(keepCtx, l, reader) })
+	}
+	err = reader.run()
 	conn.Close()
-	p.detach(out)
-	if werr := <-written; werr != nil && guestlink.ReasonOf(err) == guestlink.ReasonNone {
-		err = werr
+	cancel()
+	p.detach(l)
+	wg.Wait()
+	if cause != nil && guestlink.ReasonOf(err) == guestlink.ReasonNone {
+		err = cause
 	}
 	return err
 }
 
-// attach makes the outbox of a new link and queues what the other end must
+// attach makes the queue of a new link and puts there what the other end must
 // know first.
-func (p *Pump) attach() (*outbox, error) {
-	out := newOutbox()
+func (p *Pump) attach(agreed guestlink.Hello) (*link, error) {
+	l := &link{agreed: agreed, queue: newQueue(&p.pool, int(agreed.Batch),
+		func(int) { p.count.dropInto[DropQueue].Add(1) }, p.count.toLink.add)}
+	p.rtt.Store(0)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var frame []byte
+	var frames []byte
 	var err error
 	if c := p.config.Load(); !p.host {
-		frame, err = guestlink.AppendStatus(nil, guestlink.Status{})
+		frames, err = guestlink.AppendStatus(nil, guestlink.Status{})
 	} else if c != nil {
-		frame, err = guestlink.AppendConfig(nil, *c)
+		frames, err = guestlink.AppendConfig(nil, *c)
+	}
+	if err == nil && p.host && l.has(guestlink.CapTime) {
+		frames, err = guestlink.AppendTime(frames, p.Now())
 	}
 	if err != nil {
 		return nil, err
 	}
-	if frame != nil {
-		out.putControl(frame)
+	if len(frames) > 0 {
+		l.putControl(frames)
 	}
-	p.out = out
-	return out, nil
+	p.link = l
+	return l, nil
 }
 
-func (p *Pump) detach(out *outbox) {
-	out.close()
+func (p *Pump) detach(l *link) {
+	l.close()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.out == out {
-		p.out = nil
+	if p.link == l {
+		p.link = nil
 	}
 }
 
-func handshake(conn net.Conn, frames *guestlink.Reader) error {
-	own := guestlink.Hello{Version: guestlink.Version}
+func (p *Pump) handshake(conn net.Conn, frames *guestlink.Reader) (guestlink.Hello, error) {
+	own := p.offer
+	if p.SetTime != nil {
+		own.Capabilities |= guestlink.CapTime
+	}
+	if p.Power != nil {
+		own.Capabilities |= guestlink.CapPower
+	}
 	if err := conn.SetDeadline(time.Now().Add(handshakeTimeout)); err != nil {
-		return err
+		return guestlink.Hello{}, err
 	}
 	if _, err := conn.Write(guestlink.AppendHello(nil, own)); err != nil {
-		return err
+		return guestlink.Hello{}, err
 	}
 	f, err := frames.Next()
 	if err != nil {
-		return err
+		return guestlink.Hello{}, err
 	}
 	if f.Type != guestlink.TypeHello {
-		return &guestlink.FrameError{Reason: guestlink.ReasonOrder, Type: f.Type, Length: len(f.Payload)}
+		return guestlink.Hello{}, &guestlink.FrameError{Reason: guestlink.ReasonOrder, Type: f.Type, Length: len(f.Payload)}
 	}
 	other, err := guestlink.ParseHello(f.Payload)
 	if err != nil {
-		return err
+		return guestlink.Hello{}, err
 	}
-	if _, err := guestlink.Agree(own, other); err != nil {
-		return err
+	agreed, err := guestlink.Agree(own, other)
+	if err != nil {
+		return guestlink.Hello{}, err
 	}
-	return conn.SetDeadline(time.Time{})
+	return agreed, conn.SetDeadline(time.Time{})
 }
 
-// write sends batches until the outbox is closed or the other end stalls.
-func write(conn net.Conn, out *outbox) error {
-	defer out.close()
-	spare := make([]byte, 0, guestlink.MaxBatch)
+// write sends batches until the queue is closed or the other end stalls.
+func (p *Pump) write(conn net.Conn, l *link) error {
+	defer l.close()
+	buffer := make([]byte, 0, guestlink.MaxBatch)
 	for {
-		batch := out.take(spare)
+		batch, alone := l.take(buffer)
 		if batch == nil {
 			return nil
 		}
-		if err := conn.SetWriteDeadline(time.Now().Add(stallTimeout)); err != nil {
-			return err
+		err := conn.SetWriteDeadline(time.Now().Add(p.stall))
+		if err == nil {
+			_, err = conn.Write(batch)
 		}
-		if _, err := conn.Write(batch); err != nil {
+		if alone != nil {
+			p.pool.put(alone)
+		}
+		if err != nil {
 			return fmt.Errorf("write to link: %w", err)
 		}
-		spare = batch
 	}
 }
 
-// read takes frames until the link ends or a frame breaks the protocol.
-func (p *Pump) read(frames *guestlink.Reader, out *outbox) error {
-	for {
-		f, err := frames.Next()
-		if err != nil {
-			return err
-		}
-		switch {
-		case f.Type == guestlink.TypePacket:
-			if err := p.deliver(f.Payload); err != nil {
-				return err
-			}
-		case f.Type == guestlink.TypeConfig && !p.host:
-			c, err := guestlink.ParseConfig(f.Payload)
-			if err != nil {
-				return err
-			}
-			if err := p.configure(c, out); err != nil {
-				return err
-			}
-		case f.Type == guestlink.TypeStatus && p.host:
-			s, err := guestlink.ParseStatus(f.Payload)
-			if err != nil {
-				return err
-			}
-			p.status(s)
-		default:
-			return &guestlink.FrameError{Reason: guestlink.ReasonOrder, Type: f.Type, Length: len(f.Payload)}
-		}
-	}
-}
+// errSilent is an end that reads and runs no more, though it is connected.
+var errSilent = fmt.Errorf("probes are not answered: %w", os.ErrDeadlineExceeded)
 
-// deliver gives a packet to the device. A packet that the device refuses is
-// lost, as on any network; a device that is gone is an error.
-func (p *Pump) deliver(packet []byte) error {
-	if drop, ok := p.check(packet, p.host); !ok {
-		p.count.dropped[drop].Add(1)
-		return nil
-	}
-	if _, err := p.dev.Write(packet); err != nil {
-		if errors.Is(err, os.ErrClosed) {
-			return fmt.Errorf("write tun device: %w", err)
+// keep sends probes, and the time from the host's end, and ends with errSilent
+// when the other end leaves them unanswered.
+func (p *Pump) keep(ctx context.Context, l *link, r *reader) error {
+	t := time.NewTicker(p.every)
+	defer t.Stop()
+	r.answered.Store(int64(l.now()))
+	for token := uint64(1); ; token++ {
+		if l.now()-r.answered.Load() > int64(p.silent) {
+			return errSilent
 		}
-		p.count.dropped[DropDevice].Add(1)
-		return nil
+		frame := guestlink.AppendProbe(nil, guestlink.Probe{Token: token})
+		if p.host && l.has(guestlink.CapTime) && token%timeEvery == 0 {
+			var err error
+			if frame, err = guestlink.AppendTime(frame, p.Now()); err != nil {
+				return err
+			}
+		}
+		r.asked.Store(l.now())
+		r.token.Store(token)
+		l.putControl(frame) // full: the other end reads nothing, and write ends
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
 	}
-	p.count.fromLink.add(len(packet))
-	return nil
-}
-
-// configure applies c at the guest end and reports how it went.
-func (p *Pump) configure(c guestlink.Config, out *outbox) error {
-	s := guestlink.Status{State: guestlink.StateConfigured, Detail: c.Address.String()}
-	p.config.Store(nil) // nothing is carried while the device changes
-	if err := p.apply(c); err != nil {
-		s = guestlink.Status{State: guestlink.StateFailed, Detail: err.Error()}
-	} else {
-		p.config.Store(&c)
-	}
-	frame, err := guestlink.AppendStatus(nil, s)
-	if err != nil {
-		return err
-	}
-	if !out.putControl(frame) {
-		return errors.New("host does not read its status frames")
-	}
-	return nil
 }

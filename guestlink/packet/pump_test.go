@@ -13,7 +13,6 @@ import (
 	"runtime"
 	"sync"
 	"testing"
-	"time"
 
 	"sekisho/guestlink"
 )
@@ -307,75 +306,5 @@ func TestNothingStaleWaitsForALink(t *testing.T) {
 	}
 	if n := host.Counters().Dropped["no-link"]; n != 10 {
 		t.Errorf("%d dropped for want of a link, want 10", n)
-	}
-}
-
-// benchPacket is what a full Ethernet carries through the tunnel, about.
-const benchPacket = 1400
-
-// BenchmarkFramedStream and BenchmarkBareStream move the same bytes over the
-// same kind of socket: one as packets through pump and codec, one as bare
-// writes of 64 KiB, the limit of this way.
-func BenchmarkFramedStream(b *testing.B) {
-	l, dial := listen(b)
-	go func() {
-		out := newOutbox()
-		c := dial()
-		go func() {
-			p := ipv4("10.80.0.2", "10.1.0.1", benchPacket)
-			for out.put(p) {
-			}
-		}()
-		write(c, out)
-	}()
-	c, err := l.Accept()
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer c.Close()
-	r := guestlink.NewReader(c)
-	b.SetBytes(benchPacket)
-	for b.Loop() {
-		f, err := r.Next()
-		if err != nil {
-			b.Fatal(err)
-		}
-		if _, _, err := guestlink.ParseIP(f.Payload); err != nil {
-			b.Fatal(err)
-		}
-	}
-}
-
-func BenchmarkBareStream(b *testing.B) {
-	l, dial := listen(b)
-	go func() {
-		c := dial()
-		buf := make([]byte, guestlink.MaxBatch)
-		for {
-			if c.SetWriteDeadline(time.Now().Add(stallTimeout)) != nil {
-				return
-			}
-			if _, err := c.Write(buf); err != nil {
-				return
-			}
-		}
-	}()
-	c, err := l.Accept()
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer c.Close()
-	buf := make([]byte, 2*guestlink.MaxBatch)
-	have := 0
-	b.SetBytes(benchPacket)
-	for b.Loop() {
-		for have < benchPacket {
-			n, err := c.Read(buf)
-			if err != nil {
-				b.Fatal(err)
-			}
-			have += n
-		}
-		have -= benchPacket
 	}
 }

@@ -1,15 +1,40 @@
 package packet
 
 import (
+	"errors"
 	"fmt"
+	"os"
+	"syscall"
 
 	"github.com/songgao/water"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"sekisho/guestlink"
 )
 
-// OpenTUN creates the TUN device name in the caller's network namespace. It
-// needs CAP_NET_ADMIN there, and lasts until it is closed.
+// firstMTU is what a TUN device has before a Config is known.
+const firstMTU = 1500
+
+// OpenTUN creates the TUN device name in the caller's network namespace, with
+// segmentation offload. It needs CAP_NET_ADMIN there, and lasts until it is
+// closed.
 func OpenTUN(name string) (PacketDevice, error) {
+	dev, err := tun.CreateTUN(name, firstMTU)
+	if err != nil {
+		return nil, fmt.Errorf("create tun device %s: %w; is the module tun loaded, and /dev/net/tun open to this user?", name, err)
+	}
+	d := &offloadTUN{batchTUN: newBatchTUN(dev), file: dev.File()}
+	if !d.offload(name) {
+		return d.batchTUN, nil
+	}
+	return d, nil
+}
+
+// OpenPlainTUN is OpenTUN by songgao/water, one packet per system call, for
+// kernels whose TUN devices know no offload.
+func OpenPlainTUN(name string) (PacketDevice, error) {
 	c := water.Config{DeviceType: water.TUN}
 	c.Name = name
 	d, err := water.New(c)
@@ -17,6 +42,49 @@ func OpenTUN(name string) (PacketDevice, error) {
 		return nil, fmt.Errorf("create tun device %s: %w; is the module tun loaded, and /dev/net/tun open to this user?", name, err)
 	}
 	return d, nil
+}
+
+// offloadTUN is a TUN device with IFF_VNET_HDR: its file moves the headers as
+// they are, where wireguard/tun would segment and coalesce.
+type offloadTUN struct {
+	*batchTUN
+	file *os.File
+}
+
+// offload reports whether the kernel puts virtio-net headers.
+func (d *offloadTUN) offload(name string) bool {
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return false
+	}
+	raw, err := d.file.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var inner error
+	err = raw.Control(func(fd uintptr) { inner = unix.IoctlIfreq(int(fd), unix.TUNGETIFF, ifr) })
+	return err == nil && inner == nil && ifr.Uint16()&unix.IFF_VNET_HDR != 0
+}
+
+// ReadOffload reads a virtio-net header and its packet.
+func (d *offloadTUN) ReadOffload(b []byte) (int, error) {
+	n, err := d.file.Read(b)
+	if errors.Is(err, syscall.EBADFD) {
+		err = os.ErrClosed
+	}
+	if err == nil && n <= guestlink.VirtioHeaderSize {
+		return 0, fmt.Errorf("tun device gave %d bytes", n)
+	}
+	return n, err
+}
+
+// WriteOffload writes a virtio-net header and its packet.
+func (d *offloadTUN) WriteOffload(b []byte) (int, error) {
+	n, err := d.file.Write(b)
+	if errors.Is(err, syscall.EBADFD) {
+		err = os.ErrClosed
+	}
+	return n, err
 }
 
 // LinkUp sets the interface name in the caller's network namespace up. Its
@@ -27,7 +95,7 @@ func LinkUp(name string) error {
 		return fmt.Errorf("find interface %s: %w", name, err)
 	}
 	if err := netlink.LinkSetUp(l); err != nil {
-		return fmt.Errorf("set interface %s up: %w", name, err)
+		return fmt.Errorf("set %s up: %w", name, err)
 	}
 	return nil
 }
