@@ -1,18 +1,21 @@
 // Package eventlog is a strict reader of TCG firmware event logs (TCG PC Client
-// Platform Firmware Profile 1.06, section 10) over go-attestation's parser.
+// Platform Firmware Profile 1.06, section 10), with go-attestation's parser as
+// a second reader that must agree.
 //
 // A log is written by the firmware, carried by the device and believed by
 // nobody: sizes are capped before anything is parsed, every quoted PCR must
 // replay, and facts are drawn from digests, never from an event's type or
 // data, which no PCR covers.
+//
+// Read takes any log that can be viewed, Appraise judges it against PCR values
+// of one bank. Parse and Check are what the verifier uses: SHA-256 only, no
+// tolerance.
 package eventlog
 
 import (
-	"crypto"
-	"crypto/sha256"
-	"encoding/binary"
-	"errors"
+	"bytes"
 	"fmt"
+	"slices"
 	"time"
 
 	parser "github.com/google/go-attestation/attest"
@@ -20,7 +23,7 @@ import (
 	"sekisho/attest"
 )
 
-// Limits, checked before the parser sees the log.
+// Limits, checked before anything is parsed.
 const (
 	MaxEvents = 4096
 	MaxEvent  = 64 << 10        // bytes of data of one event
@@ -29,122 +32,226 @@ const (
 
 // Event types of the firmware profile, section 10.4.1.
 const (
-	TypeNoAction    uint32 = 0x00000003
-	TypeSeparator   uint32 = 0x00000004
-	TypeTag         uint32 = 0x00000006 // EV_EVENT_TAG
-	TypeIPL         uint32 = 0x0000000d
-	TypeApplication uint32 = 0x80000003 // EV_EFI_BOOT_SERVICES_APPLICATION
+	TypePostCode         uint32 = 0x00000001
+	TypeNoAction         uint32 = 0x00000003
+	TypeSeparator        uint32 = 0x00000004
+	TypeAction           uint32 = 0x00000005
+	TypeTag              uint32 = 0x00000006 // EV_EVENT_TAG
+	TypeCRTMContents     uint32 = 0x00000007
+	TypeCRTMVersion      uint32 = 0x00000008
+	TypeMicrocode        uint32 = 0x00000009
+	TypeConfigFlags      uint32 = 0x0000000a
+	TypeTableOfDevices   uint32 = 0x0000000b
+	TypeCompactHash      uint32 = 0x0000000c
+	TypeIPL              uint32 = 0x0000000d
+	TypeIPLPartition     uint32 = 0x0000000e
+	TypeNonhostCode      uint32 = 0x0000000f
+	TypeNonhostConfig    uint32 = 0x00000010
+	TypeNonhostInfo      uint32 = 0x00000011
+	TypeOmitBootDevice   uint32 = 0x00000012
+	TypePostCode2        uint32 = 0x00000013
+	TypeVariableConfig   uint32 = 0x80000001 // EV_EFI_VARIABLE_DRIVER_CONFIG
+	TypeVariableBoot     uint32 = 0x80000002
+	TypeApplication      uint32 = 0x80000003 // EV_EFI_BOOT_SERVICES_APPLICATION
+	TypeBootDriver       uint32 = 0x80000004
+	TypeRuntimeDriver    uint32 = 0x80000005
+	TypeGPT              uint32 = 0x80000006
+	TypeEFIAction        uint32 = 0x80000007
+	TypeFirmwareBlob     uint32 = 0x80000008
+	TypeHandoffTables    uint32 = 0x80000009
+	TypeFirmwareBlob2    uint32 = 0x8000000a
+	TypeHandoffTables2   uint32 = 0x8000000b
+	TypeVariableBoot2    uint32 = 0x8000000c
+	TypeGPT2             uint32 = 0x8000000d
+	TypeHCRTM            uint32 = 0x80000010
+	TypeVariableAuth     uint32 = 0x800000e0 // EV_EFI_VARIABLE_AUTHORITY
+	TypeSPDMBlob         uint32 = 0x800000e1
+	TypeSPDMConfig       uint32 = 0x800000e2
+	TypeSPDMDevicePolicy uint32 = 0x800000e3
+	TypeSPDMDeviceAuth   uint32 = 0x800000e4
 )
 
-// Event is one event with its SHA-256 digest. Type and Data are hints.
+// Event is one event. Type and Data are hints: no PCR covers them.
 type Event struct {
 	Number int // position in the log
 	PCR    int
 	Type   uint32
 	Data   []byte
-	Digest attest.Digest
+	Digest attest.Digest // SHA-256; zero if the log has none
+
+	sha1, sha256, sha384, sha512 []byte // within the log, nil if absent
 }
 
-// Log is a parsed log. Nothing in it is true before Replay has passed.
+func (e *Event) setDigest(b Bank, digest []byte) {
+	switch b {
+	case SHA1:
+		e.sha1 = digest
+	case SHA256:
+		e.sha256, e.Digest = digest, attest.Digest(digest)
+	case SHA384:
+		e.sha384 = digest
+	case SHA512:
+		e.sha512 = digest
+	}
+}
+
+// digest returns the event's digest in a bank, nil if it has none.
+func (e *Event) digest(b Bank) []byte {
+	switch b {
+	case SHA1:
+		return e.sha1
+	case SHA256:
+		return e.sha256
+	case SHA384:
+		return e.sha384
+	case SHA512:
+		return e.sha512
+	}
+	return nil
+}
+
+// Log is a log that was read. Nothing in it is true before it was appraised.
 type Log struct {
-	Events []Event
-	parsed *parser.EventLog
+	Format Format
+	Events []Event // those that extend a PCR
+	Notes  []Event // EV_NO_ACTION events behind the header
+
+	algorithms []algorithm
+	count      int // events, the header among them
+	end        int // where the events end and padding begins
 }
 
-// Parse reads a crypto-agile log with SHA-256 digests. Errors are
+// Banks lists the banks that can be replayed and that every event of the log
+// has a digest for, the one to prefer first.
+func (l *Log) Banks() []Bank {
+	var out []Bank
+	for _, b := range banks {
+		declared := slices.ContainsFunc(l.algorithms, func(a algorithm) bool { return a.id == b })
+		if declared && !slices.ContainsFunc(l.Events, func(e Event) bool { return e.digest(b) == nil }) {
+			out = append(out, b)
+		}
+	}
+	return out
+}
+
+// Append adds the events of further logs of the same boot, in their order, as
+// Windows writes one more log at each resume. They may use no algorithm that
+// the first log does not declare.
+func (l *Log) Append(more ...*Log) error {
+	for i, m := range more {
+		if l.Format != FormatAgile || m.Format != FormatAgile {
+			return malformed("further log %d: only crypto-agile logs can be joined", i+1)
+		}
+		for _, a := range m.algorithms {
+			if !slices.Contains(l.algorithms, a) {
+				return malformed("further log %d: digests of algorithm 0x%04x, which the first log does not have", i+1, uint16(a.id))
+			}
+		}
+		if l.count+m.count > MaxEvents {
+			return attest.Refuse(attest.ReasonLogTooLarge, "event logs of over %d events", MaxEvents)
+		}
+		for _, e := range m.Events {
+			e.Number += l.count
+			l.Events = append(l.Events, e)
+		}
+		for _, e := range m.Notes {
+			e.Number += l.count
+			l.Notes = append(l.Notes, e)
+		}
+		l.count += m.count
+	}
+	return nil
+}
+
+// Parse reads a crypto-agile log with SHA-256 digests, for Check. Errors are
 // *attest.Refusal with one of the ReasonLog codes.
 func Parse(data []byte) (*Log, error) {
-	if len(data) > attest.MaxEventLog {
-		return nil, attest.Refuse(attest.ReasonLogTooLarge, "event log of %d bytes, at most %d", len(data), attest.MaxEventLog)
-	}
-	end, err := scan(data)
+	l, err := Read(data)
 	if err != nil {
 		return nil, err
 	}
-	parsed, err := guarded(func() (*parser.EventLog, error) { return parser.ParseEventLog(data[:end]) })
-	if err != nil {
-		return nil, attest.Refuse(attest.ReasonLogMalformed, "event log: %v", err)
+	if l.Format != FormatAgile {
+		return nil, attest.Refuse(attest.ReasonLogNoSHA256, "event log is not of the crypto-agile format; set the TPM to SHA-256 in the firmware")
 	}
-	l := &Log{parsed: parsed}
-	for i, e := range parsed.Events(parser.HashSHA256) {
-		if e.Type == parser.EventType(TypeNoAction) {
-			continue // extends nothing
+	for i := range l.Events {
+		if e := &l.Events[i]; e.sha256 == nil {
+			return nil, attest.Refuse(attest.ReasonLogNoSHA256, "event %d (PCR %d) has no SHA-256 digest", e.Number, e.PCR)
 		}
-		if len(e.Digest) != sha256.Size {
-			return nil, attest.Refuse(attest.ReasonLogNoSHA256, "event %d (PCR %d) has no SHA-256 digest", i, e.Index)
-		}
-		if e.Index < 0 || e.Index > 23 {
-			return nil, attest.Refuse(attest.ReasonLogMalformed, "event %d extends PCR %d, which does not exist", i, e.Index)
-		}
-		l.Events = append(l.Events, Event{i, e.Index, uint32(e.Type), e.Data, attest.Digest(e.Digest)})
+	}
+	if err := l.agree(data[:l.end]); err != nil {
+		return nil, err
 	}
 	return l, nil
 }
 
-// Check replays the log against pcrs, the values that a quote has proven. A
-// nil error proves, for each of attest.QuotedPCRs:
+// agree reports whether go-attestation reads the same events. It knows no other
+// algorithms than the banks that can be replayed; a log with more is read once.
+func (l *Log) agree(data []byte) error {
+	for _, a := range l.algorithms {
+		if a.id.Size() == 0 {
+			return nil
+		}
+	}
+	second, err := guarded(func() ([]parser.Event, error) {
+		p, err := parser.ParseEventLog(data)
+		if err != nil {
+			return nil, err
+		}
+		return p.Events(parser.HashSHA256), nil
+	})
+	if err != nil {
+		return malformed("second reader: %v", err)
+	}
+	if len(second) != l.count-1 { // it leaves out the header
+		return malformed("read as %d events by one reader and %d by another", l.count-1, len(second))
+	}
+	for i := range l.Events {
+		e := &l.Events[i]
+		s := &second[e.Number-1]
+		if s.Index != e.PCR || uint32(s.Type) != e.Type || !bytes.Equal(s.Digest, e.sha256) {
+			return malformed("event %d is read differently by two readers", e.Number)
+		}
+	}
+	return nil
+}
+
+// Check judges the log against pcrs, the values that a quote has proven, as
+// strictly as Appraise can: whatever Appraise finds is a refusal unless it is
+// of severity warn. pcrs must hold all of attest.QuotedPCRs, without what was
+// extended after the boot: that comes from our own log (attest/runlog), never
+// from the firmware's.
+//
+// A nil error proves, for each of attest.QuotedPCRs:
 //
 //   - pcrs has a value for it;
 //   - if the value is not the reset value, the log has events for it;
 //   - the log's events for it give exactly that value;
 //   - for PCR 0 to 7, exactly one event is the legal separator, so that what
-//     stands before it was measured by the firmware (section 3.3.2.2).
+//     stands before it was measured by the firmware (section 3.3.2.2);
+//   - in PCR 4 and 7 there are only event types that belong there;
+//   - where an event's type says that its digest is of its data, it is.
 //
 // Errors are *attest.Refusal.
 func (l *Log) Check(pcrs map[int]attest.Digest) error {
-	count := make(map[int]int)
-	for _, e := range l.Events {
-		count[e.PCR]++
-	}
-	var list []parser.PCR
+	values := make(map[int][]byte, len(attest.QuotedPCRs))
 	for _, i := range attest.QuotedPCRs {
 		v, ok := pcrs[i]
-		switch {
-		case !ok:
+		if !ok {
 			return attest.Refuse(attest.ReasonPCRSelection, "no value of PCR %d", i)
-		case count[i] == 0 && v != attest.Digest{}:
-			return attest.Refuse(attest.ReasonLogMissingEvents, "PCR %d was extended and the event log does not say by what", i)
 		}
-		list = append(list, parser.PCR{Index: i, Digest: v[:], DigestAlg: crypto.SHA256})
+		values[i] = v[:]
 	}
-	_, err := guarded(func() ([]parser.Event, error) { return l.parsed.Verify(list) })
-	var replay parser.ReplayError
-	switch {
-	case errors.As(err, &replay):
-		return attest.Refuse(attest.ReasonLogReplay, "the event log does not give the values of PCRs %v", replay.InvalidPCRs)
-	case err != nil:
-		return attest.Refuse(attest.ReasonLogReplay, "event log: %v", err)
-	}
-	return l.checkSeparators()
-}
-
-// checkSeparators counts separators by digest: an event of another type with a
-// separator's digest is as good as a separator to a PCR.
-func (l *Log) checkSeparators() error {
-	legal := map[attest.Digest]bool{
-		sha256.Sum256([]byte{0, 0, 0, 0}):             true,
-		sha256.Sum256([]byte{0xff, 0xff, 0xff, 0xff}): true,
-	}
-	var seen [8]int
-	for _, e := range l.Events {
-		switch {
-		case e.PCR > 7:
-		case legal[e.Digest]:
-			seen[e.PCR]++
-		case e.Type == TypeSeparator:
-			return attest.Refuse(attest.ReasonLogSeparator, "event %d: separator of PCR %d is not a legal one; the firmware reported an error", e.Number, e.PCR)
-		}
-	}
-	for pcr, n := range seen {
-		if n != 1 {
-			return attest.Refuse(attest.ReasonLogSeparator, "PCR %d has %d separators, want 1", pcr, n)
+	r := l.Appraise(Options{Bank: SHA256, PCRs: values, Complete: true})
+	for _, f := range r.Findings {
+		if f.Severity != attest.SeverityWarn {
+			return attest.Refuse(f.Code, "%s", f.Sentence)
 		}
 	}
 	return nil
 }
 
 // guarded runs f under recover and a time limit. The caps make f finish by
-// itself; should a fault of the parser break that, the caller does not hang.
+// itself; should a fault of a parser break that, the caller does not hang.
 func guarded[T any](f func() (T, error)) (T, error) {
 	type outcome struct {
 		v   T
@@ -170,117 +277,4 @@ func guarded[T any](f func() (T, error)) (T, error) {
 		var zero T
 		return zero, fmt.Errorf("parser took over %v", maxTime)
 	}
-}
-
-// scan walks the log's frame without looking into it, applies the caps, and
-// returns where the events end: firmware may leave 0x00 or 0xFF behind them.
-func scan(data []byte) (end int, err error) {
-	malformed := func(format string, a ...any) (int, error) {
-		return 0, attest.Refuse(attest.ReasonLogMalformed, "event log: "+format, a...)
-	}
-	// The first event is in the old format: index, type, SHA-1, size.
-	const head = 4 + 4 + 20 + 4
-	if len(data) < head {
-		return malformed("%d bytes, shorter than one event", len(data))
-	}
-	size := binary.LittleEndian.Uint32(data[28:])
-	if size > MaxEvent || int(size) > len(data)-head {
-		return malformed("first event claims %d bytes of data", size)
-	}
-	spec := data[head : head+int(size)]
-	if binary.LittleEndian.Uint32(data[4:]) != TypeNoAction || len(spec) < 28 || string(spec[:16]) != "Spec ID Event03\x00" {
-		return 0, attest.Refuse(attest.ReasonLogNoSHA256, "event log is not of the crypto-agile format; set the TPM to SHA-256 in the firmware")
-	}
-	sizes, err := digestSizes(spec)
-	if err != nil {
-		return malformed("%v", err)
-	}
-	at := head + int(size)
-	for n := 1; at < len(data); n++ {
-		if padding(data[at:]) {
-			break
-		}
-		if n > MaxEvents {
-			return 0, attest.Refuse(attest.ReasonLogTooLarge, "event log of over %d events", MaxEvents)
-		}
-		length, err := eventSize(data[at:], sizes)
-		if err != nil {
-			return malformed("event %d: %v", n, err)
-		}
-		at += length
-	}
-	return at, nil
-}
-
-// digestSizes reads the algorithm table of a TCG_EfiSpecIDEvent (section
-// 10.4.5.1).
-func digestSizes(spec []byte) (map[uint16]int, error) {
-	n := binary.LittleEndian.Uint32(spec[24:])
-	if n == 0 || n > 16 || len(spec) < 28+4*int(n) {
-		return nil, fmt.Errorf("%d digest algorithms", n)
-	}
-	sizes := make(map[uint16]int, n)
-	for i := range int(n) {
-		entry := spec[28+4*i:]
-		id, size := binary.LittleEndian.Uint16(entry), int(binary.LittleEndian.Uint16(entry[2:]))
-		if _, twice := sizes[id]; twice || size == 0 || size > 64 {
-			return nil, fmt.Errorf("digest algorithm 0x%04x of %d bytes", id, size)
-		}
-		sizes[id] = size
-	}
-	const sha256ID = 0x000b // TPM_ALG_SHA256
-	if s, ok := sizes[sha256ID]; ok && s != sha256.Size {
-		return nil, fmt.Errorf("SHA-256 digests of %d bytes", s)
-	}
-	return sizes, nil
-}
-
-// eventSize returns the length of the TCG_PCR_EVENT2 at the head of b.
-func eventSize(b []byte, sizes map[uint16]int) (int, error) {
-	if len(b) < 12 {
-		return 0, fmt.Errorf("truncated after %d bytes", len(b))
-	}
-	digests := binary.LittleEndian.Uint32(b[8:])
-	if digests > uint32(len(sizes)) {
-		return 0, fmt.Errorf("%d digests for %d algorithms", digests, len(sizes))
-	}
-	at := 12
-	seen := make(map[uint16]bool, digests)
-	for range digests {
-		if len(b) < at+2 {
-			return 0, errors.New("truncated in its digests")
-		}
-		id := binary.LittleEndian.Uint16(b[at:])
-		size, known := sizes[id]
-		if !known || seen[id] {
-			return 0, fmt.Errorf("digest algorithm 0x%04x is unknown or comes twice", id)
-		}
-		seen[id] = true
-		at += 2 + size
-	}
-	if len(b) < at+4 {
-		return 0, errors.New("truncated in its digests")
-	}
-	size := binary.LittleEndian.Uint32(b[at:])
-	at += 4
-	if size > MaxEvent {
-		return 0, fmt.Errorf("%d bytes of data, at most %d", size, MaxEvent)
-	}
-	if int(size) > len(b)-at {
-		return 0, fmt.Errorf("%d bytes of data, %d left", size, len(b)-at)
-	}
-	return at + int(size), nil
-}
-
-// padding reports whether b holds nothing but 0x00 or nothing but 0xFF.
-func padding(b []byte) bool {
-	if b[0] != 0 && b[0] != 0xff {
-		return false
-	}
-	for _, c := range b {
-		if c != b[0] {
-			return false
-		}
-	}
-	return true
 }

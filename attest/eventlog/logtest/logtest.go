@@ -93,7 +93,8 @@ func (i Image) uki() attest.Digest {
 func (i Image) Boot() *Log {
 	l := New()
 	l.Add(0, 8, []byte("firmware"), sha256.Sum256([]byte("firmware")))
-	l.Add(7, 0x80000001, []byte("SecureBoot"), sha256.Sum256([]byte("on")))
+	on := Variable("SecureBoot", []byte{1})
+	l.Add(7, eventlog.TypeVariableConfig, on, sha256.Sum256(on))
 	for pcr := range 8 {
 		l.Separator(pcr)
 	}
@@ -114,6 +115,16 @@ func (i Image) Reference(name, version string) attest.ReferenceValues {
 	}
 	r.Components = append(r.Components, attest.Component{Name: "uki", PCR: 4, Digest: i.uki()})
 	return r
+}
+
+// Variable is a global UEFI variable as the firmware logs it
+// (UEFI_VARIABLE_DATA).
+func Variable(name string, data []byte) []byte {
+	b := []byte{0x61, 0xdf, 0xe4, 0x8b, 0xca, 0x93, 0xd2, 0x11, 0xaa, 0x0d, 0x00, 0xe0, 0x98, 0x03, 0x2b, 0x8c}
+	b = binary.LittleEndian.AppendUint64(b, uint64(len(name)))
+	b = binary.LittleEndian.AppendUint64(b, uint64(len(data)))
+	text := utf16Text(name)
+	return append(append(b, text[:len(text)-2]...), data...)
 }
 
 // utf16Text is text with its NUL as UEFI writes it.

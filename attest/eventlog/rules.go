@@ -1,0 +1,210 @@
+package eventlog
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/hex"
+	"slices"
+	"strings"
+
+	"sekisho/attest"
+)
+
+// placed lists, for PCR 0 to 7, the event types that belong there besides
+// EV_SEPARATOR (sections 3.3.4 and 10.4.1).
+func placed(pcr int) []uint32 {
+	switch pcr {
+	case 0:
+		return []uint32{TypePostCode, TypePostCode2, TypeAction, TypeEFIAction, TypeTag, TypeCRTMContents, TypeCRTMVersion, TypeMicrocode,
+			TypeNonhostCode, TypeNonhostInfo, TypeCompactHash, TypeBootDriver, TypeRuntimeDriver, TypeFirmwareBlob, TypeFirmwareBlob2,
+			TypeHandoffTables, TypeHandoffTables2, TypeHCRTM}
+	case 1:
+		return []uint32{TypeAction, TypeEFIAction, TypeTag, TypeMicrocode, TypeConfigFlags, TypeTableOfDevices, TypeCompactHash, TypeNonhostConfig,
+			TypePostCode, TypeVariableConfig, TypeVariableBoot, TypeVariableBoot2, TypeHandoffTables, TypeHandoffTables2, TypeSPDMConfig}
+	case 2:
+		return []uint32{TypePostCode, TypePostCode2, TypeAction, TypeEFIAction, TypeTag, TypeNonhostCode, TypeNonhostInfo, TypeCompactHash,
+			TypeApplication, TypeBootDriver, TypeRuntimeDriver, TypeFirmwareBlob, TypeFirmwareBlob2, TypeSPDMBlob}
+	case 3:
+		return []uint32{TypeAction, TypeEFIAction, TypeTag, TypeNonhostConfig, TypeNonhostInfo, TypeConfigFlags, TypeVariableConfig,
+			TypeHandoffTables, TypeHandoffTables2, TypeSPDMConfig}
+	case 4:
+		return []uint32{TypeAction, TypeEFIAction, TypeCompactHash, TypeIPL, TypeOmitBootDevice, TypeApplication, TypeBootDriver, TypeRuntimeDriver}
+	case 5:
+		return []uint32{TypeAction, TypeEFIAction, TypeTag, TypeCompactHash, TypeIPL, TypeIPLPartition, TypeGPT, TypeGPT2,
+			TypeVariableConfig, TypeVariableBoot, TypeVariableBoot2}
+	case 6:
+		return []uint32{TypeAction, TypeEFIAction, TypeTag, TypeCompactHash, TypeNonhostInfo}
+	case 7:
+		return []uint32{TypeEFIAction, TypeVariableConfig, TypeVariableAuth, TypeSPDMDevicePolicy, TypeSPDMDeviceAuth}
+	}
+	return nil
+}
+
+// separators counts separators by digest: an event of another type with a
+// separator's digest is as good as a separator to a PCR.
+func (a *appraisal) separators() {
+	zeros, ones := a.Bank.Sum(nil, []byte{0, 0, 0, 0}), a.Bank.Sum(nil, []byte{0xff, 0xff, 0xff, 0xff})
+	var count [8]int
+	for i := range a.Events {
+		e := &a.Events[i]
+		if e.PCR > 7 {
+			continue
+		}
+		d := e.digest(a.Bank)
+		switch {
+		case bytes.Equal(d, zeros), bytes.Equal(d, ones):
+			count[e.PCR]++
+		case e.Type != TypeSeparator:
+		case len(e.Data) > 0 && len(e.Data) != 4 && padding(e.Data) && bytes.Equal(d, a.Bank.Sum(nil, e.Data)):
+			// Firmware before UEFI wrote one byte (guard-binary_bios_measurements_27).
+			count[e.PCR]++
+			a.findEvent(attest.SeverityDegrade, attest.ReasonLogSeparator, e, "separator of PCR %d of %d bytes, want 4", e.PCR, len(e.Data))
+		default:
+			a.findEvent(attest.SeverityBlock, attest.ReasonLogSeparator, e, "separator of PCR %d is not a legal one; the firmware reported an error", e.PCR)
+			count[e.PCR]++
+		}
+	}
+	low := 0 // of PCR 0 to 6 that have one
+	for _, n := range count[:7] {
+		low += min(n, 1)
+	}
+	for pcr, n := range count {
+		switch {
+		case n > 1:
+			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, "PCR %d has %d separators, want 1", pcr, n)
+		case n == 1, pcr < 7 && low == 0:
+		case low == 0 && a.PCRs == nil:
+		default:
+			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, "PCR %d has no separator: firmware did not end there as it must", pcr)
+		}
+	}
+	if low == 0 {
+		// A piece of a log; or firmware that separates PCR 7 alone (Google's
+		// first shielded machines, goattestation-sb_cert_eventlog).
+		a.find(attest.SeverityDegrade, attest.ReasonLogSeparator, "none of PCR 0 to 6 has a separator: the log does not tell the firmware from what came after it")
+	}
+}
+
+// rules judges each event by its type, place and data.
+func (a *appraisal) rules() {
+	var lists [8][]uint32
+	for pcr := range lists {
+		lists[pcr] = placed(pcr)
+	}
+	called := false // the boot manager has called the first application
+	for i := range a.Events {
+		e := &a.Events[i]
+		if e.PCR <= 7 && e.Type != TypeSeparator && !slices.Contains(lists[e.PCR], e.Type) {
+			severity := attest.SeverityWarn
+			if e.PCR == 4 || e.PCR == 7 {
+				severity = attest.SeverityBlock
+			}
+			a.findEvent(severity, attest.ReasonLogEventType, e, "type 0x%08x does not belong into PCR %d", e.Type, e.PCR)
+			continue
+		}
+		if !a.covers(e) {
+			severity, then := attest.SeverityBlock, "the data in the log was changed"
+			if e.Type == TypeCRTMVersion { // Dell and others hash something else
+				severity, then = attest.SeverityWarn, "do not believe the version that it names"
+			}
+			f := a.findEvent(severity, attest.ReasonLogEventDigest, e, "its digest is not that of its data: %s", then)
+			f.Expected, f.Seen = hex.EncodeToString(e.digest(a.Bank)), hex.EncodeToString(a.Bank.Sum(nil, e.Data))
+			continue
+		}
+		switch {
+		case e.PCR == 7:
+			a.ruleSeven(e)
+		case e.PCR == 4 && e.Type == TypeEFIAction:
+			called = true
+		case e.PCR == 4 && e.Type == TypeApplication && !called:
+			called = true // say it once
+			a.findEvent(attest.SeverityWarn, attest.ReasonLogOrder, e, "an application was started before the boot manager said that it calls one")
+		case e.PCR >= 11 && e.PCR <= 14 && e.Type == TypeTag:
+			if err := checkSIPA(e.Data, 0); sipaTag(e) && err != nil {
+				a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, "Windows' event: %v", err)
+			}
+		}
+	}
+}
+
+// sipaTag reports whether e's data begins as a SIPA event does.
+func sipaTag(e *Event) bool {
+	return len(e.Data) >= 8 && isSIPA(binary.LittleEndian.Uint32(e.Data))
+}
+
+// covers recomputes e's digest if its type says that it is of its data
+// (section 10.4.1). Two forms are allowed where firmware of both is about.
+func (a *appraisal) covers(e *Event) bool {
+	want := e.digest(a.Bank)
+	is := func(data []byte) bool {
+		var buf [64]byte
+		return bytes.Equal(a.Bank.Sum(buf[:0], data), want)
+	}
+	switch e.Type {
+	case TypeSeparator, TypeAction, TypeEFIAction, TypeGPT, TypeCRTMVersion, TypeVariableBoot2:
+		return is(e.Data)
+	case TypeVariableConfig:
+		return is(e.Data) || e.PCR != 7 && a.coversValue(e, is)
+	case TypeVariableBoot:
+		return is(e.Data) || a.coversValue(e, is) // EDK II before 2019 hashed the value alone
+	case TypeVariableAuth:
+		// shim before 15.3 logged one byte more than it hashed, see maxShimRest.
+		return is(e.Data) || len(e.Data) > 0 && is(e.Data[:len(e.Data)-1])
+	case TypeTag:
+		return e.PCR < 11 || e.PCR > 14 || !sipaTag(e) || is(e.Data)
+	}
+	return true
+}
+
+func (a *appraisal) coversValue(e *Event, is func([]byte) bool) bool {
+	v, err := parseVariable(e.Data, 0)
+	return err == nil && is(v.data)
+}
+
+// ruleSeven judges an event of PCR 7, from which Secure Boot's state is drawn.
+func (a *appraisal) ruleSeven(e *Event) {
+	switch e.Type {
+	case TypeEFIAction:
+		a.actionSeven(e)
+	case TypeVariableConfig, TypeVariableAuth:
+		rest := uint64(0)
+		if e.Type == TypeVariableAuth {
+			rest = maxShimRest
+		}
+		v, err := parseVariable(e.Data, rest)
+		if err != nil {
+			a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, "%v", err)
+			return
+		}
+		policy := v.guid == globalVariable && (v.name == "SecureBoot" || v.name == "PK" || v.name == "KEK")
+		database := v.name == "PK" || v.name == "KEK" || v.name == "db" || v.name == "dbx" || v.name == "dbt" || v.name == "dbr"
+		switch {
+		case policy && e.Type == TypeVariableAuth:
+			a.findEvent(attest.SeverityBlock, attest.ReasonLogEventType, e, "variable %s is relabelled: it is policy and was logged as an authority", v.name)
+		case database && e.Type == TypeVariableConfig:
+			if err := checkSignatureLists(v.data); err != nil {
+				a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, "variable %s: %v", v.name, err)
+			}
+		}
+	}
+}
+
+// actionSeven judges what the firmware says about itself in PCR 7 (section
+// 3.3.4.8). Each is legal; each is worth knowing.
+func (a *appraisal) actionSeven(e *Event) {
+	action := string(e.Data)
+	switch {
+	case action == "UEFI Debug Mode":
+		a.findEvent(attest.SeverityDegrade, attest.ReasonSecureBoot, e, "the firmware is in debug mode")
+	case action == "DMA Protection Disabled":
+		// HP EliteBook 830 G6 and others with the IOMMU off before boot.
+		a.findEvent(attest.SeverityWarn, attest.ReasonSecureBoot, e, "protection against DMA is off before the boot; switch it on in the firmware")
+	case strings.HasPrefix(action, "Security Level is Downgraded to "):
+		// Thunderbolt firmware of the HP EliteBook 830 G6.
+		a.findEvent(attest.SeverityWarn, attest.ReasonSecureBoot, e, "Thunderbolt's security level was lowered")
+	case strings.ContainsFunc(action, func(r rune) bool { return r < ' ' || r > '~' }):
+		a.findEvent(attest.SeverityBlock, attest.ReasonLogEventType, e, "an action that is no text: another event was relabelled")
+	default:
+		a.findEvent(attest.SeverityDegrade, attest.ReasonLogEventType, e, "unknown action %.64q", action)
+	}
+}
