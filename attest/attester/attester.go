@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"sync"
@@ -28,6 +29,12 @@ const (
 	backoffFirst = time.Second
 	backoffMax   = 30 * time.Second
 )
+
+// stepLimit is how long one step of an attempt may take: opening the TPM, where
+// a discrete one may need most of a minute for an RSA key, or all that is done
+// with one verifier, two requests of callTime and some TPM commands. Beyond it
+// Run hangs, in a TPM command that never returns.
+const stepLimit = 3 * time.Minute
 
 // TPM is what the attester needs of a TPM; *tpm.TPM has it.
 type TPM interface {
@@ -75,7 +82,10 @@ type Attester struct {
 	failures int
 	away     time.Time // since when no verifier answers, zero if one does
 
+	opening sync.Mutex // held while the TPM is opened, and taken before mu
+
 	mu     sync.Mutex
+	step   time.Time // when Run began its present step, zero while it waits
 	hw     Hardware
 	device attest.Digest
 	facts  Facts
@@ -132,6 +142,8 @@ func (a *Attester) shut() {
 
 // attempt does the one next thing and returns how long to wait after it.
 func (a *Attester) attempt(ctx context.Context) time.Duration {
+	a.begin(a.Now())
+	defer a.begin(time.Time{})
 	err := a.advance(ctx)
 	if ctx.Err() != nil {
 		return 0
@@ -144,6 +156,20 @@ func (a *Attester) attempt(ctx context.Context) time.Duration {
 	bound := min(backoffMax, backoffFirst<<min(a.failures, 10))
 	a.failures++
 	return rand.N(bound)
+}
+
+// begin notes that a step begins, or with the zero time that none is under way.
+func (a *Attester) begin(now time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.step = now
+}
+
+// hangs reports whether Run's step takes longer than any step can.
+func (a *Attester) hangs() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return !a.step.IsZero() && a.Now().Sub(a.step) > stepLimit
 }
 
 // settle publishes success and returns the wait until the next attempt: none
@@ -207,7 +233,7 @@ func (a *Attester) advance(ctx context.Context) error {
 	}
 	if a.record.Enrolment == nil {
 		if a.record.Ticket.IsZero() {
-			return &fault{attest.ReasonNoTicket, errors.New("device is not enrolled and has no ticket; ask for one")}
+			return &fault{attest.ReasonNoTicket, errors.New("device is not enrolled and has no ticket; ask for one / 端末が登録されておらず、登録チケットもありません。管理者にチケットを依頼してください。")}
 		}
 		return a.each(ctx, a.enrol)
 	}
@@ -218,6 +244,7 @@ func (a *Attester) advance(ctx context.Context) error {
 func (a *Attester) each(ctx context.Context, f func(context.Context, *remote) error) error {
 	var errs []error
 	for _, r := range a.remotes {
+		a.begin(a.Now())
 		err := f(ctx, r)
 		var away *unreachable
 		if !errors.As(err, &away) {
@@ -228,23 +255,38 @@ func (a *Attester) each(ctx context.Context, f func(context.Context, *remote) er
 	return errors.Join(errs...)
 }
 
+// both is an error for people: English first, because the kernel's console has
+// no glyphs for Japanese, the cause, then the same in Japanese.
+func both(english, japanese string, cause error) error {
+	return fmt.Errorf("%s: %w / %s", english, cause, japanese)
+}
+
+// openTPM opens the TPM unless it is open. It holds a.mu only to publish it:
+// while the TPM makes its keys, the status must be there for whoever asks.
 func (a *Attester) openTPM() error {
+	a.opening.Lock()
+	defer a.opening.Unlock()
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.hw != nil {
+	opened := a.hw != nil
+	a.mu.Unlock()
+	if opened {
 		return nil
 	}
 	hw, err := a.OpenTPM()
 	switch {
 	case errors.Is(err, tpm.ErrNoTPM):
-		return &fault{attest.ReasonNoTPM, fmt.Errorf("TPM が見つかりません。ファームウェア設定で TPM 2.0 を有効にしてください。/ No TPM found; enable TPM 2.0 in the firmware setup: %w", err)}
+		return &fault{attest.ReasonNoTPM, both("No TPM found; enable TPM 2.0 in the firmware setup", "TPM が見つかりません。ファームウェア設定で TPM 2.0 を有効にしてください。", err)}
+	case errors.Is(err, fs.ErrPermission):
+		return &fault{attest.ReasonTPMFault, both("No permission to open the TPM: init has not handed it to attestd; switch off and on again", "TPM を開く権限がありません。電源を入れ直してください。", err)}
 	case err != nil:
-		return &fault{attest.ReasonTPMFault, fmt.Errorf("TPM を使用できません。/ The TPM cannot be used: %w", err)}
+		return &fault{attest.ReasonTPMFault, both("The TPM cannot be used", "TPM を使用できません。", err)}
 	}
 	ek, err := tpm.ParsePublic(hw.Identity().EK)
 	if err != nil {
 		return errors.Join(&fault{attest.ReasonTPMFault, err}, hw.Close())
 	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	a.hw, a.device, a.facts.TPM = hw, attest.DeviceID(ek.Name()), true
 	a.Log.Info("TPM opened", "device", a.device)
 	return nil
@@ -264,6 +306,10 @@ func (a *Attester) tpmFault(err error) error {
 	return &fault{attest.ReasonTPMFault, err}
 }
 
+func stateFault(err error) error {
+	return &fault{attest.ReasonState, both("The state partition cannot be used; check the disk or install it again", "状態パーティションを使用できません。ディスクを点検するか、再インストールしてください。", err)}
+}
+
 // loadRecord reads the state partition while it does not say that the device
 // is enrolled: a ticket may be put there at any time.
 func (a *Attester) loadRecord() error {
@@ -272,10 +318,10 @@ func (a *Attester) loadRecord() error {
 	}
 	r, err := a.State.Load()
 	if err != nil && !errors.Is(err, ErrNoRecord) {
-		return &fault{attest.ReasonState, err}
+		return stateFault(err)
 	}
 	if r.Enrolment != nil && r.Enrolment.Device != a.device {
-		return &fault{attest.ReasonState, fmt.Errorf("enrolment on the state partition is of device %s, this TPM is device %s; put a new ticket there", r.Enrolment.Device, a.device)}
+		return &fault{attest.ReasonState, fmt.Errorf("enrolment on the state partition is of device %s, this TPM is device %s; put a new ticket there / 状態パーティションの登録は別の端末のものです。新しい登録チケットを書き込んでください。", r.Enrolment.Device, a.device)}
 	}
 	a.setRecord(r)
 	return nil
@@ -319,7 +365,7 @@ func (a *Attester) enrol(ctx context.Context, r *remote) error {
 	}
 	record := Record{Enrolment: &e}
 	if err := errors.Join(a.State.Store(record), a.State.Erase()); err != nil {
-		return &fault{attest.ReasonState, err}
+		return stateFault(err)
 	}
 	a.setRecord(record)
 	a.Log.Info("enrolled", "device", e.Device, "verifier", e.Verifier)
