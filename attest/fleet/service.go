@@ -35,6 +35,9 @@ type Config struct {
 	EKRoots    *x509.CertPool
 	References []attest.ReferenceValues // beside those of the store
 	Now        func() time.Time
+
+	// NonceKey is shared by the organisation's verifiers; zero: a new one.
+	NonceKey [verifier.NonceKeySize]byte
 }
 
 // Service enrols and attests devices. It is safe for concurrent use.
@@ -59,7 +62,10 @@ func NewService(c Config) (*Service, error) {
 	if c.Verifier == "" || len(c.Verifier) > attest.MaxName {
 		return nil, fmt.Errorf("verifier id %.64q: want 1 to %d bytes", c.Verifier, attest.MaxName)
 	}
-	return &Service{Config: c, nonces: verifier.NewNonces(c.Verifier), pending: make(map[string]pending)}, nil
+	if c.NonceKey == ([verifier.NonceKeySize]byte{}) {
+		rand.Read(c.NonceKey[:])
+	}
+	return &Service{Config: c, nonces: verifier.NewNonces(c.Verifier, c.NonceKey, c.Now()), pending: make(map[string]pending)}, nil
 }
 
 // CreateTicket makes a ticket for uses enrolments within life and returns its

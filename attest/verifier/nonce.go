@@ -16,37 +16,47 @@ import (
 // NonceLife is how long a nonce may be answered.
 const NonceLife = 60 * time.Second
 
-// A nonce is random (16) ‖ issue time in ms since 1970 (8) ‖ device id (32) ‖
-// HMAC-SHA-256 (32) over these and the verifier's name. Making one stores
-// nothing, so asking for nonces costs the verifier nothing.
+// A nonce is random (16) ‖ issue time in ms since 1970 (8) ‖ device (8) ‖
+// verifier (8) ‖ MAC (24), 64 bytes, the most that an EAT carries (RFC 9711,
+// section 4.1). Device and verifier are the first bytes of the device id and
+// of the SHA-256 of the verifier's name; the MAC, HMAC-SHA-256 cut to 192 bits
+// (RFC 2104, section 5), covers both in full. Making one stores nothing, so
+// asking for nonces costs the verifier nothing.
 const (
-	nonceRandom = 16
-	nonceBody   = nonceRandom + 8 + 32
-	nonceSize   = nonceBody + sha256.Size
+	nonceRandom   = 16
+	nonceDevice   = nonceRandom + 8
+	nonceVerifier = nonceDevice + 8
+	nonceBody     = nonceVerifier + 8
+	nonceSize     = nonceBody + 24
 )
+
+// NonceKeySize is the size in bytes of the key that the verifiers of an
+// organisation share.
+const NonceKeySize = 32
 
 // maxUsed bounds the memory of used nonces, per generation.
 const maxUsed = 1 << 20
 
-// Nonces makes nonces and lets each be used once. It is safe for concurrent
-// use.
+// Nonces makes nonces and lets each be used once. Every verifier that has the
+// key can check a nonce; only the one that made it accepts it, because only
+// that one knows whether it was used. It is safe for concurrent use.
 type Nonces struct {
 	verifier string
-	key      [32]byte
+	key      [NonceKeySize]byte
+	since    time.Time
 
-	// Used nonces in two generations of NonceLife each: what leaves the older
+	// Used nonces in two generations of twice NonceLife each: what leaves the older
 	// one has expired.
 	mu       sync.Mutex
 	turned   time.Time
 	now, old map[[nonceRandom]byte]struct{}
 }
 
-// NewNonces returns a source of nonces for the verifier of that name. Its key
-// is new: nonces do not outlive the process.
-func NewNonces(verifier string) *Nonces {
-	n := &Nonces{verifier: verifier, now: make(map[[nonceRandom]byte]struct{})}
-	rand.Read(n.key[:])
-	return n
+// NewNonces returns a source of nonces for the verifier of that name, with the
+// key of its organisation. Nonces from before since, the start of the process,
+// are refused: which of them were used is forgotten.
+func NewNonces(verifier string, key [NonceKeySize]byte, since time.Time) *Nonces {
+	return &Nonces{verifier: verifier, key: key, since: since.Truncate(time.Millisecond), now: make(map[[nonceRandom]byte]struct{})}
 }
 
 // New returns a nonce for one attestation of device.
@@ -54,27 +64,36 @@ func (n *Nonces) New(device attest.Digest, now time.Time) []byte {
 	nonce := make([]byte, nonceRandom, nonceSize)
 	rand.Read(nonce)
 	nonce = binary.BigEndian.AppendUint64(nonce, uint64(now.UnixMilli()))
-	nonce = append(nonce, device[:]...)
-	return append(nonce, n.mac(nonce)...)
+	nonce = append(nonce, device[:8]...)
+	tag := verifierTag(n.verifier)
+	nonce = append(nonce, tag[:]...)
+	return append(nonce, n.mac(nonce, n.verifier, device)...)
 }
 
 // Use judges a nonce and uses it up. A nil error proves that we made it for
-// device less than NonceLife ago and that it was not used before. Errors are
-// *attest.Refusal.
+// device at most NonceLife ago and that it was not used before with us. Errors
+// are *attest.Refusal.
 func (n *Nonces) Use(nonce []byte, device attest.Digest, now time.Time) error {
-	if len(nonce) != nonceSize || !hmac.Equal(n.mac(nonce[:nonceBody]), nonce[nonceBody:]) {
-		return attest.Refuse(attest.ReasonNonceInvalid, "nonce is not one of this verifier's; ask for a new challenge")
+	if len(nonce) != nonceSize {
+		return attest.Refuse(attest.ReasonNonceInvalid, "nonce of %d bytes, want %d; ask for a new challenge", len(nonce), nonceSize)
+	}
+	if tag := verifierTag(n.verifier); !bytes.Equal(nonce[nonceVerifier:nonceBody], tag[:]) {
+		return attest.Refuse(attest.ReasonVerifierMismatch, "nonce was given by another verifier, this is %q; ask here for a new challenge", n.verifier)
 	}
 	issued := time.UnixMilli(int64(binary.BigEndian.Uint64(nonce[nonceRandom:])))
 	switch age := now.Sub(issued); {
-	case !bytes.Equal(nonce[nonceRandom+8:nonceBody], device[:]):
+	case !bytes.Equal(nonce[nonceDevice:nonceVerifier], device[:8]):
 		return attest.Refuse(attest.ReasonDeviceMismatch, "nonce was given to another device")
+	case !hmac.Equal(n.mac(nonce[:nonceBody], n.verifier, device), nonce[nonceBody:]):
+		return attest.Refuse(attest.ReasonNonceInvalid, "nonce is not one of this organisation's; ask for a new challenge")
+	case issued.Before(n.since):
+		return attest.Refuse(attest.ReasonNonceExpired, "nonce is from before the verifier started; ask for a new challenge")
 	case age > NonceLife || age < -NonceLife:
 		return attest.Refuse(attest.ReasonNonceExpired, "nonce is %s old, at most %s; ask for a new challenge", age.Round(time.Second), NonceLife)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if now.Sub(n.turned) > NonceLife {
+	if now.Sub(n.turned) > 2*NonceLife {
 		n.turned, n.old, n.now = now, n.now, make(map[[nonceRandom]byte]struct{})
 	}
 	id := [nonceRandom]byte(nonce)
@@ -84,15 +103,27 @@ func (n *Nonces) Use(nonce []byte, device attest.Digest, now time.Time) error {
 	case again || before:
 		return attest.Refuse(attest.ReasonNonceReused, "nonce was used before; ask for a new challenge")
 	case len(n.now) >= maxUsed:
-		return attest.Refuse(attest.ReasonBusy, "%d attestations within %s; try again", maxUsed, NonceLife)
+		return attest.Refuse(attest.ReasonBusy, "%d attestations within %s; try again", maxUsed, 2*NonceLife)
 	}
 	n.now[id] = struct{}{}
 	return nil
 }
 
-func (n *Nonces) mac(body []byte) []byte {
+// Authentic reports whether a verifier of that name, with our key, made nonce
+// for device. It says nothing about age and use: those only its maker judges.
+func (n *Nonces) Authentic(nonce []byte, verifier string, device attest.Digest) bool {
+	return len(nonce) == nonceSize && hmac.Equal(n.mac(nonce[:nonceBody], verifier, device), nonce[nonceBody:])
+}
+
+func verifierTag(name string) [8]byte {
+	sum := sha256.Sum256([]byte(name))
+	return [8]byte(sum[:8])
+}
+
+func (n *Nonces) mac(body []byte, verifier string, device attest.Digest) []byte {
 	h := hmac.New(sha256.New, n.key[:])
-	fmt.Fprintf(h, "sekisho/nonce/1 %d %s", len(n.verifier), n.verifier)
+	fmt.Fprintf(h, "sekisho/nonce/2 %d %s", len(verifier), verifier)
+	h.Write(device[:])
 	h.Write(body)
-	return h.Sum(nil)
+	return h.Sum(nil)[:nonceSize-nonceBody]
 }

@@ -12,6 +12,7 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/eventlog"
+	"sekisho/attest/policy"
 	"sekisho/attest/runlog"
 	"sekisho/attest/tpm"
 )
@@ -22,15 +23,24 @@ type Device struct {
 	ID    attest.Digest
 	AK    []byte     // TPMT_PUBLIC
 	Clock *tpm.Clock // of the last affirming evidence, nil before the first
+
+	// Retried: the last evidence was refused as attest.ReasonClockUnsafe.
+	Retried bool
 }
 
 // Input is everything that an appraisal depends on.
 type Input struct {
 	Evidence   *attest.Evidence
-	Device     *Device // nil: the device is not enrolled
-	References []attest.ReferenceValues
-	Verifier   string // our name
+	Device     *Device                  // nil: the device is not enrolled
+	References []attest.ReferenceValues // unsigned ones, beside the policy's
+	Verifier   string                   // our name
 	Now        time.Time
+
+	Policy       *policy.Signed   // in force; nil: none
+	PolicyNeeded bool             // without a policy nothing is affirmed
+	Shadow       *policy.Signed   // evaluated and not enforced; may be nil
+	LastGood     []byte           // event log of the last affirmed boot; may be nil
+	Firmware     *attest.Firmware // how common the firmware is; may be nil
 }
 
 // Outcome is a Result and, only if that is affirming, what it entitles to.
@@ -60,20 +70,24 @@ type Outcome struct {
 //   - what was extended after the boot is known run-time events, each once,
 //     and nothing else (runlog.AtBoot);
 //   - without them, the event log passes eventlog.Check;
-//   - the PCR values are those of one image of the reference values.
+//   - the PCR values are those of one image of the reference values;
+//   - no rule of the signed policy that blocks or degrades is unmet.
 //
 // The nonce itself is judged by Nonces before.
 func Appraise(in Input) Outcome {
 	out := Outcome{Result: newResult(in)}
 	a := &appraisal{in: in}
-	for _, check := range []func() error{a.addressee, a.signature, a.quote, a.binding, a.pcrs, a.clock, a.credentialKey, a.runTime, a.log, a.policy} {
+	for _, check := range []func() error{a.addressee, a.signature, a.quote, a.binding, a.pcrs, a.clock, a.credentialKey, a.runTime, a.log, a.policy, a.rules} {
 		if err := check(); err != nil {
 			refuse(&out.Result, err, a.findings)
+			a.complete(&out.Result)
 			return out
 		}
 	}
-	out.Result.Status = attest.StatusAffirming
-	out.Result.Image = a.image
+	out.Result.Status, out.Result.Image, out.Result.Findings = attest.StatusAffirming, a.image, a.findings
+	if a.complete(&out.Result); out.Result.Status != attest.StatusAffirming {
+		return out
+	}
 	out.Key, out.Clock, out.Firmware = a.certify, a.statement.Clock, a.statement.Firmware
 	return out
 }
@@ -83,6 +97,7 @@ func Appraise(in Input) Outcome {
 func Refused(verifier string, device attest.Digest, now time.Time, err error) attest.Result {
 	r := attest.Result{Profile: attest.ResultType, IssuedAt: now.Unix(), Verifier: verifier, Device: device}
 	refuse(&r, err, nil)
+	r.Findings = explained([]attest.Finding{{Reason: r.Reason, Seen: r.Detail}})
 	return r
 }
 
@@ -272,7 +287,7 @@ func (a *appraisal) log() (err error) {
 }
 
 func (a *appraisal) policy() error {
-	ref, findings, err := a.events.Judge(a.boot, a.in.References)
+	ref, findings, err := a.events.Judge(a.boot, a.in.references(a.in.Policy))
 	a.findings = findings
 	if err != nil {
 		return err

@@ -21,6 +21,9 @@ import (
 
 const name = "verifier.test"
 
+// nonceKey is shared by the verifiers of these tests.
+var nonceKey = [NonceKeySize]byte{1}
+
 var (
 	image = logtest.Image{Kernel: "kernel 1", Initramfs: "initramfs 1", Cmdline: "quiet"}
 	start = time.Date(2026, 11, 21, 10, 0, 0, 0, time.UTC)
@@ -228,7 +231,7 @@ func refusal(t *testing.T, err error) attest.Reason {
 }
 
 func TestNonces(t *testing.T) {
-	n, device := NewNonces(name), attest.Digest{1}
+	n, device := NewNonces(name, nonceKey, start), attest.Digest{1}
 	nonce := func() []byte { return n.New(device, start) }
 	flipped := func(i int) []byte {
 		v := nonce()
@@ -256,9 +259,11 @@ func TestNonces(t *testing.T) {
 		{"truncated", nonce()[:nonceSize-1], device, start, attest.ReasonNonceInvalid},
 		{"random flipped", flipped(0), device, start, attest.ReasonNonceInvalid},
 		{"time flipped", flipped(20), device, start, attest.ReasonNonceInvalid},
-		{"device flipped", flipped(30), device, start, attest.ReasonNonceInvalid},
+		{"device flipped", flipped(30), device, start, attest.ReasonDeviceMismatch},
 		{"mac flipped", flipped(nonceSize - 1), device, start, attest.ReasonNonceInvalid},
-		{"another verifier's", NewNonces(name).New(device, start), device, start, attest.ReasonNonceInvalid},
+		{"another verifier's", NewNonces("other", nonceKey, start).New(device, start), device, start, attest.ReasonVerifierMismatch},
+		{"another organisation's", NewNonces(name, [NonceKeySize]byte{9}, start).New(device, start), device, start, attest.ReasonNonceInvalid},
+		{"from before a restart", NewNonces(name, nonceKey, start).New(device, start.Add(-time.Second)), device, start, attest.ReasonNonceExpired},
 	} {
 		if got := refusal(t, n.Use(c.nonce, c.device, c.at)); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
@@ -269,7 +274,7 @@ func TestNonces(t *testing.T) {
 // TestNoncesStayUsed uses a nonce just before its end and again within it,
 // whenever the memory of used nonces turned over.
 func TestNoncesStayUsed(t *testing.T) {
-	n, device := NewNonces(name), attest.Digest{1}
+	n, device := NewNonces(name, nonceKey, start), attest.Digest{1}
 	for i := range 500 {
 		now := start.Add(time.Duration(i) * 700 * time.Millisecond)
 		nonce := n.New(device, now)
@@ -278,7 +283,7 @@ func TestNoncesStayUsed(t *testing.T) {
 		}
 		for _, later := range []time.Duration{time.Second, NonceLife / 2, NonceLife} {
 			// What the turn-over does then must not disturb this run.
-			m := &Nonces{verifier: n.verifier, key: n.key, turned: n.turned, now: n.now, old: n.old}
+			m := &Nonces{verifier: n.verifier, key: n.key, since: n.since, turned: n.turned, now: n.now, old: n.old}
 			if got := refusal(t, m.Use(nonce, device, now.Add(later))); got != attest.ReasonNonceReused {
 				t.Fatalf("again after %v: %v", later, got)
 			}
@@ -287,7 +292,7 @@ func TestNoncesStayUsed(t *testing.T) {
 }
 
 func TestNoncesAreDistinct(t *testing.T) {
-	n, seen := NewNonces(name), make(map[string]bool)
+	n, seen := NewNonces(name, nonceKey, start), make(map[string]bool)
 	for range 1000 {
 		seen[string(n.New(attest.Digest{}, start)[:nonceRandom])] = true
 	}
@@ -297,7 +302,7 @@ func TestNoncesAreDistinct(t *testing.T) {
 }
 
 func FuzzNonce(f *testing.F) {
-	n := NewNonces(name)
+	n := NewNonces(name, nonceKey, start)
 	f.Add(n.New(attest.Digest{}, start)[:nonceBody])
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if n.Use(data, attest.Digest{}, start) == nil {

@@ -1,0 +1,187 @@
+package verifier
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"sekisho/attest"
+	"sekisho/attest/policy"
+)
+
+// references are the images that p, beside the unsigned values, accepts.
+func (in Input) references(p *policy.Signed) []attest.ReferenceValues {
+	list := append([]attest.ReferenceValues(nil), in.References...)
+	if p != nil {
+		list = append(list, p.Bundle.Accepted(in.Now)...)
+	}
+	return list
+}
+
+// rules judges the facts by the rules of the policy in force. A rule of
+// severity degrade leaves the result a warning, one of severity warn leaves it
+// as it is: both are reported.
+func (a *appraisal) rules() error {
+	if a.in.Policy == nil {
+		if a.in.PolicyNeeded {
+			return attest.Refuse(attest.ReasonNoPolicy, "no signed policy is in force; publish one with attestctl policy publish")
+		}
+		return nil
+	}
+	a.findings = policy.Evaluate(a.in.Policy.Bundle.Rules, a.facts(a.image))
+	return worst(a.findings)
+}
+
+// worst refuses with the first finding that blocks.
+func worst(findings []attest.Finding) error {
+	for _, f := range findings {
+		if f.Severity != attest.SeverityWarn && f.Severity != attest.SeverityDegrade {
+			return attest.Refuse(f.Reason, "%s", ruleText(f))
+		}
+	}
+	return nil
+}
+
+func ruleText(f attest.Finding) string {
+	return fmt.Sprintf("rule %s: %s is %s, expected %s: %s", f.Rule, f.Component, f.Seen, f.Expected, f.Sentence.EN)
+}
+
+// facts are what the checks before have proven.
+func (a *appraisal) facts(image string) policy.Facts {
+	f := policy.Facts{policy.FactTPMFirmware: {dotted(a.statement.Firmware)}}
+	for pcr, v := range a.boot {
+		f[policy.FactPCR(pcr)] = []string{v.String()}
+	}
+	if image != "" {
+		f[policy.FactImage] = []string{image}
+		f[policy.FactImageVersion] = []string{image[strings.LastIndexByte(image, ' ')+1:]}
+	}
+	if v := secureBoot(a.events); v != "" {
+		f[policy.FactSecureBoot] = []string{v}
+	}
+	if list, ok := forbidden(a.events); ok {
+		f[policy.FactDBX] = list
+	}
+	if w := a.firmware(); w != nil {
+		if w.Version != "" {
+			f[policy.FactFirmware] = []string{w.Version}
+		}
+		f[policy.FactDevices] = []string{strconv.Itoa(w.Devices)}
+		f[policy.FactOrganizations] = []string{strconv.Itoa(w.Organizations)}
+	}
+	return f
+}
+
+// FirmwareDigest names the firmware measurements of a device: SHA-256 over the
+// values of PCR 0 to 3.
+func FirmwareDigest(pcrs map[int][]byte) attest.Digest {
+	h := sha256.New()
+	for i := range 4 {
+		h.Write(pcrs[i])
+	}
+	return attest.Digest(h.Sum(nil))
+}
+
+// firmware returns how common the quoted firmware values are, with the
+// firmware's own version; nil if nobody counted.
+func (a *appraisal) firmware() *attest.Firmware {
+	w := a.in.Firmware
+	if w == nil || w.Digest != FirmwareDigest(a.in.Evidence.PCRs) {
+		return nil
+	}
+	c := *w
+	c.Version = firmwareVersion(a.events)
+	return &c
+}
+
+// shadow judges the boot by the policy that is not enforced. It returns nil if
+// that would have said the same.
+func (a *appraisal) shadow(r *attest.Result) *attest.Shadow {
+	p := a.in.Shadow
+	if p == nil || a.events == nil {
+		return nil
+	}
+	s := &attest.Shadow{Policy: p.ID, Status: attest.StatusAffirming}
+	var why *attest.Refusal
+	ref, findings, err := a.events.Judge(a.boot, a.in.references(p))
+	if err == nil {
+		findings = policy.Evaluate(p.Bundle.Rules, a.facts(ref.Image+" "+ref.Version))
+		err = worst(findings)
+		s.Status = policy.Worst(findings)
+	}
+	if err != nil {
+		s.Status = attest.StatusContraindicated
+		s.Reason, s.Detail = attest.ReasonEvidenceMalformed, err.Error()
+		if errors.As(err, &why) {
+			s.Reason, s.Detail = why.Reason, why.Detail
+		}
+	}
+	s.Findings = explained(findings)
+	if s.Status == r.Status && s.Reason == r.Reason && len(s.Findings) == len(r.Findings) {
+		return nil
+	}
+	return s
+}
+
+// complete adds to a result what does not change its verdict.
+func (a *appraisal) complete(r *attest.Result) {
+	if r.Status == attest.StatusAffirming {
+		if r.Status = policy.Worst(r.Findings); r.Status != attest.StatusAffirming {
+			for _, f := range r.Findings {
+				if f.Severity == attest.SeverityDegrade {
+					r.Reason, r.Detail = f.Reason, ruleText(f)
+					break
+				}
+			}
+		}
+	}
+	// A clock that may have gone back is tried once more, then the device
+	// counts as degraded, not as an attacker.
+	if r.Reason == attest.ReasonClockUnsafe && a.in.Device.Retried {
+		r.Status = attest.StatusWarning
+	}
+	if r.Reason != attest.ReasonNone && len(r.Findings) == 0 {
+		r.Findings = []attest.Finding{{Reason: r.Reason, Seen: r.Detail}}
+	}
+	r.Findings = explained(r.Findings)
+	if a.in.Policy != nil {
+		r.Policy = &a.in.Policy.ID
+	}
+	if a.events != nil {
+		a.number(r.Findings)
+		r.Firmware = a.firmware()
+		r.Shadow = a.shadow(r)
+	}
+	if len(a.in.LastGood) > 0 && r.Status != attest.StatusAffirming {
+		digest := attest.Digest(sha256.Sum256(a.in.LastGood))
+		r.LastGood = &digest
+		r.Changes = Diff(a.in.LastGood, a.in.Evidence.EventLog)
+	}
+}
+
+func explained(list []attest.Finding) []attest.Finding {
+	for i := range list {
+		list[i] = list[i].Explained()
+	}
+	return list
+}
+
+// number finds the event that a finding is about: the one whose digest was
+// seen in that PCR.
+func (a *appraisal) number(list []attest.Finding) {
+	for i, f := range list {
+		for _, e := range a.events.Events {
+			if f.Seen != "" && e.PCR == f.PCR && e.Digest.String() == f.Seen {
+				list[i].Number = e.Number
+				break
+			}
+		}
+	}
+}
+
+// dotted writes a TPM's firmware version as four numbers of 16 bits.
+func dotted(v uint64) string {
+	return fmt.Sprintf("%d.%d.%d.%d", v>>48, v>>32&0xffff, v>>16&0xffff, v&0xffff)
+}

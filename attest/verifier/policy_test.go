@@ -1,0 +1,227 @@
+package verifier
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"strings"
+	"testing"
+
+	"sekisho/attest"
+	"sekisho/attest/eventlog"
+	"sekisho/attest/eventlog/logtest"
+	"sekisho/attest/policy"
+)
+
+func signed(b policy.Bundle) *policy.Signed {
+	b.Profile, b.Organization, b.Version = policy.Profile, "Test City", 1
+	for i := range b.Rules {
+		b.Rules[i].Why = attest.Text{JA: "理由", EN: "reason"}
+	}
+	return &policy.Signed{Bundle: &b, ID: attest.PolicyID{Organization: b.Organization, Version: 1, Digest: attest.Digest{1}}}
+}
+
+func TestPolicy(t *testing.T) {
+	rule := func(s attest.Severity) *policy.Signed {
+		return signed(policy.Bundle{Rules: []policy.Rule{{ID: "r", Fact: policy.FactImage, Op: policy.OpEqual, Values: []string{"sekisho 2"}, Severity: s}}})
+	}
+	for _, c := range []struct {
+		name   string
+		change func(*bench)
+		status attest.Status
+		reason attest.Reason
+		found  int
+	}{
+		{"none, and none is needed", func(*bench) {}, attest.StatusAffirming, attest.ReasonNone, 0},
+		{"none, and one is needed", func(b *bench) { b.in.PolicyNeeded = true }, attest.StatusContraindicated, attest.ReasonNoPolicy, 1},
+		{"rule that blocks", func(b *bench) { b.in.Policy = rule(attest.SeverityBlock) }, attest.StatusContraindicated, attest.ReasonPolicyRule, 1},
+		{"rule that degrades", func(b *bench) { b.in.Policy = rule(attest.SeverityDegrade) }, attest.StatusWarning, attest.ReasonPolicyRule, 1},
+		{"rule that warns", func(b *bench) { b.in.Policy = rule(attest.SeverityWarn) }, attest.StatusAffirming, attest.ReasonNone, 1},
+		{"image of the policy", func(b *bench) {
+			b.in.References = nil
+			b.in.Policy = signed(policy.Bundle{References: []policy.Reference{{Values: image.Reference("sekisho", "1")}}})
+		}, attest.StatusAffirming, attest.ReasonNone, 0},
+		{"image whose time has ended", func(b *bench) {
+			b.in.References = nil
+			b.in.Policy = signed(policy.Bundle{References: []policy.Reference{{Values: image.Reference("sekisho", "1"), Until: start.Unix()}}})
+		}, attest.StatusContraindicated, attest.ReasonNoReferenceValues, 1},
+		{"a fact that the log does not say", func(b *bench) {
+			b.in.Policy = signed(policy.Bundle{Rules: []policy.Rule{{ID: "dbx", Fact: policy.FactDBX, Op: policy.OpContains, Values: []string{"00"}}}})
+		}, attest.StatusContraindicated, attest.ReasonPolicyRule, 1},
+		{"clock not safe, again", func(b *bench) {
+			b.tpm.Clock.Safe = false
+			b.sign()
+			c := Appraise(b.in).Clock
+			c.Clock += 1 << 20
+			b.in.Device.Clock, b.in.Device.Retried = &c, true
+		}, attest.StatusWarning, attest.ReasonClockUnsafe, 1},
+	} {
+		b := newBench(t)
+		c.change(b)
+		out := Appraise(b.in)
+		r := out.Result
+		if r.Status != c.status || r.Reason != c.reason || len(r.Findings) != c.found {
+			t.Errorf("%s: %v %v %v", c.name, r.Status, r.Reason, r.Findings)
+		}
+		if (out.Key != nil) != (c.status == attest.StatusAffirming) {
+			t.Errorf("%s: what it entitles to: %v", c.name, out.Key)
+		}
+		for _, f := range r.Findings {
+			if f.Sentence.JA == "" || f.Sentence.EN == "" || f.Action.JA == "" || f.Action.EN == "" {
+				t.Errorf("%s: finding without words: %+v", c.name, f)
+			}
+		}
+	}
+}
+
+func TestShadow(t *testing.T) {
+	b := newBench(t)
+	b.in.Shadow = signed(policy.Bundle{Rules: []policy.Rule{{ID: "r", Fact: policy.FactImage, Op: policy.OpEqual, Values: []string{"sekisho 2"}}}})
+	out := Appraise(b.in)
+	if out.Result.Status != attest.StatusAffirming || out.Key == nil {
+		t.Fatalf("a shadow was enforced: %+v", out.Result)
+	}
+	if s := out.Result.Shadow; s == nil || s.Status != attest.StatusContraindicated || s.Reason != attest.ReasonPolicyRule || len(s.Findings) != 1 {
+		t.Errorf("shadow: %+v", s)
+	}
+	b.in.Shadow = signed(policy.Bundle{})
+	if s := Appraise(b.in).Result.Shadow; s != nil {
+		t.Errorf("a shadow that says the same: %+v", s)
+	}
+}
+
+func TestChangesSinceLastGood(t *testing.T) {
+	b := newBench(t)
+	b.in.LastGood = image.Boot().Bytes()
+	if r := Appraise(b.in).Result; len(r.Changes) != 0 || r.LastGood != nil {
+		t.Errorf("changes of a good boot: %+v", r)
+	}
+	evil := image
+	evil.Kernel = "evil"
+	b.tpm.PCRs, b.in.Evidence.EventLog = evil.Boot().PCRs(), evil.Boot().Bytes()
+	b.sign()
+	r := Appraise(b.in).Result
+	if r.LastGood == nil || *r.LastGood != sha256.Sum256(b.in.LastGood) || len(r.Changes) != 2 {
+		t.Fatalf("changes: %+v", r.Changes)
+	}
+	good, bad := sha256.Sum256([]byte(image.Kernel)), sha256.Sum256([]byte("evil"))
+	if c := r.Changes[1]; c.PCR != 11 || c.Event != ".linux" || c.Was != hex.EncodeToString(good[:]) || c.Is != hex.EncodeToString(bad[:]) || c.Number == 0 {
+		t.Errorf("change of the kernel: %+v", c)
+	}
+	if r.Findings[0].Number != r.Changes[1].Number {
+		t.Errorf("event of the finding: %+v", r.Findings[0])
+	}
+}
+
+func TestDiff(t *testing.T) {
+	log := func(words ...string) []byte {
+		l := logtest.New()
+		for _, w := range words {
+			l.Add(5, 1, []byte(w), sha256.Sum256([]byte(w)))
+		}
+		return l.Bytes()
+	}
+	for _, c := range []struct {
+		a, b []string
+		want string
+	}{
+		{[]string{"a", "b", "c"}, []string{"a", "b", "c"}, ""},
+		{[]string{"a", "b", "c"}, []string{"a", "x", "c"}, "~x"},
+		{[]string{"a", "c"}, []string{"a", "b", "c"}, "+b"},
+		{[]string{"a", "b", "c"}, []string{"a", "c"}, "-b"},
+		{[]string{"a", "b"}, []string{"b", "a"}, "-a +a"},
+		{nil, []string{"a"}, "+a"},
+	} {
+		var got []string
+		for _, d := range Diff(log(c.a...), log(c.b...)) {
+			sign := "~"
+			if d.Was == "" {
+				sign = "+"
+			} else if d.Is == "" {
+				sign = "-"
+			}
+			got = append(got, sign+d.Event)
+		}
+		if s := strings.Join(got, " "); s != c.want {
+			t.Errorf("%v to %v: %q, want %q", c.a, c.b, s, c.want)
+		}
+	}
+}
+
+// uefiVariable is a UEFI_VARIABLE_DATA.
+func uefiVariable(guid, name string, content []byte) []byte {
+	b, err := hex.DecodeString(guid)
+	if err != nil {
+		panic(err)
+	}
+	b = binary.LittleEndian.AppendUint64(b, uint64(len(name)))
+	b = binary.LittleEndian.AppendUint64(b, uint64(len(content)))
+	for _, c := range name {
+		b = binary.LittleEndian.AppendUint16(b, uint16(c))
+	}
+	return append(b, content...)
+}
+
+func TestSecureBootIsDerivedOrUnknown(t *testing.T) {
+	on, off := uefiVariable(guidGlobal, "SecureBoot", []byte{1}), uefiVariable(guidGlobal, "SecureBoot", []byte{0})
+	add := func(l *logtest.Log, data []byte) { l.Add(7, typeVariable, data, sha256.Sum256(data)) }
+	for name, c := range map[string]struct {
+		build func(*logtest.Log)
+		want  string
+	}{
+		"on":                    {func(l *logtest.Log) { add(l, on); l.Separator(7) }, "on"},
+		"off":                   {func(l *logtest.Log) { add(l, off); l.Separator(7) }, "off"},
+		"no event":              {func(l *logtest.Log) { l.Separator(7) }, ""},
+		"twice":                 {func(l *logtest.Log) { add(l, on); add(l, off); l.Separator(7) }, ""},
+		"after the separator":   {func(l *logtest.Log) { l.Separator(7); add(l, on) }, ""},
+		"data not in digest":    {func(l *logtest.Log) { l.Add(7, typeVariable, on, sha256.Sum256(off)); l.Separator(7) }, ""},
+		"of another namespace":  {func(l *logtest.Log) { add(l, uefiVariable(guidSecurity, "SecureBoot", []byte{1})); l.Separator(7) }, ""},
+		"empty":                 {func(l *logtest.Log) { add(l, uefiVariable(guidGlobal, "SecureBoot", nil)); l.Separator(7) }, ""},
+		"neither on nor off":    {func(l *logtest.Log) { add(l, uefiVariable(guidGlobal, "SecureBoot", []byte{2})); l.Separator(7) }, ""},
+		"measured to PCR 1":     {func(l *logtest.Log) { l.Add(1, typeVariable, on, sha256.Sum256(on)); l.Separator(7) }, ""},
+		"length of the content": {func(l *logtest.Log) { add(l, append(on, 0)); l.Separator(7) }, ""},
+	} {
+		l := logtest.New()
+		c.build(l)
+		parsed, err := eventlog.Parse(l.Bytes())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := secureBoot(parsed); got != c.want {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
+func TestForbidden(t *testing.T) {
+	list := func(entries int) []byte {
+		b, _ := hex.DecodeString(guidSHA256)
+		b = binary.LittleEndian.AppendUint32(b, uint32(28+48*entries))
+		b = binary.LittleEndian.AppendUint32(b, 0)
+		b = binary.LittleEndian.AppendUint32(b, 48)
+		for i := range entries {
+			b = append(b, make([]byte, 16)...)
+			b = append(b, append([]byte{byte(i)}, make([]byte, 31)...)...)
+		}
+		return b
+	}
+	if got, ok := signatureLists(append(list(2), list(1)...)); !ok || len(got) != 3 || !strings.HasPrefix(got[1], "0100") {
+		t.Errorf("%v %v", got, ok)
+	}
+	for name, bad := range map[string][]byte{
+		"truncated": list(1)[:60], "no head": list(1)[:20], "size below head": append(list(0)[:16], make([]byte, 12)...),
+	} {
+		if _, ok := signatureLists(bad); ok {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+func FuzzSignatureLists(f *testing.F) {
+	f.Add(make([]byte, 28))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		signatureLists(data)
+		parseVariable(data)
+		label(data)
+	})
+}
