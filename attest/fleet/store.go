@@ -69,6 +69,7 @@ type Store interface {
 type FileStore struct {
 	dir  *os.Root
 	lock *os.File
+	max  int // bytes that the file may have
 
 	mu   sync.RWMutex
 	data []byte    // as on disk
@@ -91,7 +92,7 @@ func OpenFileStore(dir string) (*FileStore, error) {
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	s := &FileStore{dir: root}
+	s := &FileStore{dir: root, max: maxRegistry}
 	if err := s.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("store %s: %w", dir, err), s.Close())
 	}
@@ -184,6 +185,9 @@ func (s *FileStore) Update(f func(*Registry) error) error {
 }
 
 func (s *FileStore) write(data []byte) error {
+	if len(data) > s.max { // a verifier could not start with it again
+		return fmt.Errorf("registry of %d bytes, at most %d; remove devices that are gone", len(data), s.max)
+	}
 	f, err := s.dir.OpenFile(newFile, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
