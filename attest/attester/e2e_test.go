@@ -25,6 +25,7 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/attester"
+	"sekisho/attest/ek"
 	"sekisho/attest/eventlog/logtest"
 	"sekisho/attest/fleet"
 	"sekisho/attest/gate"
@@ -105,12 +106,12 @@ type site struct {
 func newSite(t *testing.T, roots string, lifetime time.Duration, refs ...attest.ReferenceValues) *site {
 	t.Helper()
 	s := &site{t: t, servers: newCA(t, "servers"), devices: newCA(t, "devices"), storeDir: t.TempDir()}
-	pool := x509.NewCertPool()
+	pool := ek.NewRoots()
 	data, err := os.ReadFile(roots)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := fleet.ParseRoots(pool, data); err != nil {
+	if err := pool.AddPEM(data); err != nil {
 		t.Fatal(err)
 	}
 	issuer, err := verifier.NewIssuer(s.devices.cert, s.devices.key, "Test City", lifetime)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,11 +12,16 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/ek"
 	"sekisho/attest/verifier"
 )
 
 // maxConfig bounds any file that the configuration names, in bytes.
 const maxConfig = 1 << 20
+
+// builtInRoots in ek_roots stands for the makers' certificates that the
+// verifier was built with.
+const builtInRoots = "built-in"
 
 // defaultLifetime is a certificate's when the configuration names none.
 const defaultLifetime = 10 * time.Minute
@@ -33,7 +37,7 @@ type ServerConfig struct {
 	CACertificate       string   `json:"ca_certificate"`       // PEM file: CA of the devices' certificates
 	CAKey               string   `json:"ca_key"`               // PEM file
 	Store               string   `json:"store"`                // directory
-	EKRoots             []string `json:"ek_roots"`             // PEM files: whose TPMs may enrol
+	EKRoots             []string `json:"ek_roots"`             // PEM files, or "built-in": whose TPMs may enrol
 	ReferenceValues     []string `json:"reference_values"`     // JSON files; more by attestctl
 	CertificateLifetime string   `json:"certificate_lifetime"` // such as "10m"
 	AdminSocket         string   `json:"admin_socket"`         // unix socket for attestctl
@@ -119,13 +123,21 @@ func (c *ServerConfig) open(now func() time.Time) (*Service, tls.Certificate, *F
 	if err != nil {
 		return fail(nil, err)
 	}
-	roots := x509.NewCertPool()
+	roots := ek.NewRoots()
 	for _, name := range c.EKRoots {
+		if name == builtInRoots {
+			built, err := ek.BuiltIn()
+			if err != nil {
+				return fail(nil, fmt.Errorf("ek_roots: %s: %w", name, err))
+			}
+			roots.AddAll(built)
+			continue
+		}
 		data, err := readFile(name)
 		if err != nil {
 			return fail(nil, err)
 		}
-		if err := ParseRoots(roots, data); err != nil {
+		if err := roots.AddPEM(data); err != nil {
 			return fail(nil, fmt.Errorf("ek_roots: %s: %w", name, err))
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/ek"
 	"sekisho/attest/eventlog/logtest"
 	"sekisho/attest/tpm"
 	"sekisho/attest/tpm/faketpm"
@@ -65,8 +66,7 @@ func newBench(t *testing.T) *bench {
 	t.Helper()
 	b := &bench{t: t, dir: t.TempDir(), now: start}
 	b.maker, b.makeKey = authority(t, "maker of TPMs")
-	pool := x509.NewCertPool()
-	pool.AddCert(b.maker)
+	roots := ek.NewRoots(b.maker)
 	ca, key := authority(t, "devices")
 	issuer, err := verifier.NewIssuer(ca, key, "Test City", 10*time.Minute)
 	if err != nil {
@@ -77,7 +77,7 @@ func newBench(t *testing.T) *bench {
 	}
 	t.Cleanup(func() { b.store.Close() })
 	b.service, err = NewService(Config{
-		Verifier: name, Store: b.store, Issuer: issuer, EKRoots: pool,
+		Verifier: name, Store: b.store, Issuer: issuer, EKRoots: roots,
 		References: []attest.ReferenceValues{image.Reference("sekisho", "1")}, Now: func() time.Time { return b.now },
 	})
 	if err != nil {

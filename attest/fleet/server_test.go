@@ -2,9 +2,7 @@ package fleet
 
 import (
 	"bytes"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"log/slog"
 	"net/http"
@@ -15,7 +13,6 @@ import (
 	"time"
 
 	"sekisho/attest"
-	"sekisho/attest/tpm"
 )
 
 // TestRoutes shows that nothing but the four routes answers, that admin routes
@@ -131,46 +128,6 @@ func TestStore(t *testing.T) {
 	})
 }
 
-func TestEKCertificateForms(t *testing.T) {
-	b := newBench(t)
-	d := b.device()
-	plain := d.Identity().EKCertificate
-	header := append([]byte{0x10, 0x01, 0, 0, 0, 0x10, 0x02}, plain...)
-	for name, raw := range map[string][]byte{
-		"plain": plain, "with header": header, "padded": append(bytes.Clone(plain), 0xff, 0xff), "both": append(bytes.Clone(header), 0, 0, 0),
-	} {
-		c, err := parseEKCertificate(raw)
-		if err != nil || !bytes.Equal(c.Raw, plain) {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-	// Expiry alone does not refuse.
-	ek, err := tpm.ParsePublic(d.Identity().EK)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := checkEK(ek, plain, b.service.EKRoots, start.Add(24*time.Hour)); err != nil {
-		t.Errorf("expired: %v", err)
-	}
-	for name, want := range map[string]bool{
-		"hirs-nuc-1-ek_cert_untouched.cer": false, // TPM 1.2: OAEP key
-		"keylime-stm-rsa.der":              true, "keylime-infineon-rsa.der": true, "keylime-idevid.der": false,
-	} {
-		raw, err := os.ReadFile("../../../shared/corpus/attest/ekcert/" + name)
-		if errors.Is(err, os.ErrNotExist) {
-			t.Skip("needs the corpus beside the repository")
-		}
-		if _, err := parseEKCertificate(raw); (err == nil) != want {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-}
-
-func FuzzParseEKCertificate(f *testing.F) {
-	f.Add([]byte{0x10, 0x01, 0, 0, 0, 0x10, 0x02, 0x30, 0})
-	f.Fuzz(func(t *testing.T, data []byte) { parseEKCertificate(data) })
-}
-
 func FuzzDecodeRegistry(f *testing.F) {
 	f.Add([]byte(`{"devices":{},"tickets":{"a":{"uses":1}}}`))
 	f.Fuzz(func(t *testing.T, data []byte) { decode(data) })
@@ -179,11 +136,6 @@ func FuzzDecodeRegistry(f *testing.F) {
 func FuzzParseServerConfig(f *testing.F) {
 	f.Add([]byte(`{"listen":"a","certificate_lifetime":"10m"}`))
 	f.Fuzz(func(t *testing.T, data []byte) { ParseServerConfig(data) })
-}
-
-func FuzzParseRoots(f *testing.F) {
-	f.Add(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte{0x30, 0}}))
-	f.Fuzz(func(t *testing.T, data []byte) { ParseRoots(x509.NewCertPool(), data) })
 }
 
 func TestAdmin(t *testing.T) {

@@ -5,7 +5,6 @@ import (
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/x509"
 	"encoding/base32"
 	"errors"
 	"fmt"
@@ -14,6 +13,7 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/ek"
 	"sekisho/attest/tpm"
 	"sekisho/attest/verifier"
 )
@@ -32,7 +32,7 @@ type Config struct {
 	Verifier   string // our name, as in our server certificate
 	Store      Store
 	Issuer     *verifier.Issuer
-	EKRoots    *x509.CertPool
+	EKRoots    *ek.Roots
 	References []attest.ReferenceValues // beside those of the store
 	Now        func() time.Time
 
@@ -139,7 +139,7 @@ func (s *Service) Begin(r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
 	if len(r.Ticket) > maxTicket {
 		return nil, attest.Refuse(attest.ReasonTicketUnknown, "ticket of %d bytes", len(r.Ticket))
 	}
-	ek, err := tpm.ParsePublic(r.EK)
+	endorsement, err := tpm.ParsePublic(r.EK)
 	if err != nil {
 		return nil, attest.Refuse(attest.ReasonEKAttributes, "endorsement key: %v", err)
 	}
@@ -147,7 +147,7 @@ func (s *Service) Begin(r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
 	if err != nil {
 		return nil, attest.Refuse(attest.ReasonAKAttributes, "attestation key: %v", err)
 	}
-	d := Device{ID: attest.DeviceID(ek.Name()), EK: r.EK, EKCertificate: r.EKCertificate, AK: r.AK}
+	d := Device{ID: attest.DeviceID(endorsement.Name()), EK: r.EK, EKCertificate: r.EKCertificate, AK: r.AK}
 	ticket := attest.Digest(sha256.Sum256([]byte(r.Ticket)))
 	d.TicketID = ticketID(ticket)
 	// The ticket comes first: without one, nobody makes us compute.
@@ -160,13 +160,13 @@ func (s *Service) Begin(r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
 	if err := ak.CheckAK(); err != nil {
 		return nil, attest.Refuse(attest.ReasonAKAttributes, "%v", err)
 	}
-	if err := checkEK(ek, r.EKCertificate, s.EKRoots, now); err != nil {
+	if err := ek.Check(endorsement, r.EKCertificate, s.EKRoots, now); err != nil {
 		return nil, err
 	}
 	secret, session := make([]byte, 32), make([]byte, 16)
 	rand.Read(secret)
 	rand.Read(session)
-	blob, enc, err := tpm.MakeCredential(ek, ak.Name(), secret)
+	blob, enc, err := tpm.MakeCredential(endorsement, ak.Name(), secret)
 	if err != nil {
 		return nil, attest.Refuse(attest.ReasonEKAttributes, "%v", err)
 	}
