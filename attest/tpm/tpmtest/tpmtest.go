@@ -4,6 +4,7 @@
 package tpmtest
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -17,6 +18,37 @@ import (
 type Emulator struct {
 	Socket string // unix socket for tpm.Open
 	Roots  string // PEM file: the CA of its EK certificate
+
+	t     testing.TB
+	state string    // directory
+	cmd   *exec.Cmd // running swtpm
+}
+
+// Restart is a power cut: the TPM gets no warning, and comes back reset.
+func (e *Emulator) Restart() {
+	e.t.Helper()
+	e.stop()
+	if err := os.Remove(e.Socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		e.t.Fatal(err)
+	}
+	e.start()
+}
+
+func (e *Emulator) start() {
+	e.t.Helper()
+	e.cmd = exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+e.state,
+		"--server", "type=unixio,path="+e.Socket, "--flags", "not-need-init,startup-clear")
+	if err := e.cmd.Start(); err != nil {
+		e.t.Fatalf("swtpm: %v", err)
+	}
+	wait(e.t, e.Socket)
+}
+
+func (e *Emulator) stop() {
+	if e.cmd != nil && e.cmd.Process != nil {
+		e.cmd.Process.Kill()
+		e.cmd.Wait()
+	}
 }
 
 // Need skips t unless it runs as root with SEKISHO_TEST=all; then swtpm must
@@ -66,16 +98,9 @@ func Start(t testing.TB) *Emulator {
 	}
 	t.Cleanup(func() { os.RemoveAll(short) })
 	e := &Emulator{Socket: filepath.Join(short, "tpm"), Roots: filepath.Join(ca, "issuercert.pem")}
-	cmd := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+state,
-		"--server", "type=unixio,path="+e.Socket, "--flags", "not-need-init,startup-clear")
-	if err := cmd.Start(); err != nil {
-		t.Fatalf("swtpm: %v", err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	wait(t, e.Socket)
+	e.t, e.state = t, state
+	t.Cleanup(func() { e.stop() })
+	e.start()
 	return e
 }
 

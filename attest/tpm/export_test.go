@@ -1,0 +1,56 @@
+package tpm
+
+import (
+	"errors"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+
+	"sekisho/attest/seal"
+)
+
+// ErrCut is what a TPM answers after the power cut of CutAfter.
+var ErrCut = errors.New("power cut")
+
+// cut passes n commands and then none.
+type cut struct {
+	transport.TPMCloser
+	left int
+}
+
+func (c *cut) Send(in []byte) ([]byte, error) {
+	if c.left == 0 {
+		return nil, ErrCut
+	}
+	c.left--
+	return c.TPMCloser.Send(in)
+}
+
+// CutAfter cuts the power after n more commands.
+func (t *TPM) CutAfter(n int) { t.conn = &cut{t.conn, n} }
+
+// UndefineCounter is what an attacker with the owner hierarchy can do.
+func (t *TPM) UndefineCounter() error {
+	index, err := t.counterHandle()
+	if err != nil {
+		return err
+	}
+	_, err = tpm2.NVUndefineSpace{
+		AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
+		NVIndex:    tpm2.NamedHandle{Handle: seal.CounterIndex, Name: index.Name},
+	}.Execute(t.conn)
+	return err
+}
+
+// IncrementPlain increments the counter by password, as its policy forbids.
+func (t *TPM) IncrementPlain() error {
+	index, err := t.counterHandle()
+	if err != nil {
+		return err
+	}
+	_, err = tpm2.NVIncrement{
+		AuthHandle: tpm2.AuthHandle{Handle: index.Handle, Name: index.Name, Auth: tpm2.PasswordAuth(nil)},
+		NVIndex:    *index,
+	}.Execute(t.conn)
+	return err
+}
