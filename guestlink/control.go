@@ -31,6 +31,17 @@ const (
 // Has reports whether all bits of b are in c.
 func (c Capabilities) Has(b Capabilities) bool { return c&b == b }
 
+// Words returns the capabilities that this version knows.
+func (c Capabilities) Words() []string {
+	words := []string{}
+	for i, w := range []string{"offload", "time", "power", "probe"} {
+		if c.Has(1 << i) {
+			words = append(words, w)
+		}
+	}
+	return words
+}
+
 // MinBatch is the smallest batch in bytes that an end can ask for; a smaller
 // one means this.
 const MinBatch = 4 << 10

@@ -74,7 +74,7 @@ func TestRealTUNs(t *testing.T) {
 	}
 	log := slog.New(slog.DiscardHandler)
 	statuses, linked := make(chan string, 64), make(chan string, 64)
-	server := host.New(hostDev, 3, nil, func() uint64 { return 0 }, func(s string) { statuses <- s }, time.Now, log)
+	server := host.New(hostDev, 3, guestlink.DefaultPolicy(), nil, func() uint64 { return 0 }, func(s string) { statuses <- s }, time.Now, log)
 	api, err := net.Listen("unix", filepath.Join(dir, "api"))
 	if err != nil {
 		t.Fatal(err)

@@ -7,11 +7,13 @@ package host
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -25,19 +27,33 @@ import (
 
 // Status is what GET /v1/status answers.
 type Status struct {
-	State    string            `json:"state"` // "waiting" or "linked"
-	Since    time.Time         `json:"since"`
-	Reason   string            `json:"reason"` // "no-guest", "link-lost", "bad-frame" or empty
-	Detail   string            `json:"detail"`
-	CID      uint32            `json:"cid"`
-	Guest    guestlink.Status  `json:"guest"`
-	Config   *guestlink.Config `json:"config"` // null: nothing is carried
-	Counters packet.Counters   `json:"counters"`
-	Refused  uint64            `json:"refused"` // connections of other context ids
+	State     string            `json:"state"` // "waiting" or "linked"
+	Since     time.Time         `json:"since"`
+	Reason    string            `json:"reason"` // "no-guest", "link-lost", "stalled", "bad-frame" or empty
+	Detail    string            `json:"detail"`
+	CID       uint32            `json:"cid"`
+	Transport string            `json:"transport"` // "vsock" or "serial"
+	Link      *Link             `json:"link"`      // null: no link is up
+	Guest     guestlink.Status  `json:"guest"`
+	Power     *guestlink.Power  `json:"power,omitempty"` // the guest's last answer
+	Config    *guestlink.Config `json:"config"`          // null: nothing is carried
+	Counters  packet.Counters   `json:"counters"`
+	Refused   uint64            `json:"refused"` // connections of other context ids
+}
+
+// Link is what is in force on the link.
+type Link struct {
+	Version      uint16   `json:"version"`
+	Capabilities []string `json:"capabilities"`
+	Batch        uint32   `json:"batch"`  // bytes
+	RTT          int64    `json:"rtt_us"` // of the last probe, in microseconds; 0: none yet
 }
 
 // Server is the host end. Make it with New.
 type Server struct {
+	// Serial says that links come over a virtio-serial port. Set before Run.
+	Serial bool
+
 	pump    *packet.Pump
 	cid     uint32
 	refused func() uint64
@@ -53,14 +69,22 @@ type Server struct {
 // New returns a Server that carries packets between dev and the guest with
 // context id cid. Notify is told the status line of the service protocol at
 // every change; refused counts connections that the listener closed. Beside
-// root, only users may use the API.
-func New(dev packet.PacketDevice, cid uint32, users []uint32, refused func() uint64, notify func(string), now func() time.Time, log *slog.Logger) *Server {
+// root, only users may use the API. Packets that policy does not carry are
+// dropped both ways.
+func New(dev packet.PacketDevice, cid uint32, policy guestlink.Policy, users []uint32, refused func() uint64, notify func(string), now func() time.Time, log *slog.Logger) *Server {
 	s := &Server{cid: cid, users: users, refused: refused, notify: notify, now: now, log: log}
 	s.pump = packet.NewHost(dev, func(g guestlink.Status) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.status.Guest = g
 	})
+	s.pump.Now, s.pump.Policy = now, policy
+	s.pump.PowerAnswer = func(a guestlink.Power) {
+		s.mu.Lock()
+		s.status.Power = &a
+		s.mu.Unlock()
+		s.log.Info("the guest answers", "action", a.Action, "answer", a.Answer, "detail", a.Detail)
+	}
 	s.set("waiting", "no-guest", "no guest has connected yet")
 	return s
 }
@@ -112,6 +136,9 @@ func (s *Server) changed(up bool, cause error) {
 		return
 	}
 	reason := "link-lost"
+	if errors.Is(cause, os.ErrDeadlineExceeded) {
+		reason = "stalled"
+	}
 	if guestlink.ReasonOf(cause) != guestlink.ReasonNone {
 		reason = "bad-frame"
 	}
@@ -125,13 +152,22 @@ func (s *Server) Status() Status {
 	st := s.status
 	s.mu.Unlock()
 	st.CID, st.Counters, st.Refused = s.cid, s.pump.Counters(), s.refused()
+	if st.Transport = "vsock"; s.Serial {
+		st.Transport = "serial"
+	}
 	if c, ok := s.pump.Config(); ok {
 		st.Config = &c
+	}
+	if agreed, rtt, up := s.pump.Link(); up {
+		st.Link = &Link{
+			Version: agreed.Version, Capabilities: agreed.Capabilities.Words(),
+			Batch: agreed.Batch, RTT: rtt.Microseconds(),
+		}
 	}
 	return st
 }
 
-// handler answers GET /v1/status and PUT /v1/config.
+// handler answers GET /v1/status, PUT /v1/config and POST /v1/power.
 func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
@@ -154,6 +190,26 @@ func (s *Server) handler() http.Handler {
 		}
 		w.WriteHeader(http.StatusNoContent)
 	})
+	mux.HandleFunc("POST /v1/power", func(w http.ResponseWriter, r *http.Request) {
+		const limit = 256
+		var ask struct {
+			Action guestlink.Action `json:"action"`
+		}
+		d := json.NewDecoder(http.MaxBytesReader(w, r.Body, limit))
+		d.DisallowUnknownFields()
+		if err := d.Decode(&ask); err != nil || ask.Action == guestlink.ActionNone {
+			http.Error(w, `want {"action":"shutdown"} or {"action":"suspend"}`, http.StatusBadRequest)
+			return
+		}
+		id, err := s.pump.RequestPower(ask.Action)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusConflict)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusAccepted)
+		json.NewEncoder(w).Encode(guestlink.Power{ID: id, Action: ask.Action})
+	})
 	return mux
 }
 
@@ -174,18 +230,27 @@ type peerKey struct{}
 // withPeer notes the user at the other end of a unix socket (SO_PEERCRED,
 // unix(7)). Without one the request is refused by restrict.
 func withPeer(ctx context.Context, c net.Conn) context.Context {
+	if uid, ok := PeerUID(c); ok {
+		return context.WithValue(ctx, peerKey{}, uid)
+	}
+	return ctx
+}
+
+// PeerUID returns the user at the other end of a unix socket, and false when it
+// is not known.
+func PeerUID(c net.Conn) (uint32, bool) {
 	u, ok := c.(*net.UnixConn)
 	if !ok {
-		return ctx
+		return 0, false
 	}
 	raw, err := u.SyscallConn()
 	if err != nil {
-		return ctx
+		return 0, false
 	}
 	var cred *unix.Ucred
 	raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
 	if err != nil || cred == nil {
-		return ctx
+		return 0, false
 	}
-	return context.WithValue(ctx, peerKey{}, cred.Uid)
+	return cred.Uid, true
 }

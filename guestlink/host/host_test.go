@@ -10,11 +10,13 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sekisho/guestlink"
 )
 
 func TestAPI(t *testing.T) {
 	var lines []string
-	s := New(nil, 3, []uint32{102}, func() uint64 { return 4 }, func(l string) { lines = append(lines, l) }, time.Now, slog.New(slog.DiscardHandler))
+	s := New(nil, 3, guestlink.DefaultPolicy(), []uint32{102}, func() uint64 { return 4 }, func(l string) { lines = append(lines, l) }, time.Now, slog.New(slog.DiscardHandler))
 	call := func(method, path, body string) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
 		s.handler().ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
@@ -29,6 +31,14 @@ func TestAPI(t *testing.T) {
 	} {
 		if got := call("PUT", "/v1/config", body).Code; got != want {
 			t.Errorf("PUT %.50s: %d, want %d", body, got, want)
+		}
+	}
+	for body, want := range map[string]int{
+		`{"action":"shutdown"}`: http.StatusConflict, // no guest
+		`{"action":"reboot"}`:   http.StatusBadRequest, `{}`: http.StatusBadRequest, `{"force":true}`: http.StatusBadRequest,
+	} {
+		if got := call("POST", "/v1/power", body).Code; got != want {
+			t.Errorf("POST %s: %d, want %d", body, got, want)
 		}
 	}
 	var st Status

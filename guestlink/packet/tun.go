@@ -14,6 +14,9 @@ import (
 // there (10 bytes), rounded up.
 const tunHeadroom = 16
 
+// firstMTU is what a TUN device has before a Config is known.
+const firstMTU = 1500
+
 // tunBatch is the most packets given to wireguard/tun at once.
 const tunBatch = 64
 

@@ -14,9 +14,6 @@ import (
 	"sekisho/guestlink"
 )
 
-// firstMTU is what a TUN device has before a Config is known.
-const firstMTU = 1500
-
 // OpenTUN creates the TUN device name in the caller's network namespace, with
 // segmentation offload. It needs CAP_NET_ADMIN there, and lasts until it is
 // closed.

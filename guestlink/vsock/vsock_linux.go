@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"syscall"
 
 	mdlayher "github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
 )
 
 // Listen listens on port of context id own (guestlink.HostCID on the host) for
@@ -23,6 +25,7 @@ func peerCID(c net.Conn) (uint32, bool) {
 	if !ok {
 		return 0, false
 	}
+	grow(c)
 	return a.ContextID, true
 }
 
@@ -32,5 +35,24 @@ func Dial(ctx context.Context, cid, port uint32) (net.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("vsock: dial cid %d port %d: %w", cid, port, err)
 	}
+	grow(c)
 	return c, nil
+}
+
+// grow raises the buffer of a connection; one that cannot be raised stays as it
+// is. The maximum comes first, because the size is cut to it (vsock(7)).
+func grow(c net.Conn) {
+	s, ok := c.(syscall.Conn)
+	if !ok {
+		return
+	}
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return
+	}
+	raw.Control(func(fd uintptr) {
+		for _, opt := range []int{unix.SO_VM_SOCKETS_BUFFER_MAX_SIZE, unix.SO_VM_SOCKETS_BUFFER_SIZE} {
+			unix.SetsockoptUint64(int(fd), unix.AF_VSOCK, opt, bufferSize)
+		}
+	})
 }

@@ -10,7 +10,6 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"os/signal"
 	"syscall"
@@ -20,7 +19,6 @@ import (
 	"sekisho/guestlink"
 	"sekisho/guestlink/guest"
 	"sekisho/guestlink/packet"
-	"sekisho/guestlink/vsock"
 )
 
 const usage = `guestagent: the work domain's way to the network
@@ -31,13 +29,18 @@ what the host domain says. It connects again by itself whenever the link ends.
 
   guestagent -tun sekisho0
 
-It needs CAP_NET_ADMIN. Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage.
+It takes the time from the host domain when the clock is off by more than 2 s,
+and shuts down or suspends this computer when the host domain asks.
+
+It needs CAP_NET_ADMIN, and CAP_SYS_TIME for the clock. Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage.
 
 `
 
 func main() {
 	tun := flag.String("tun", "sekisho0", "`name` of the TUN device to create")
 	resolv := flag.String("resolv-conf", "/etc/resolv.conf", "`file` to write the name servers to")
+	link := flag.String("transport", "vsock", "`way` to the host domain: vsock or serial")
+	plain := flag.Bool("plain", false, "one packet per system call, for kernels whose TUN devices know no offload")
 	flag.Usage = func() {
 		fmt.Fprintf(flag.CommandLine.Output(), usage, guestlink.HostCID, guestlink.PortPackets)
 		flag.PrintDefaults()
@@ -50,14 +53,22 @@ func main() {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	if err := run(ctx, log, *tun, *resolv); err != nil && !errors.Is(err, context.Canceled) {
+	if err := run(ctx, log, *tun, *resolv, *link, *plain); err != nil && !errors.Is(err, context.Canceled) {
 		log.Error("guestagent ends", "error", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, log *slog.Logger, tun, resolv string) error {
-	dev, err := packet.OpenTUN(tun)
+func run(ctx context.Context, log *slog.Logger, tun, resolv, link string, plain bool) error {
+	dial, err := transport(link)
+	if err != nil {
+		return err
+	}
+	open := packet.OpenTUN
+	if plain {
+		open = packet.OpenPlainTUN
+	}
+	dev, err := open(tun)
 	if err != nil {
 		return err
 	}
@@ -66,15 +77,17 @@ func run(ctx context.Context, log *slog.Logger, tun, resolv string) error {
 			log.Warn("notify", "error", err)
 		}
 	}
+	pump := packet.NewGuest(dev, func(c guestlink.Config) error {
+		log.Info("config", "address", c.Address, "mtu", c.MTU, "dns", c.DNS)
+		return guest.Apply(tun, resolv, c)
+	})
+	pump.SetTime = guest.SetTime
+	pump.Power = func(a guestlink.Action) error {
+		log.Info("the host domain asks", "action", a)
+		return guest.Power(a)
+	}
 	agent := &guest.Agent{
-		Dial: func(ctx context.Context) (net.Conn, error) {
-			return vsock.Dial(ctx, guestlink.HostCID, guestlink.PortPackets)
-		},
-		Pump: packet.NewGuest(dev, func(c guestlink.Config) error {
-			log.Info("config", "address", c.Address, "mtu", c.MTU, "dns", c.DNS)
-			return guest.Apply(tun, resolv, c)
-		}),
-		Log: log,
+		Dial: dial, Pump: pump, Log: log,
 		State: func(s string) {
 			log.Info("state", "state", s)
 			notify("STATUS=" + s)

@@ -13,8 +13,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"os/user"
-	"strconv"
 	"syscall"
 	"time"
 
@@ -24,7 +22,7 @@ import (
 	"sekisho/guestlink"
 	"sekisho/guestlink/host"
 	"sekisho/guestlink/packet"
-	"sekisho/guestlink/vsock"
+	"sekisho/guestlink/serial"
 )
 
 const usage = `linkd: the host domain's end of the guest link
@@ -36,6 +34,7 @@ domain has. The API socket comes from the service manager (LISTEN_FDS); state
 goes back to it (NOTIFY_SOCKET: "waiting", "linked cid 3").
 
   linkd -cid 3 -tun work0
+  linkd -serial /run/sekisho/link.sock   the chardev socket of QEMU's port %s
   curl --unix-socket /run/sekisho/linkd.sock http://linkd/v1/status
 
 It needs CAP_NET_ADMIN. Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage.
@@ -46,8 +45,11 @@ func main() {
 	cid := flag.Uint("cid", guestlink.WorkCID, "vsock context `id` of the one guest that is let in")
 	tun := flag.String("tun", "work0", "`name` of the TUN device to create")
 	client := flag.String("client", "netd", "`user` who, beside root, may use the API socket")
+	carry := flag.String("carry", "fragments", "unusual packets to carry: `list` of fragments, options, extensions, or empty")
+	port := flag.String("serial", "", "listen at this unix `socket` for QEMU's virtio-serial port instead of vsock")
+	vmm := flag.String("vmm", "vmm", "`user` whose QEMU may connect to that socket")
 	flag.Usage = func() {
-		fmt.Fprintf(flag.CommandLine.Output(), usage, guestlink.PortPackets)
+		fmt.Fprintf(flag.CommandLine.Output(), usage, guestlink.PortPackets, serial.PortName)
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -58,25 +60,38 @@ func main() {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	if err := run(ctx, log, uint32(*cid), *tun, *client); err != nil && !errors.Is(err, context.Canceled) {
+	policy, err := guestlink.ParsePolicy(*carry)
+	if err != nil {
+		log.Error("flag -carry", "error", err)
+		os.Exit(2)
+	}
+	o := options{cid: uint32(*cid), tun: *tun, client: *client, policy: policy, port: *port, vmm: *vmm}
+	if err := o.run(ctx, log); err != nil && !errors.Is(err, context.Canceled) {
 		log.Error("linkd ends", "error", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, log *slog.Logger, cid uint32, tun, client string) error {
+type options struct {
+	cid               uint32
+	tun, client, port string
+	vmm               string
+	policy            guestlink.Policy
+}
+
+func (o options) run(ctx context.Context, log *slog.Logger) error {
 	apis, err := activation.Listeners()
 	if err != nil {
 		return fmt.Errorf("api socket: %w", err)
 	}
-	dev, err := packet.OpenTUN(tun)
+	dev, err := packet.OpenTUN(o.tun)
 	if err != nil {
 		return err
 	}
-	if err := packet.LinkUp(tun); err != nil {
+	if err := packet.LinkUp(o.tun); err != nil {
 		return err
 	}
-	links, err := vsock.Listen(guestlink.HostCID, guestlink.PortPackets, cid)
+	links, refused, err := o.listen(log)
 	if err != nil {
 		return err
 	}
@@ -85,41 +100,10 @@ func run(ctx context.Context, log *slog.Logger, cid uint32, tun, client string) 
 			log.Warn("notify", "error", err)
 		}
 	}
-	s := host.New(dev, cid, users(log, client), links.Refused,
+	s := host.New(dev, o.cid, o.policy, users(log, o.client), refused,
 		func(status string) { notify("STATUS=" + status) }, time.Now, log)
+	s.Serial = o.port != ""
 	notify(daemon.SdNotifyReady)
 	go watchdog(ctx, notify)
 	return s.Run(ctx, links, apis...)
-}
-
-// users returns the ids that may use the API beside root.
-func users(log *slog.Logger, client string) []uint32 {
-	u, err := user.Lookup(client)
-	if err != nil {
-		log.Warn("only root may use the api socket", "error", err)
-		return nil
-	}
-	id, err := strconv.ParseUint(u.Uid, 10, 32)
-	if err != nil {
-		return nil
-	}
-	return []uint32{uint32(id)}
-}
-
-// watchdog tells the service manager, twice per WATCHDOG_USEC, that linkd runs.
-func watchdog(ctx context.Context, notify func(string)) {
-	every, err := daemon.SdWatchdogEnabled(false)
-	if err != nil || every == 0 {
-		return
-	}
-	t := time.NewTicker(every / 2)
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-			notify(daemon.SdNotifyWatchdog)
-		}
-	}
 }

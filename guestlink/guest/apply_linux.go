@@ -1,16 +1,12 @@
-// Package guest is the work domain's end of the guest link: it dials the host
-// domain, again and again, and sets the TUN device to what the host says.
 package guest
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"time"
 
@@ -18,59 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sekisho/guestlink"
-	"sekisho/guestlink/packet"
 )
-
-// Back-off between attempts to reach the host domain. The host's end is on the
-// same machine, so the longest wait is short.
-const (
-	firstWait   = 100 * time.Millisecond
-	longestWait = 5 * time.Second
-	stableRun   = 10 * time.Second // a link that lasted this long resets the wait
-)
-
-// Agent dials and serves until its context is done.
-type Agent struct {
-	Dial func(context.Context) (net.Conn, error)
-	Pump *packet.Pump
-	Log  *slog.Logger
-	// State is told "waiting" and "linked" at every change.
-	State func(string)
-}
-
-// Run serves the link and returns when ctx is done or the device fails.
-func (a *Agent) Run(ctx context.Context) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	device := make(chan struct{})
-	go func() {
-		defer close(device)
-		cancel(a.Pump.Run(ctx))
-	}()
-	for wait := firstWait; ctx.Err() == nil; {
-		a.State("waiting")
-		began := time.Now()
-		conn, err := a.Dial(ctx)
-		if err == nil {
-			err = a.Pump.Serve(ctx, conn, func() { a.State("linked") })
-		}
-		if ctx.Err() != nil {
-			break
-		}
-		if time.Since(began) > stableRun {
-			wait = firstWait
-		}
-		a.Log.Warn("no link", "cause", err, "next_attempt_in", wait)
-		select {
-		case <-ctx.Done():
-		case <-time.After(wait + rand.N(wait/4)):
-		}
-		wait = min(2*wait, longestWait)
-	}
-	cancel(nil)
-	<-device
-	return context.Cause(ctx)
-}
 
 // Apply sets the TUN device name to c: its one address, its MTU, and the
 // default route, by netlink; and the name servers in resolvConf. Addresses of
@@ -142,6 +86,59 @@ func writeResolvConf(path string, c guestlink.Config) error {
 	}
 	if err := os.Rename(tmp, path); err != nil {
 		return fmt.Errorf("write name servers: %w", err)
+	}
+	return nil
+}
+
+// SetTime sets the clock to t if it is off by more than MaxDrift.
+func SetTime(t time.Time) error {
+	if drift(time.Now(), t) <= MaxDrift {
+		return nil
+	}
+	ts := unix.NsecToTimespec(t.UnixNano())
+	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+		return fmt.Errorf("set clock to %s: %w", t.Format(time.RFC3339), err)
+	}
+	return nil
+}
+
+// Power starts an orderly shutdown or a suspend to memory by the service
+// manager, and without one by poweroff(8) and /sys/power/state.
+func Power(a guestlink.Action) error {
+	systemd := false
+	if _, err := os.Stat("/run/systemd/system"); err == nil {
+		systemd = true
+	}
+	switch {
+	case a == guestlink.ActionShutdown && systemd:
+		return start("systemctl", "poweroff", "--no-block")
+	case a == guestlink.ActionShutdown:
+		return start("poweroff")
+	case a == guestlink.ActionSuspend && systemd:
+		return start("systemctl", "suspend", "--no-block")
+	case a == guestlink.ActionSuspend:
+		// The write returns when the machine has woken: not for the caller to wait.
+		f, err := os.OpenFile("/sys/power/state", os.O_WRONLY, 0)
+		if err != nil {
+			return fmt.Errorf("suspend: %w", err)
+		}
+		time.AfterFunc(answerFirst, func() {
+			f.WriteString("mem")
+			f.Close()
+		})
+		return nil
+	}
+	return fmt.Errorf("power action %s is unknown", a)
+}
+
+// answerFirst is how long a suspend waits, so that the answer to the host is on
+// its way before the machine stops.
+const answerFirst = 500 * time.Millisecond
+
+func start(name string, args ...string) error {
+	c := exec.Command(name, args...)
+	if out, err := c.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", name, err, bytes.TrimSpace(out))
 	}
 	return nil
 }
