@@ -86,12 +86,16 @@ func (b *bench) evidence(ctx context.Context, t *testing.T) {
 	if s, err := b.Status(ctx); err == nil {
 		t.Logf("status:\n%s", s)
 	}
+	if a, err := b.Exec(ctx, hook.Host, "tail", "-n", "40", "/run/sekisho/work-console.log"); err == nil {
+		t.Logf("the end of the work domain's console:\n%s", a.Stdout)
+	}
 	keep := b.out("failed", strings.ReplaceAll(t.Name(), "/", "-"))
 	if err := os.MkdirAll(keep, 0o755); err == nil {
 		for _, pattern := range []string{b.run("*"), b.lab("*.log"), b.lab("*.json")} {
 			files, _ := filepath.Glob(pattern)
 			for _, f := range files {
-				_ = copySparse(filepath.Join(keep, filepath.Base(f)), f)
+				// A folder's name in front: lab and run have files of the same name.
+				_ = copySparse(filepath.Join(keep, filepath.Base(filepath.Dir(f))+"-"+filepath.Base(f)), f)
 			}
 		}
 		t.Logf("logs and capture are in %s", keep)
@@ -174,7 +178,7 @@ func (b *bench) startProbe(t *testing.T) probe {
 func (b *bench) stop(t *testing.T, p probe) (sent, delivered int) {
 	t.Helper()
 	if a, err := b.Exec(t.Context(), hook.Work, "kill", "-15", p.pid); err != nil || a.Exit != 0 {
-		t.Fatalf("stop the probe: %+v, %v", a, err)
+		t.Fatalf("stop the probe %s: exit %d: %s, %v", p.pid, a.Exit, a.Stderr, err)
 	}
 	b.until(t, "the probe's count", func(ctx context.Context) bool {
 		a, err := b.Exec(ctx, hook.Work, "cat", "/tmp/"+p.token)
@@ -208,6 +212,11 @@ func (b *bench) delivered(t *testing.T, token string) int {
 // the end the whole capture is judged and the page can be read again.
 func (b *bench) scenario(t *testing.T, name string, do func(t *testing.T)) {
 	t.Run(name, func(t *testing.T) {
+		t.Cleanup(func() {
+			if t.Failed() {
+				b.evidence(context.WithoutCancel(t.Context()), t)
+			}
+		})
 		p := b.startProbe(t)
 		do(t)
 		b.untilPage(t)

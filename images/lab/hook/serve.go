@@ -88,6 +88,7 @@ func Local(ctx context.Context, r Request) Response {
 // detach starts a command that outlives its request.
 func detach(r Request) Response {
 	c := exec.Command(r.Argv[0], r.Argv[1:]...)
+	c.Stderr = os.Stderr // what it dies of goes where our own words go
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := c.Start(); err != nil {
 		return Response{Error: err.Error()}
