@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/approval"
 	"sekisho/attest/ek"
 	"sekisho/attest/verifier"
 )
@@ -40,6 +41,7 @@ type ServerConfig struct {
 	EKRoots             []string `json:"ek_roots"`             // PEM files, or "built-in": whose TPMs may enrol
 	ReferenceValues     []string `json:"reference_values"`     // JSON files; more by attestctl
 	CertificateLifetime string   `json:"certificate_lifetime"` // such as "10m"
+	Approvers           string   `json:"approvers"`            // PEM file: public keys of those who sign permits, two of them each
 	AdminSocket         string   `json:"admin_socket"`         // unix socket for attestctl
 }
 
@@ -153,11 +155,21 @@ func (c *ServerConfig) open(now func() time.Time) (*Service, tls.Certificate, *F
 		}
 		refs = append(refs, *v)
 	}
+	var approvers *approval.Approvers
+	if c.Approvers != "" {
+		data, err := readFile(c.Approvers)
+		if err != nil {
+			return fail(nil, err)
+		}
+		if approvers, err = approval.ParseApprovers(data, 2); err != nil {
+			return fail(nil, fmt.Errorf("%s: %w", c.Approvers, err))
+		}
+	}
 	store, err := OpenFileStore(c.Store)
 	if err != nil {
 		return fail(nil, err)
 	}
-	s, err := NewService(Config{Verifier: c.ID, Store: store, Issuer: issuer, EKRoots: roots, References: refs, Now: now})
+	s, err := NewService(Config{Verifier: c.ID, Store: store, Issuer: issuer, EKRoots: roots, References: refs, Approvers: approvers, Now: now})
 	if err != nil {
 		return fail(store, err)
 	}

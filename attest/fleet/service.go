@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/approval"
 	"sekisho/attest/ek"
 	"sekisho/attest/tpm"
 	"sekisho/attest/verifier"
@@ -38,6 +39,9 @@ type Config struct {
 
 	// NonceKey is shared by the organisation's verifiers; zero: a new one.
 	NonceKey [verifier.NonceKeySize]byte
+
+	// Approvers may permit what a ticket does not; nil: nobody may.
+	Approvers *approval.Approvers
 }
 
 // Service enrols and attests devices. It is safe for concurrent use.
@@ -54,6 +58,7 @@ type Service struct {
 type pending struct {
 	proof   []byte
 	device  Device
+	ticket  attest.Digest // SHA-256 of its text
 	expires time.Time
 }
 
@@ -107,28 +112,23 @@ func (t Ticket) valid(now time.Time) error {
 	return nil
 }
 
-// admit judges whether d may enrol with the ticket. known: d is enrolled
-// already with exactly these keys, so nothing is left to do.
-func admit(r *Registry, d Device, ticket attest.Digest, now time.Time) (known bool, err error) {
-	t, err := findTicket(r, ticket)
-	if err != nil {
-		return false, err
+// admit judges whether d may enrol by its ticket or the purchase list, and
+// returns that entry. known: d is enrolled already with exactly these keys, so
+// nothing is left to do.
+func admit(r *Registry, d Device, ticket attest.Digest, now time.Time) (e entry, known bool, err error) {
+	if e, err = r.entry(d, ticket); err != nil {
+		return e, false, err
 	}
-	if old, ok := r.Devices[d.ID]; ok {
-		// A device whose power failed between our answer and its own record
-		// comes again with the same keys; any other key under the same
-		// identity is a takeover.
-		if bytes.Equal(old.EK, d.EK) && bytes.Equal(old.AK, d.AK) {
-			return true, nil
-		}
-		return false, attest.Refuse(attest.ReasonAlreadyEnrolled, "device %s is enrolled with another attestation key", d.ID)
+	// A device whose power failed between our answer and its own record comes
+	// again with the same keys; any other key under the same identity is a
+	// takeover, unless it has a permit.
+	if old, ok := r.Devices[d.ID]; ok && bytes.Equal(old.EK, d.EK) && bytes.Equal(old.AK, d.AK) {
+		return e, true, nil
 	}
-	for _, other := range r.Devices {
-		if bytes.Equal(other.AK, d.AK) {
-			return false, attest.Refuse(attest.ReasonAlreadyEnrolled, "attestation key belongs to device %s", other.ID)
-		}
+	if err := r.mayTake(d, now); err != nil {
+		return e, false, err
 	}
-	return false, t.valid(now)
+	return e, false, e.valid(now)
 }
 
 // Begin judges an enrolment request and returns the challenge that only the
@@ -149,10 +149,12 @@ func (s *Service) Begin(r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
 	}
 	d := Device{ID: attest.DeviceID(endorsement.Name()), EK: r.EK, EKCertificate: r.EKCertificate, AK: r.AK}
 	ticket := attest.Digest(sha256.Sum256([]byte(r.Ticket)))
-	d.TicketID = ticketID(ticket)
+	if d.TicketID = ticketID(ticket); r.Ticket == "" {
+		d.TicketID = purchased
+	}
 	// The ticket comes first: without one, nobody makes us compute.
 	if err := s.Store.View(func(reg *Registry) error {
-		_, err := admit(reg, d, ticket, now)
+		_, _, err := admit(reg, d, ticket, now)
 		return err
 	}); err != nil {
 		return nil, err
@@ -185,7 +187,7 @@ func (s *Service) Begin(r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
 	if len(s.pending) >= maxPending {
 		return nil, attest.Refuse(attest.ReasonBusy, "%d enrolments are under way; try again", maxPending)
 	}
-	s.pending[string(session)] = pending{proof, d, now.Add(enrolLife)}
+	s.pending[string(session)] = pending{proof, d, ticket, now.Add(enrolLife)}
 	return &c, nil
 }
 
@@ -206,11 +208,7 @@ func (s *Service) Finish(a attest.EnrolAnswer) (*attest.Enrolment, error) {
 	d := p.device
 	d.Enrolled = now.UTC().Truncate(time.Second)
 	err := s.Store.Update(func(r *Registry) error {
-		t, ok := r.Tickets[d.TicketID]
-		if !ok {
-			return attest.Refuse(attest.ReasonTicketUnknown, "ticket was withdrawn; ask for a new one")
-		}
-		known, err := admit(r, d, t.Digest, now)
+		e, known, err := admit(r, d, p.ticket, now)
 		if err != nil {
 			return err
 		}
@@ -218,9 +216,8 @@ func (s *Service) Finish(a attest.EnrolAnswer) (*attest.Enrolment, error) {
 			d = r.Devices[d.ID]
 			return nil
 		}
-		t.Uses--
-		r.Tickets[t.ID] = t
-		r.Devices[d.ID] = d
+		e.use()
+		r.take(d, now.UTC().Truncate(time.Second))
 		return nil
 	})
 	if err != nil {

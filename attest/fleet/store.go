@@ -22,7 +22,8 @@ import (
 // maxRegistry bounds the registry file in bytes.
 const maxRegistry = 256 << 20
 
-// Device is one enrolled device. Identity never changes after enrolment.
+// Device is one enrolled device. Identity never changes after enrolment; a
+// permit puts another record in its place (Former keeps this one).
 type Device struct {
 	ID            attest.Digest `json:"device_id"`
 	EK            []byte        `json:"ek"` // TPMT_PUBLIC
@@ -51,6 +52,7 @@ type Registry struct {
 	Devices    map[attest.Digest]Device          `json:"devices"`
 	Tickets    map[string]Ticket                 `json:"tickets"`    // by ID
 	References map[string]attest.ReferenceValues `json:"references"` // by ReferenceID
+	Identities
 }
 
 // ReferenceID names reference values in the registry.
