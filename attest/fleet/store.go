@@ -188,7 +188,7 @@ func (s *FileStore) Update(f func(*Registry) error) error {
 
 func (s *FileStore) write(data []byte) error {
 	if len(data) > s.max { // a verifier could not start with it again
-		return fmt.Errorf("registry of %d bytes, at most %d; remove devices that are gone", len(data), s.max)
+		return fmt.Errorf("registry of %d bytes, at most %d: nothing is stored; remove reference values that no laptop has any more", len(data), s.max)
 	}
 	f, err := s.dir.OpenFile(newFile, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {

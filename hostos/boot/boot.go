@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sekisho/attest"
+	"sekisho/guestlink"
 	"sekisho/hostos/vmm"
 )
 
@@ -42,6 +43,7 @@ type host struct {
 	machine  *vmm.Machine
 	off      chan struct{} // closed when the machine is to go off
 	offOnce  sync.Once
+	late     sync.WaitGroup // waits for devices that were missing at boot
 
 	mu      sync.Mutex
 	state   Status      // without the parts that status adds
@@ -58,6 +60,9 @@ func Run() error {
 	h := &host{console: newConsole(openConsole()), children: newChildren(), off: make(chan struct{})}
 	h.set("booting", "", "the host domain starts")
 	warnings, err := mountAll()
+	if kerr := noSysRq(sysRq); kerr != nil {
+		warnings = append(warnings, kerr)
+	}
 	h.console = newConsole(openConsole()) // now that /dev is there
 	h.console.line("init", "started")
 	for _, w := range warnings {
@@ -98,7 +103,8 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 		return err
 	}
 	h.sup = &supervisor{children: h.children, self: self, notify: NotifySocket, console: h.console, now: time.Now}
-	notify, err := listenNotify(NotifySocket)
+	group, _ := lookup(notifyGroup)
+	notify, err := listenNotify(NotifySocket, int(group))
 	if err != nil {
 		return err
 	}
@@ -130,11 +136,12 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 	}
 	h.console.line("init", "closed ruleset in force")
 	h.loader.load(NICModules())
-	missing := awaitDevices(ctx, deviceTimeout)
-	h.mu.Lock()
-	h.missing = missing
-	h.mu.Unlock()
-	for _, n := range missing {
+	d := newDevices()
+	soon, cancel := context.WithTimeout(ctx, deviceTimeout)
+	d.await(soon, deviceWait, func([]node) {})
+	cancel()
+	h.lack(d.missing)
+	for _, n := range d.missing {
 		h.console.line("init", "missing: %s", n.needed)
 	}
 	if err := shareBootLog(); err != nil {
@@ -146,9 +153,9 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 	if err := labDevices(); err != nil {
 		h.console.line("init", "warning: %v", err)
 	}
-	reason, detail := "", "all stages are done"
-	if len(missing) > 0 {
-		reason, detail = "device-missing", missing[0].needed
+	reason, detail := "", allDone
+	if len(d.missing) > 0 {
+		reason, detail = deviceMissing, d.missing[0].needed
 	}
 	for _, svc := range Services() {
 		if _, err := h.sup.add(ctx, svc); err != nil {
@@ -157,15 +164,90 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 		}
 	}
 	h.set("running", reason, detail)
-	if err := h.startWork(ctx, wg, broken); err != nil {
-		if reason == "" { // otherwise the missing device or service is the news
-			h.set("running", "no-work-domain", err.Error())
-		}
-		h.console.line("init", "no work domain: %v / 業務領域を起動できません", err)
-		return nil
+	h.tryWork(ctx, wg, broken)
+	if len(d.missing) > 0 {
+		h.late.Go(func() { h.awaitLate(ctx, wg, d, broken) })
 	}
-	h.console.line("init", "running")
 	return nil
+}
+
+// Words of the status that a device which appears late changes.
+const (
+	allDone       = "all stages are done"
+	deviceMissing = "device-missing"
+	noWork        = "no-work-domain"
+)
+
+// tryWork starts the work domain, or says why it cannot.
+func (h *host) tryWork(ctx context.Context, wg *sync.WaitGroup, broken []string) {
+	err := h.startWork(ctx, wg, broken)
+	h.mu.Lock()
+	reason := h.state.Reason
+	h.mu.Unlock()
+	if err == nil {
+		if reason == noWork { // of an earlier try
+			h.set("running", "", allDone)
+		}
+		h.console.line("init", "running")
+		return
+	}
+	if reason == "" { // otherwise the missing device or service is the news
+		h.set("running", noWork, err.Error())
+	}
+	h.console.line("init", "no work domain: %v / 業務領域を起動できません", err)
+}
+
+// lack notes the devices that are missing.
+func (h *host) lack(missing []node) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.missing = slices.Clone(missing)
+}
+
+// awaitLate sets up devices that were missing at boot when they appear, until
+// the machine goes off, and starts the work domain if it waited for them.
+func (h *host) awaitLate(ctx context.Context, wg *sync.WaitGroup, d *devices, broken []string) {
+	until, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // ends with until
+		select {
+		case <-h.off:
+			cancel()
+		case <-until.Done():
+		}
+	}()
+	d.await(until, lateWait, func(came []node) {
+		h.appeared(came, d.missing)
+		h.mu.Lock()
+		idle := h.work == nil
+		h.mu.Unlock()
+		if idle && until.Err() == nil && slices.ContainsFunc(came, node.forWork) {
+			h.tryWork(ctx, wg, broken)
+		}
+	})
+}
+
+// appeared takes note of devices that have come late.
+func (h *host) appeared(came, missing []node) {
+	h.lack(missing)
+	for _, n := range came {
+		h.console.line("init", "appeared: %s", n.path)
+		if n.path != TPMDevice {
+			continue
+		}
+		if err := shareBootLog(); err != nil {
+			h.console.line("init", "warning: event log: %v", err)
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.state.Reason != deviceMissing {
+		return
+	}
+	h.state.Reason, h.state.Detail, h.state.Since = "", allDone, time.Now()
+	if len(missing) > 0 {
+		h.state.Reason, h.state.Detail = deviceMissing, missing[0].needed
+	}
 }
 
 func exists(path string) bool {
@@ -206,10 +288,11 @@ func (h *host) startWork(ctx context.Context, wg *sync.WaitGroup, broken []strin
 	if slices.Contains(broken, ServesWorkDomain) {
 		return errors.New("a module for KVM or vsock could not be loaded")
 	}
-	for _, n := range h.missing {
-		if slices.Contains([]string{"/dev/kvm", "/dev/vhost-vsock", byPartlabel + "/" + WorkPart}, n.path) {
-			return fmt.Errorf("%s is missing", n.path)
-		}
+	h.mu.Lock()
+	missing := h.missing
+	h.mu.Unlock()
+	if i := slices.IndexFunc(missing, node.forWork); i >= 0 {
+		return fmt.Errorf("%s is missing", missing[i].path)
 	}
 	b, err := os.ReadFile(attest.OrganizationFile)
 	if err != nil {
@@ -222,7 +305,7 @@ func (h *host) startWork(ctx context.Context, wg *sync.WaitGroup, broken []strin
 	uid, _ := lookup("vmm")
 	c, err := vmm.Prepare(vmm.Config{
 		MemoryMiB: org.WorkDomain.MemoryMiB, VCPUs: org.WorkDomain.VCPUs,
-		Disk: byPartlabel + "/" + WorkPart, Code: vmm.FirmwareCode, GuestCID: 3,
+		Disk: byPartlabel + "/" + WorkPart, Code: vmm.FirmwareCode, GuestCID: guestlink.WorkCID,
 		BIOS: org.WorkDomain.Firmware == attest.FirmwareBIOS,
 	}, workDir, vmm.FirmwareVars, int(uid))
 	if err != nil {
@@ -273,11 +356,13 @@ func (h *host) awaitOff(ctx context.Context) {
 	select {
 	case <-h.off:
 	case <-sig:
+		h.powerOff()
 	}
 }
 
 // shutdown stops the work domain, then the services.
 func (h *host) shutdown() {
+	h.late.Wait() // before anything is stopped, so that it starts nothing
 	h.set("stopping", "", "the laptop goes off")
 	h.console.line("init", "stopping")
 	h.mu.Lock()

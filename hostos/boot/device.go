@@ -37,30 +37,61 @@ func nodes() []node {
 	}
 }
 
-// deviceTimeout is how long init waits for disks and the TPM to appear.
-const deviceTimeout = 5 * time.Second
+const (
+	// deviceTimeout is how long the boot waits for disks and the TPM to appear.
+	deviceTimeout = 5 * time.Second
+	// deviceWait is how long init waits between two looks for devices, and
+	// lateWait between those after deviceTimeout.
+	deviceWait = 50 * time.Millisecond
+	lateWait   = 500 * time.Millisecond
+)
 
-// awaitDevices gives every node to its owner as it appears, and returns the
-// paths of those that did not come in time.
-func awaitDevices(ctx context.Context, limit time.Duration) (missing []node) {
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	tick := time.NewTicker(50 * time.Millisecond)
+// devices are the device files that have not appeared yet.
+type devices struct {
+	missing []node
+	find    func()           // makes the links to partitions
+	give    func(node) error // hands a device to its owner
+}
+
+func newDevices() *devices {
+	return &devices{
+		missing: nodes(),
+		find:    func() { _ = linkPartitions("/sys/class/block", byPartlabel, "/dev") },
+		give:    node.give,
+	}
+}
+
+// await hands over every device as it appears, until none is missing or ctx
+// is done, and tells appeared each time.
+func (d *devices) await(ctx context.Context, every time.Duration, appeared func(came []node)) {
+	tick := time.NewTicker(every)
 	defer tick.Stop()
-	missing = nodes()
 	for {
-		_ = linkPartitions("/sys/class/block", byPartlabel, "/dev")
-		missing = slices.DeleteFunc(missing, func(n node) bool { return n.give() == nil })
-		if len(missing) == 0 {
-			return nil
+		d.find()
+		var came []node
+		d.missing = slices.DeleteFunc(d.missing, func(n node) bool {
+			if d.give(n) != nil {
+				return false
+			}
+			came = append(came, n)
+			return true
+		})
+		if len(came) > 0 {
+			appeared(came)
+		}
+		if len(d.missing) == 0 {
+			return
 		}
 		select {
 		case <-ctx.Done():
-			return missing
+			return
 		case <-tick.C:
 		}
 	}
 }
+
+// forWork reports whether the work domain cannot start without n.
+func (n node) forWork() bool { return n.user == "vmm" }
 
 // give sets owner and mode of n, through links.
 func (n node) give() error {

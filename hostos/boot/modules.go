@@ -19,7 +19,6 @@ type Module struct {
 // does not start QEMU; without tun, linkd and netd cannot start, so nothing opens.
 const (
 	ServesRuleset    = "ruleset"     // netd close, hence everything after it
-	ServesInside     = "inside"      // work0 and tun0 in the namespace inside
 	ServesWorkDomain = "work domain" // QEMU with KVM and vsock
 )
 
@@ -32,8 +31,7 @@ func BaseModules() []Module {
 		{Name: "nf_tables", Serves: ServesRuleset},
 		{Name: "nf_conntrack"},
 		{Name: "nft_ct"},
-		{Name: "nft_limit"},
-		{Name: "tun", Serves: ServesInside},
+		{Name: "tun"},
 		{Name: "veth"},
 
 		{Name: "virtio_pci"},

@@ -51,6 +51,27 @@ func (p mountPoint) mount() error {
 	return nil
 }
 
+// sysRq holds which SysRq keys the kernel obeys (Linux
+// Documentation/admin-guide/sysrq.rst).
+const sysRq = "/proc/sys/kernel/sysrq"
+
+// noSysRq takes from the keyboard and the serial console the keys that kill,
+// remount or reset without asking init. A kernel without them has no such file.
+func noSysRq(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("SysRq keys off: %w", err)
+	}
+	_, err = f.WriteString("0")
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("SysRq keys off: %w", err)
+	}
+	return nil
+}
+
 // mountAll mounts every file system and returns the faults of those that are
 // optional and of those that are not.
 func mountAll() (warnings []error, err error) {

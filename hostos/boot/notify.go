@@ -44,9 +44,9 @@ func parseNotification(b []byte) notification {
 	return n
 }
 
-// listenNotify opens the datagram socket that NOTIFY_SOCKET names. Everyone may
-// write to it: who did, the kernel says (SCM_CREDENTIALS, unix(7)).
-func listenNotify(path string) (*net.UnixConn, error) {
+// listenNotify opens the datagram socket that NOTIFY_SOCKET names. Beside root,
+// group may write to it: who did, the kernel says (SCM_CREDENTIALS, unix(7)).
+func listenNotify(path string, group int) (*net.UnixConn, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
@@ -59,7 +59,7 @@ func listenNotify(path string) (*net.UnixConn, error) {
 		cerr := raw.Control(func(fd uintptr) {
 			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1)
 		})
-		err = errors.Join(err, cerr, os.Chmod(path, 0o666))
+		err = errors.Join(err, cerr, os.Chown(path, -1, group), os.Chmod(path, 0o660))
 	}
 	if err != nil {
 		c.Close()

@@ -2,11 +2,13 @@ package boot
 
 import (
 	"slices"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"sekisho/attest"
+	"sekisho/guestlink"
 )
 
 // Paths of the contract in docs/host-domain.md.
@@ -34,13 +36,17 @@ type User struct {
 	Groups []string // further groups, by name
 }
 
-// Users lists the accounts beside root.
+// notifyGroup may write to the notify socket.
+const notifyGroup = "notify"
+
+// Users lists the accounts beside root. Nothing runs as the user notifyGroup.
 func Users() []User {
 	return []User{
-		{Name: "attestd", ID: 101},
-		{Name: "netd", ID: 102, Groups: []string{"attestd", "linkd"}},
-		{Name: "linkd", ID: 103},
+		{Name: "attestd", ID: 101, Groups: []string{notifyGroup}},
+		{Name: "netd", ID: 102, Groups: []string{"attestd", "linkd", notifyGroup}},
+		{Name: "linkd", ID: 103, Groups: []string{notifyGroup}},
 		{Name: "vmm", ID: 104},
+		{Name: notifyGroup, ID: 105},
 	}
 }
 
@@ -101,7 +107,7 @@ func Services() []Service {
 		},
 		{
 			Name: "linkd",
-			Args: []string{"/bbin/linkd", "-cid", "3", "-tun", "work0"},
+			Args: []string{"/bbin/linkd", "-cid", strconv.Itoa(guestlink.WorkCID), "-tun", "work0"},
 			User: "linkd", Caps: []uintptr{unix.CAP_NET_ADMIN}, Netns: InsideNetns,
 			Socket: LinkdSocket, Notify: true, Watchdog: watchdog,
 		},

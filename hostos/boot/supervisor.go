@@ -304,7 +304,10 @@ func (v *supervisor) fork(s *supervised) (int, <-chan syscall.WaitStatus, error)
 	}
 	defer null.Close()
 	files := []uintptr{null.Fd(), s.output.Fd(), s.output.Fd()}
-	env := []string{"PATH=/bbin:/usr/bin:/bin", "HOME=/", "NOTIFY_SOCKET=" + v.notify}
+	env := []string{"PATH=/bbin:/usr/bin:/bin", "HOME=/"}
+	if s.Notify {
+		env = append(env, "NOTIFY_SOCKET="+v.notify)
+	}
 	if s.listener != nil {
 		files = append(files, s.listener.Fd())
 		env = append(env, "LISTEN_FDS=1", "LISTEN_FDNAMES=api")

@@ -44,6 +44,9 @@ func child(mode string) {
 	case "crash":
 		fmt.Println("about to crash")
 		os.Exit(7)
+	case "env":
+		fmt.Println(strings.Join(os.Environ(), "\n"))
+		fmt.Println("end of environment")
 	case "mute":
 		notify("READY=1")
 	case "deaf":
@@ -107,7 +110,12 @@ func (l *lockedBuffer) String() string {
 
 // newTestSupervisor runs a supervisor with its reaper and notify socket in dir.
 func newTestSupervisor(dir string, console *lockedBuffer) (v *supervisor, stop func(), err error) {
-	notify, err := listenNotify(filepath.Join(dir, "notify"))
+	group := os.Getgid()
+	if os.Getuid() == 0 { // services run as their own users
+		id, _ := lookup(notifyGroup)
+		group = int(id)
+	}
+	notify, err := listenNotify(filepath.Join(dir, "notify"), group)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -294,5 +302,45 @@ func TestMissingProgramAndForeignMessages(t *testing.T) {
 	until(t, "messages read", func() bool { _, err := c.Write([]byte("X=1")); return err == nil })
 	if got := m.now(); got.State != Starting || got.Status != "" {
 		t.Errorf("a foreign message was believed: %+v", got)
+	}
+}
+
+// TestWhoMayNotify: the socket is for one group, and a service that does not
+// speak the protocol is not told where it is.
+func TestWhoMayNotify(t *testing.T) {
+	v, dir, _ := testSupervisor(t)
+	fi, err := os.Stat(v.notify)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := os.Getgid()
+	if os.Getuid() == 0 {
+		id, _ := lookup(notifyGroup)
+		want = int(id)
+	}
+	if fi.Mode().Perm() != 0o660 || int(fi.Sys().(*syscall.Stat_t).Gid) != want {
+		t.Errorf("notify socket: %v of group %d, want 0660 of %d", fi.Mode(), fi.Sys().(*syscall.Stat_t).Gid, want)
+	}
+	for _, speaks := range []bool{false, true} {
+		svc := testService(v, dir, "env")
+		svc.Notify, svc.Log = speaks, filepath.Join(dir, fmt.Sprint(speaks))
+		s, err := v.add(t.Context(), svc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		until(t, "its environment", func() bool {
+			b, _ := os.ReadFile(svc.Log)
+			return bytes.Contains(b, []byte("end of environment"))
+		})
+		b, _ := os.ReadFile(svc.Log)
+		if bytes.Contains(b, []byte("NOTIFY_SOCKET=")) != speaks {
+			t.Errorf("notify %v: %s", speaks, b)
+		}
+		s.stop()
+	}
+	for _, u := range Users() {
+		if in := strings.Contains(strings.Join(u.Groups, " "), notifyGroup); in != (u.Name == "attestd" || u.Name == "netd" || u.Name == "linkd") {
+			t.Errorf("%s: in the group %s: %v", u.Name, notifyGroup, in)
+		}
 	}
 }

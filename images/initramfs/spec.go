@@ -3,8 +3,12 @@ package initramfs
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
+
+	"sekisho/hostos/boot"
 )
 
 // spec is a domain's root filesystem as data.
@@ -69,8 +73,8 @@ func hostSpec(o Options) spec {
 		},
 		files: baseFiles(),
 	}
-	s.files["/etc/passwd"] = textFile(hostPasswd)
-	s.files["/etc/group"] = textFile(hostGroup)
+	passwd, group := accounts()
+	s.files["/etc/passwd"], s.files["/etc/group"] = textFile(passwd), textFile(group)
 	s.files["/etc/sekisho/organization.json"] = node{mode: 0o644, data: o.Organization}
 	if o.Lab {
 		s.commands = append(s.commands, "sekisho/images/lab/cmd/labhook")
@@ -80,22 +84,22 @@ func hostSpec(o Options) spec {
 	return s
 }
 
-// hostPasswd and hostGroup are the users of docs/host-domain.md. netd is in
-// the groups of the two services whose sockets it opens.
-const (
-	hostPasswd = `root:x:0:0:root:/:/nologin
-attestd:x:101:101:attestation daemon:/:/nologin
-netd:x:102:102:network daemon:/:/nologin
-linkd:x:103:103:guest link daemon:/:/nologin
-vmm:x:104:104:virtual machine:/:/nologin
-`
-	hostGroup = `root:x:0:
-attestd:x:101:netd
-netd:x:102:
-linkd:x:103:netd
-vmm:x:104:
-`
-)
+// accounts returns the passwd(5) and group(5) files of the host domain.
+func accounts() (passwd, group string) {
+	passwd, group = "root:x:0:0:root:/:/nologin\n", "root:x:0:\n"
+	users := boot.Users()
+	for _, u := range users {
+		var members []string
+		for _, m := range users {
+			if slices.Contains(m.Groups, u.Name) {
+				members = append(members, m.Name)
+			}
+		}
+		passwd += fmt.Sprintf("%s:x:%d:%d::/:/nologin\n", u.Name, u.ID, u.ID)
+		group += fmt.Sprintf("%s:x:%d:%s\n", u.Name, u.ID, strings.Join(members, ","))
+	}
+	return passwd, group
+}
 
 // workSpec is the Linux work domain that stands in for Windows. It has the
 // tools that somebody at a desk would use, and no network driver but tun.

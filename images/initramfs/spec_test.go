@@ -30,6 +30,22 @@ func TestReleaseHasNoLab(t *testing.T) {
 	}
 }
 
+// TestAccounts: the files say what init does, who reads names from them finds
+// the same users.
+func TestAccounts(t *testing.T) {
+	s := hostSpec(Options{})
+	for file, lines := range map[string][]string{
+		"/etc/passwd": {"root:x:0:0:root:/:/nologin", "netd:x:102:102::/:/nologin", "vmm:x:104:104::/:/nologin"},
+		"/etc/group":  {"attestd:x:101:netd", "linkd:x:103:netd", "vmm:x:104:", "notify:x:105:attestd,netd,linkd"},
+	} {
+		for _, line := range lines {
+			if !slices.Contains(strings.Split(string(s.files[file].data), "\n"), line) {
+				t.Errorf("%s lacks %s:\n%s", file, line, s.files[file].data)
+			}
+		}
+	}
+}
+
 func TestSpecs(t *testing.T) {
 	for _, lab := range []bool{false, true} {
 		for _, s := range []spec{hostSpec(Options{Lab: lab}), workSpec(Options{Lab: lab})} {
