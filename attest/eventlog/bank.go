@@ -33,6 +33,9 @@ func (b Bank) String() string {
 	case SHA512:
 		return "sha512"
 	}
+	if b == 0 {
+		return "none"
+	}
 	return fmt.Sprintf("algorithm-0x%04x", uint16(b))
 }
 

@@ -4,7 +4,8 @@
 //
 //	attestctl [-socket PATH] [-json] COMMAND
 //
-// Exit status: 0 done, 1 failed, 2 wrong command line.
+// Exit status: 0 done, 1 failed, 2 wrong command line. Commands that judge
+// samples (eventlog, ek, quote): 0 pass, 1 refuse, 2 could not appraise.
 package main
 
 import (
@@ -30,6 +31,8 @@ commands
   reference list                          list accepted images
   reference remove "IMAGE VERSION"        accept an image no longer
 
+  eventlog LOG | ek CERT | quote          judge anyone's samples without a verifier: attestctl eventlog -h
+
 Flags may stand anywhere. -json prints JSON. "ticket write" needs no verifier.
 
 flags
@@ -39,6 +42,9 @@ flags
 var errUsage = errors.New("wrong command line; attestctl -h shows the commands")
 
 func main() {
+	if exit, ok := samples(os.Args[1:], os.Stdout, os.Stderr); ok {
+		os.Exit(exit)
+	}
 	var o options
 	f := flag.NewFlagSet("attestctl", flag.ContinueOnError)
 	f.StringVar(&o.socket, "socket", "/run/sekisho-verifier/admin.sock", "verifier's admin socket")
