@@ -76,6 +76,19 @@ func (r *Roots) AddPEM(data []byte) error {
 	return nil
 }
 
+// Add pins what is in a file: certificates in PEM, or one in DER.
+func (r *Roots) Add(data []byte) error {
+	if b, _ := pem.Decode(data); b != nil {
+		return r.AddPEM(data)
+	}
+	c, err := x509.ParseCertificate(data)
+	if err != nil {
+		return fmt.Errorf("EK root: %w", err)
+	}
+	r.add(c)
+	return nil
+}
+
 // chain builds a path from c to a certificate that is signed by itself or whose
 // issuer is not pinned. An error means that not even c's issuer is.
 func (r *Roots) chain(c *x509.Certificate) ([]*x509.Certificate, error) {
