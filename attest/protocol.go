@@ -64,6 +64,7 @@ type Challenge struct {
 type AttestResponse struct {
 	Result Result   `json:"result"`
 	Chain  [][]byte `json:"chain,omitempty"` // DER, the device's first
+	Token  []byte   `json:"token,omitempty"` // the result as an EAR, signed by the verifier
 }
 
 // EnrolProof is HMAC-SHA-256, keyed with the unwrapped secret, over the whole

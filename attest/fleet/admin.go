@@ -91,6 +91,7 @@ func AdminHandler(s *Service, log *slog.Logger) http.Handler {
 	mux.HandleFunc("GET "+AdminReferences, a.references)
 	mux.HandleFunc("POST "+AdminReferences, a.addReference)
 	mux.HandleFunc("DELETE "+AdminReferences, a.removeReference)
+	a.policyRoutes(mux)
 	return mux
 }
 
@@ -187,6 +188,9 @@ func (a *admin) addReference(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	v, err := attest.ParseReferenceValues(data)
+	if err == nil && a.Policies != nil {
+		err = errors.New("policy_keys are configured: reference values come in a signed policy, see attestctl policy")
+	}
 	if err != nil {
 		a.fail(w, http.StatusBadRequest, err)
 		return

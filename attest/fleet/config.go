@@ -43,6 +43,13 @@ type ServerConfig struct {
 	CertificateLifetime string   `json:"certificate_lifetime"` // such as "10m"
 	Approvers           string   `json:"approvers"`            // PEM file: public keys of those who sign permits, two of them each
 	AdminSocket         string   `json:"admin_socket"`         // unix socket for attestctl
+
+	NonceKey           string   `json:"nonce_key"`            // file, shared by the organisation's verifiers; made on first use
+	ReportKey          string   `json:"report_key"`           // PEM file that signs results and reports; made on first use
+	PolicyKeys         []string `json:"policy_keys"`          // PEM files: whose policies are accepted; given: nothing is affirmed without a policy
+	PolicyThreshold    int      `json:"policy_threshold"`     // how many of them must sign; all, if absent
+	PolicyDir          string   `json:"policy_dir"`           // directory of published policies
+	MassRefusalPercent int      `json:"mass_refusal_percent"` // of enrolled devices within a minute; 5, if absent
 }
 
 // ParseServerConfig reads a ServerConfig; unknown fields are errors.
@@ -73,6 +80,12 @@ func ParseServerConfig(data []byte) (*ServerConfig, error) {
 	}
 	if _, err := c.lifetime(); err != nil {
 		errs = append(errs, err)
+	}
+	if c.MassRefusalPercent < 0 || c.MassRefusalPercent > 100 {
+		errs = append(errs, fmt.Errorf("configuration: mass_refusal_percent %d: want 0 to 100", c.MassRefusalPercent))
+	}
+	if len(c.PolicyKeys) == 0 && (c.PolicyDir != "" || c.PolicyThreshold != 0) {
+		errs = append(errs, errors.New("configuration: policy_dir and policy_threshold need policy_keys"))
 	}
 	return &c, errors.Join(errs...)
 }
@@ -169,7 +182,12 @@ func (c *ServerConfig) open(now func() time.Time) (*Service, tls.Certificate, *F
 	if err != nil {
 		return fail(nil, err)
 	}
-	s, err := NewService(Config{Verifier: c.ID, Store: store, Issuer: issuer, EKRoots: roots, References: refs, Approvers: approvers, Now: now})
+	config := Config{Verifier: c.ID, Store: store, Issuer: issuer, EKRoots: roots, References: refs, Approvers: approvers, Now: now}
+	config.Organization, config.Lifetime = c.Organization, lifetime
+	if err := c.openAppraisal(&config); err != nil {
+		return fail(store, err)
+	}
+	s, err := NewService(config)
 	if err != nil {
 		return fail(store, err)
 	}

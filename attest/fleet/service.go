@@ -6,8 +6,8 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base32"
-	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"time"
@@ -37,6 +37,14 @@ type Config struct {
 	References []attest.ReferenceValues // beside those of the store
 	Now        func() time.Time
 
+	Organization string        // whose verifier we are, in results
+	Lifetime     time.Duration // of certificates, in results
+	Policies     *Policies     // nil: unsigned reference values decide
+	Reports      *Reports      // nil: no reports and no signed results
+	Brake        *Brake        // nil: mass refusals are not noticed
+	Commons      *Commons      // nil: firmware is not counted
+	Log          *slog.Logger  // nil: nothing is logged
+
 	// NonceKey is shared by the organisation's verifiers; zero: a new one.
 	NonceKey [verifier.NonceKeySize]byte
 
@@ -52,6 +60,9 @@ type Service struct {
 	mu      sync.Mutex
 	pending map[string]pending // by session
 	results []attest.Result    // newest last, in memory only
+
+	// Devices whose last evidence was refused for a clock that is not safe.
+	unsafe map[attest.Digest]bool
 }
 
 // pending is an enrolment between begin and finish.
@@ -70,7 +81,10 @@ func NewService(c Config) (*Service, error) {
 	if c.NonceKey == ([verifier.NonceKeySize]byte{}) {
 		rand.Read(c.NonceKey[:])
 	}
-	return &Service{Config: c, nonces: verifier.NewNonces(c.Verifier, c.NonceKey, c.Now()), pending: make(map[string]pending)}, nil
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Service{Config: c, unsafe: make(map[attest.Digest]bool), nonces: verifier.NewNonces(c.Verifier, c.NonceKey, c.Now()), pending: make(map[string]pending)}, nil
 }
 
 // CreateTicket makes a ticket for uses enrolments within life and returns its
@@ -235,8 +249,8 @@ func (s *Service) Challenge(r attest.ChallengeRequest) attest.Challenge {
 // Attest appraises encoded evidence. An error means that no appraisal took
 // place; a refusal is a response. Only an affirming result changes the store.
 func (s *Service) Attest(data []byte) (*attest.AttestResponse, error) {
-	now := s.Now()
-	result, chain, err := s.appraise(data, now)
+	now := s.Now().Truncate(time.Second)
+	resp, err := s.appraise(data, now)
 	if err != nil {
 		return nil, err
 	}
@@ -244,66 +258,9 @@ func (s *Service) Attest(data []byte) (*attest.AttestResponse, error) {
 	if len(s.results) == maxResults {
 		s.results = s.results[1:]
 	}
-	s.results = append(s.results, result)
+	s.results = append(s.results, resp.Result)
 	s.mu.Unlock()
-	return &attest.AttestResponse{Result: result, Chain: chain}, nil
-}
-
-func (s *Service) appraise(data []byte, now time.Time) (attest.Result, [][]byte, error) {
-	e, err := attest.ParseEvidence(data)
-	if err != nil {
-		return verifier.Refused(s.Verifier, attest.Digest{}, now, err), nil, nil
-	}
-	id := e.DeviceID()
-	if err := s.nonces.Use(e.Nonce, id, now); err != nil {
-		return verifier.Refused(s.Verifier, id, now, err), nil, nil
-	}
-	in := verifier.Input{Evidence: e, Verifier: s.Verifier, Now: now, References: s.References}
-	err = s.Store.View(func(r *Registry) error {
-		if d, ok := r.Devices[id]; ok {
-			in.Device = &verifier.Device{ID: d.ID, AK: d.AK, Clock: d.Clock}
-		}
-		in.References = append([]attest.ReferenceValues(nil), s.References...)
-		for _, ref := range r.References {
-			in.References = append(in.References, ref)
-		}
-		return nil
-	})
-	if err != nil {
-		return attest.Result{}, nil, err
-	}
-	out := verifier.Appraise(in)
-	if out.Result.Status != attest.StatusAffirming {
-		return out.Result, nil, nil
-	}
-	cert, err := s.Issuer.Issue(id, out.Key, now)
-	if err != nil {
-		return attest.Result{}, nil, err
-	}
-	err = s.Store.Update(func(r *Registry) error {
-		d, ok := r.Devices[id]
-		if !ok {
-			return attest.Refuse(attest.ReasonDeviceUnknown, "device %s was removed", id)
-		}
-		if c := d.Clock; c != nil && (out.Clock.ResetCount < c.ResetCount || out.Clock.ResetCount == c.ResetCount && out.Clock.Clock <= c.Clock) {
-			return attest.Refuse(attest.ReasonClockReversed, "newer evidence of device %s came in between", id)
-		}
-		d.Clock, d.Firmware, d.Image, d.Affirmed = &out.Clock, out.Firmware, out.Result.Image, now.UTC().Truncate(time.Second)
-		r.Devices[id] = d
-		return nil
-	})
-	var why *attest.Refusal
-	if errors.As(err, &why) {
-		return verifier.Refused(s.Verifier, id, now, why), nil, nil
-	}
-	if err != nil {
-		return attest.Result{}, nil, err
-	}
-	chain := [][]byte{cert.Raw}
-	if ca := s.Issuer.CA(); !bytes.Equal(ca.RawSubject, ca.RawIssuer) {
-		chain = append(chain, ca.Raw)
-	}
-	return out.Result, chain, nil
+	return resp, nil
 }
 
 // Results returns the last results, oldest first. Refusals are kept in memory

@@ -73,7 +73,8 @@ func serve(path string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
+	defer func() { err = errors.Join(err, service.Reports.Close(), store.Close()) }()
+	service.Log = log
 	l, err := listen(config.Listen)
 	if err != nil {
 		return err
