@@ -167,6 +167,13 @@ func (s *Server) Status() Status {
 	return st
 }
 
+// Alive reports whether the host end runs. It blocks for as long as a lock that
+// the packets and the API need is held.
+func (s *Server) Alive() bool {
+	s.Status()
+	return !s.pump.Hangs()
+}
+
 // handler answers GET /v1/status, PUT /v1/config and POST /v1/power.
 func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()

@@ -61,6 +61,8 @@ type Pump struct {
 	rtt     atomic.Int64 // nanoseconds, of the last probe
 	powerID atomic.Uint32
 
+	handover atomic.Pointer[time.Time] // since when Listen waits for a link to end
+
 	mu   sync.Mutex
 	link *link // the one that is up, nil when none is
 }

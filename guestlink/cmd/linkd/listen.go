@@ -72,8 +72,9 @@ func users(log *slog.Logger, client string) []uint32 {
 	return []uint32{uint32(id)}
 }
 
-// watchdog tells the service manager, twice per WATCHDOG_USEC, that linkd runs.
-func watchdog(ctx context.Context, notify func(string)) {
+// watchdog tells the service manager, twice per WATCHDOG_USEC, that linkd runs,
+// while it does.
+func watchdog(ctx context.Context, alive func() bool, notify func(string)) {
 	every, err := daemon.SdWatchdogEnabled(false)
 	if err != nil || every == 0 {
 		return
@@ -85,7 +86,9 @@ func watchdog(ctx context.Context, notify func(string)) {
 		case <-ctx.Done():
 			return
 		case <-t.C:
-			notify(daemon.SdNotifyWatchdog)
+			if alive() {
+				notify(daemon.SdNotifyWatchdog)
+			}
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 	"time"
 
@@ -84,6 +85,9 @@ func (o options) run(ctx context.Context, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("api socket: %w", err)
 	}
+	if slices.Contains(apis, nil) { // a descriptor that is no listening socket
+		return fmt.Errorf("api socket: LISTEN_FDS passes %d descriptors, and one of them does not listen", len(apis))
+	}
 	dev, err := packet.OpenTUN(o.tun)
 	if err != nil {
 		return err
@@ -104,6 +108,6 @@ func (o options) run(ctx context.Context, log *slog.Logger) error {
 		func(status string) { notify("STATUS=" + status) }, time.Now, log)
 	s.Serial = o.port != ""
 	notify(daemon.SdNotifyReady)
-	go watchdog(ctx, notify)
+	go watchdog(ctx, s.Alive, notify)
 	return s.Run(ctx, links, apis...)
 }
