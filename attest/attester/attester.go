@@ -233,7 +233,7 @@ func (a *Attester) advance(ctx context.Context) error {
 	}
 	if a.record.Enrolment == nil {
 		if a.record.Ticket.IsZero() {
-			return &fault{attest.ReasonNoTicket, errors.New("device is not enrolled and has no ticket; ask for one / 端末が登録されておらず、登録チケットもありません。管理者にチケットを依頼してください。")}
+			return a.withoutTicket(a.each(ctx, a.enrol))
 		}
 		return a.each(ctx, a.enrol)
 	}

@@ -91,6 +91,7 @@ func AdminHandler(s *Service, log *slog.Logger) http.Handler {
 	mux.HandleFunc("GET "+AdminReferences, a.references)
 	mux.HandleFunc("POST "+AdminReferences, a.addReference)
 	mux.HandleFunc("DELETE "+AdminReferences, a.removeReference)
+	a.identityRoutes(mux)
 	a.policyRoutes(mux)
 	return mux
 }

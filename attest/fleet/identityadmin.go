@@ -1,0 +1,215 @@
+package fleet
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+
+	"sekisho/attest"
+	"sekisho/attest/approval"
+)
+
+// Further paths of the admin API.
+const (
+	AdminPermits  = "/admin/v1/permits"  // GET → []Permit; POST approval.Signed → Permit
+	AdminFormer   = "/admin/v1/former"   // GET [?device=ID] → []Former, oldest first
+	AdminPurchase = "/admin/v1/purchase" // GET → map of EK digest to Purchase; POST PurchaseRequest → PurchaseResponse
+)
+
+// maxPurchaseBody bounds a purchase list in bytes of JSON.
+const maxPurchaseBody = 8 << 20
+
+// PurchaseRequest puts endorsement keys on the purchase list.
+type PurchaseRequest struct {
+	Source string          `json:"source"`
+	Keys   []attest.Digest `json:"keys"`
+}
+
+// PurchaseResponse says how many of them are new there.
+type PurchaseResponse struct {
+	Added int `json:"added"`
+}
+
+func (a *admin) identityRoutes(mux *http.ServeMux) {
+	mux.HandleFunc("GET "+AdminTickets, a.tickets)
+	mux.HandleFunc("DELETE "+AdminTickets, a.revokeTicket)
+	mux.HandleFunc("GET "+AdminPermits, a.permits)
+	mux.HandleFunc("POST "+AdminPermits, a.addPermit)
+	mux.HandleFunc("GET "+AdminFormer, a.former)
+	mux.HandleFunc("GET "+AdminPurchase, a.purchase)
+	mux.HandleFunc("POST "+AdminPurchase, a.addPurchase)
+}
+
+// view answers with what f takes from the registry.
+func view[T any](a *admin, w http.ResponseWriter, f func(*Registry) T) {
+	var v T
+	if err := a.Store.View(func(r *Registry) error { v = f(r); return nil }); err != nil {
+		a.fail(w, http.StatusInternalServerError, err)
+		return
+	}
+	reply(w, http.StatusOK, v)
+}
+
+func (a *admin) tickets(w http.ResponseWriter, _ *http.Request) {
+	view(a, w, func(r *Registry) []Ticket {
+		list := slices.AppendSeq([]Ticket{}, maps.Values(r.Tickets))
+		slices.SortFunc(list, func(x, y Ticket) int { return strings.Compare(x.ID, y.ID) })
+		return list
+	})
+}
+
+func (a *admin) revokeTicket(w http.ResponseWriter, r *http.Request) {
+	id := r.URL.Query().Get("id")
+	if err := a.RevokeTicket(id); err != nil {
+		a.fail(w, http.StatusNotFound, err)
+		return
+	}
+	a.log.Info("ticket revoked", "id", id)
+	reply(w, http.StatusOK, struct{}{})
+}
+
+func (a *admin) permits(w http.ResponseWriter, _ *http.Request) {
+	view(a, w, func(r *Registry) []Permit {
+		list := slices.AppendSeq([]Permit{}, maps.Values(r.Permits))
+		slices.SortFunc(list, func(x, y Permit) int { return x.Added.Compare(y.Added) })
+		return list
+	})
+}
+
+func (a *admin) addPermit(w http.ResponseWriter, r *http.Request) {
+	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, attest.MaxMessage))
+	if err != nil {
+		a.fail(w, http.StatusBadRequest, err)
+		return
+	}
+	signed, err := approval.Parse(data)
+	if err != nil {
+		a.fail(w, http.StatusBadRequest, err)
+		return
+	}
+	p, err := a.AddPermit(signed)
+	switch {
+	case errors.Is(err, approval.ErrNotApproved):
+		a.log.Warn("permit refused", "id", signed.ID(), "error", err)
+		a.fail(w, http.StatusForbidden, err)
+	case err != nil:
+		a.fail(w, http.StatusBadRequest, err)
+	default:
+		a.log.Info("permit accepted", "id", p.ID, "device", p.Device, "signers", p.Signers, "reason", p.Reason)
+		reply(w, http.StatusOK, p)
+	}
+}
+
+func (a *admin) former(w http.ResponseWriter, r *http.Request) {
+	id := r.URL.Query().Get("device")
+	view(a, w, func(r *Registry) []Former {
+		list := []Former{}
+		for _, f := range r.Former {
+			if id == "" || f.ID.String() == id || f.ReplacedBy.String() == id {
+				list = append(list, f)
+			}
+		}
+		return list
+	})
+}
+
+func (a *admin) purchase(w http.ResponseWriter, _ *http.Request) {
+	view(a, w, func(r *Registry) map[attest.Digest]Purchase {
+		if r.Purchase == nil {
+			return map[attest.Digest]Purchase{}
+		}
+		return r.Purchase
+	})
+}
+
+func (a *admin) addPurchase(w http.ResponseWriter, r *http.Request) {
+	var req PurchaseRequest
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxPurchaseBody))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&req); err != nil {
+		a.fail(w, http.StatusBadRequest, err)
+		return
+	}
+	n, err := a.AddPurchase(req.Keys, req.Source)
+	if err != nil {
+		a.fail(w, http.StatusBadRequest, err)
+		return
+	}
+	a.log.Info("purchase list", "source", req.Source, "keys", len(req.Keys), "added", n)
+	reply(w, http.StatusOK, PurchaseResponse{n})
+}
+
+// Tickets lists the tickets, without their texts.
+func (a *Admin) Tickets(ctx context.Context) (list []Ticket, err error) {
+	return list, a.do(ctx, http.MethodGet, AdminTickets, nil, &list)
+}
+
+// RevokeTicket makes a ticket worthless at once.
+func (a *Admin) RevokeTicket(ctx context.Context, id string) error {
+	var none struct{}
+	return a.do(ctx, http.MethodDelete, AdminTickets+"?id="+url.QueryEscape(id), nil, &none)
+}
+
+// Permits lists the permits that were accepted, used ones too.
+func (a *Admin) Permits(ctx context.Context) (list []Permit, err error) {
+	return list, a.do(ctx, http.MethodGet, AdminPermits, nil, &list)
+}
+
+// AddPermit presents a signed permit, in JSON.
+func (a *Admin) AddPermit(ctx context.Context, signed []byte) (p Permit, err error) {
+	return p, a.do(ctx, http.MethodPost, AdminPermits, signed, &p)
+}
+
+// Former lists the records that permits have ended: those of device, before or
+// after it, or all for "".
+func (a *Admin) Former(ctx context.Context, device string) (list []Former, err error) {
+	return list, a.do(ctx, http.MethodGet, AdminFormer+"?device="+url.QueryEscape(device), nil, &list)
+}
+
+// Purchase returns the purchase list.
+func (a *Admin) Purchase(ctx context.Context) (list map[attest.Digest]Purchase, err error) {
+	return list, a.do(ctx, http.MethodGet, AdminPurchase, nil, &list)
+}
+
+// AddPurchase puts endorsement keys on the purchase list.
+func (a *Admin) AddPurchase(ctx context.Context, r PurchaseRequest) (n PurchaseResponse, err error) {
+	body, err := json.Marshal(r)
+	if err != nil {
+		return n, err
+	}
+	return n, a.do(ctx, http.MethodPost, AdminPurchase, body, &n)
+}
+
+// ParsePurchase reads a purchase list: one digest in hexadecimal at the head
+// of each line, whatever stands behind it; empty lines and lines that begin
+// with # are skipped.
+func ParsePurchase(data []byte) ([]attest.Digest, error) {
+	if len(data) > maxPurchaseBody {
+		return nil, fmt.Errorf("purchase list: %d bytes, at most %d: %w", len(data), maxPurchaseBody, attest.ErrTooLarge)
+	}
+	var keys []attest.Digest
+	n := 0
+	for line := range strings.Lines(string(data)) {
+		n++
+		fields := strings.FieldsFunc(line, func(r rune) bool { return strings.ContainsRune(" \t\r\n,;\ufeff", r) })
+		if len(fields) == 0 || strings.HasPrefix(fields[0], "#") {
+			continue
+		}
+		var d attest.Digest
+		if err := d.UnmarshalText([]byte(strings.ToLower(fields[0]))); err != nil {
+			return nil, fmt.Errorf("purchase list: line %d: %w", n, err)
+		}
+		if len(keys) == maxPurchase {
+			return nil, fmt.Errorf("purchase list: over %d keys; split it", maxPurchase)
+		}
+		keys = append(keys, d)
+	}
+	return keys, nil
+}
