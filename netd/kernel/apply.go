@@ -88,6 +88,13 @@ func (n *Namespace) changes(want plan.Namespace) ([]change, error) {
 	if !held {
 		add("ruleset", func() error { return n.replaceRules(want.Ruleset) })
 	}
+	if want.Alone {
+		others, err := n.otherChanges(want.Ruleset.Table)
+		todo = append(todo, others...)
+		if err != nil {
+			return todo, fmt.Errorf("network namespace %s: %w", n.path, err)
+		}
+	}
 	sysctls, err := n.sysctlChanges(want.Sysctls)
 	todo = append(todo, sysctls...)
 	if err != nil {

@@ -91,6 +91,13 @@ func TestApplyReadBackAndRepair(t *testing.T) {
 		{"ip", "address", "add", "10.9.9.9/24", "dev", "eth0"},
 		{"ip", "link", "set", "eth0", "mtu", "1300"},
 		{"ip", "link", "set", "eth0", "down"},
+		{"nft", "add table ip nat"},
+		{"nft", "table netdev other { chain c { type filter hook ingress device eth0 priority 0; }; }"},
+		{"nft", "add table ip6 sekisho"},
+		{"ip", "rule", "add", "priority", "100", "fwmark", "1", "lookup", "77"},
+		{"ip", "rule", "add", "priority", "101", "from", "10.9.9.0/24", "lookup", "main"},
+		{"ip", "-6", "rule", "add", "priority", "100", "iif", "eth0", "lookup", "78"},
+		{"ip", "rule", "add", "priority", "32767", "lookup", "default"},
 		{"sysctl", "-qw", "net.ipv4.ip_forward=1"},
 		{"sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=0"},
 	} {
@@ -102,6 +109,20 @@ func TestApplyReadBackAndRepair(t *testing.T) {
 			t.Errorf("%v: not repaired: %v", meddle, err)
 		}
 	}
+
+	for _, r := range []string{outside.Run("ip", "rule"), outside.Run("ip", "-6", "rule")} {
+		if strings.Count(r, "\n") != 2 || !strings.Contains(r, "0:\tfrom all lookup local") || !strings.Contains(r, "32766:\tfrom all lookup main") {
+			t.Errorf("ip rules:\n%s", r)
+		}
+	}
+	// Where we are not alone, as on a gateway's server, others' tables stay.
+	shared := want.Outside
+	shared.Alone = false
+	outside.Run("nft", "add table ip nat")
+	if err := o.Apply(shared); err != nil || !strings.Contains(outside.Run("nft", "list tables"), "table ip nat") {
+		t.Errorf("a shared namespace lost another's table (%v)", err)
+	}
+	outside.Run("nft", "delete table ip nat")
 
 	// Closing leaves nothing that carries a packet.
 	closed := plan.Closed()

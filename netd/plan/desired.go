@@ -20,6 +20,11 @@ func (p Plan) String() string {
 // Addresses and routes of the links named in Links are exactly those listed;
 // other links are left alone.
 type Namespace struct {
+	// Alone says that nobody else has a say in the namespace: nftables tables
+	// but Ruleset go, and IP rules but those that look up the tables local and
+	// main, so that routes in other tables lead nowhere. A gateway's namespace
+	// is its server's, and not its alone.
+	Alone     bool
 	Sysctls   []Sysctl
 	Ruleset   Ruleset
 	Links     []Link
@@ -119,6 +124,9 @@ type Rule struct {
 
 func (n Namespace) String() string {
 	var b strings.Builder
+	if n.Alone {
+		b.WriteString("  alone\n")
+	}
 	for _, s := range n.Sysctls {
 		fmt.Fprintf(&b, "  sysctl %s=%s\n", s.Path, s.Value)
 	}

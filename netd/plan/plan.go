@@ -75,6 +75,7 @@ func quiet(forward string) []Sysctl {
 
 func outside(in Situation) Namespace {
 	n := Namespace{
+		Alone:   true,
 		Sysctls: append(quiet("0"), Sysctl{"net/ipv4/tcp_mtu_probing", "1"}),
 		Ruleset: closed(),
 	}
@@ -122,6 +123,7 @@ func inside(in Situation) Namespace {
 		forward = "1"
 	}
 	n := Namespace{
+		Alone:   true,
 		Sysctls: quiet(forward),
 		Ruleset: closed(),
 	}
