@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"strings"
 	"text/tabwriter"
@@ -24,6 +25,7 @@ type options struct {
 	device  string
 	state   string
 	offset  int64
+	sealOptions
 }
 
 // command is one of attestctl's: run does it, print shows what run returned.
@@ -34,7 +36,7 @@ type command struct {
 }
 
 func commands() map[string]command {
-	return map[string]command{
+	all := map[string]command{
 		"ticket create":    {0, createTicket, show(printTicket)},
 		"ticket write":     {0, writeTicket, show(printNothing)},
 		"device list":      {0, listDevices, show(printDevices)},
@@ -44,6 +46,9 @@ func commands() map[string]command {
 		"reference list":   {0, listReferences, show(printReferences)},
 		"reference remove": {1, removeReference, show(printNothing)},
 	}
+	maps.Copy(all, identityCommands())
+	maps.Copy(all, sealCommands())
+	return all
 }
 
 // show adapts a printer of one type.

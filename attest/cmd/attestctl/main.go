@@ -23,9 +23,22 @@ const usage = `usage: attestctl [-socket PATH] [-json] COMMAND
 
 commands
   ticket create [-uses N] [-expires 1h]   make an enrolment ticket; its text is shown this once
+  ticket list | ticket revoke ID          list tickets; make one worthless at once
   ticket write -state FILE [-offset N]    put the ticket on standard input on a state partition
   device list                             list enrolled devices
   device show ID                          show one device
+  device history ID                       show the records that permits have ended
+  permit new -device ID [-replacement ID] -reason WHY [-expires 24h]
+                                          a permit for a new key or a new board, to be signed by two
+  approval sign -key FILE FILE            sign a permit or a recovery request; prints it signed
+  permit add FILE | permit list           present a signed permit; list all
+  purchase add FILE | purchase list       EK hashes that enrol without a ticket
+  seal sign -key FILE -epoch N REFERENCE  sign a release's policies for disk and logon keys, offline
+  seal show FILE                          check and show them
+  recovery request -escrow FILE -reason WHY [-expires 1h]
+                                          ask for a recovery key; to be signed by two
+  recovery release -escrow FILE -key FILE -approvers FILE REQUEST
+                                          show the recovery key for a request that two have signed
   result last [-device ID]                show the last appraisal
   reference add FILE                      accept the image with these reference values
   reference list                          list accepted images
@@ -54,6 +67,7 @@ func main() {
 	f.StringVar(&o.device, "device", "", "only results of this device `id`")
 	f.StringVar(&o.state, "state", "", "state partition or file")
 	f.Int64Var(&o.offset, "offset", 0, "first byte of the state partition in the file")
+	o.sealOptions.flags(f)
 	f.Usage = func() {
 		fmt.Fprint(f.Output(), usage)
 		f.PrintDefaults()

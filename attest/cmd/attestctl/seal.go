@@ -1,0 +1,229 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"text/tabwriter"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/approval"
+	"sekisho/attest/seal"
+)
+
+// maxInput bounds every file that is read, in bytes.
+const maxInput = 16 << 20
+
+// sealOptions are the flags of permits, sealing and recovery.
+type sealOptions struct {
+	key, escrow, approvers, reason, replacement string
+	epoch                                       uint64
+}
+
+func (o *sealOptions) flags(f *flag.FlagSet) {
+	f.StringVar(&o.key, "key", "", "private key, P-256 in PEM: `file`")
+	f.StringVar(&o.escrow, "escrow", "", "escrowed recovery key, `file`")
+	f.StringVar(&o.approvers, "approvers", "", "PEM `file` with the public keys of the approvers")
+	f.StringVar(&o.reason, "reason", "", "why, for the audit; source of a purchase list")
+	f.StringVar(&o.replacement, "replacement", "", "device `id` that takes the device's place")
+	f.Uint64Var(&o.epoch, "epoch", 0, "epoch of the release")
+}
+
+// sealCommands need no verifier: their keys are kept offline.
+func sealCommands() map[string]command {
+	return map[string]command{
+		"approval sign":    {1, signApproval, show(printSigned)},
+		"seal sign":        {1, sealSign, show(printRelease)},
+		"seal show":        {1, sealShow, show(explainRelease)},
+		"recovery request": {0, recoveryRequest, show(printSigned)},
+		"recovery release": {1, recoveryRelease, show(printRecovery)},
+	}
+}
+
+func readFile(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxInput+1))
+	if err == nil && len(data) > maxInput {
+		err = fmt.Errorf("%s: over %d bytes", name, maxInput)
+	}
+	return data, err
+}
+
+// privateKey reads the file of -key: PKCS #8 or SEC 1.
+func (o *options) privateKey() (*ecdsa.PrivateKey, error) {
+	if o.key == "" {
+		return nil, fmt.Errorf("%w: -key is needed", errUsage)
+	}
+	data, err := readFile(o.key)
+	if err != nil {
+		return nil, err
+	}
+	b, _ := pem.Decode(data)
+	if b == nil {
+		return nil, fmt.Errorf("%s: no PEM", o.key)
+	}
+	if k, err := x509.ParseECPrivateKey(b.Bytes); err == nil {
+		return k, nil
+	}
+	k, err := x509.ParsePKCS8PrivateKey(b.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", o.key, err)
+	}
+	ec, ok := k.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("%s: key of type %T, want ECDSA on P-256", o.key, k)
+	}
+	return ec, nil
+}
+
+func signApproval(_ context.Context, o *options, args []string) (any, error) {
+	key, err := o.privateKey()
+	if err != nil {
+		return nil, err
+	}
+	data, err := readFile(args[0])
+	if err != nil {
+		return nil, err
+	}
+	s, err := approval.Parse(data)
+	if err != nil {
+		return nil, err
+	}
+	fmt.Fprintf(os.Stderr, "signing %s: %s\n", s.Type, s.Payload)
+	return s, s.Sign(key)
+}
+
+// printSigned prints the document itself, to be passed on and signed.
+func printSigned(w io.Writer, s *approval.Signed) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(s)
+}
+
+func sealSign(_ context.Context, o *options, args []string) (any, error) {
+	key, err := o.privateKey()
+	if err != nil {
+		return nil, err
+	}
+	data, err := readFile(args[0])
+	if err != nil {
+		return nil, err
+	}
+	refs, err := attest.ParseReferenceValues(data)
+	if err != nil {
+		return nil, err
+	}
+	return seal.SignPolicy(key, refs, o.epoch)
+}
+
+func printRelease(w io.Writer, r *seal.Release) error {
+	data, err := r.Encode()
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(data)
+	return err
+}
+
+func sealShow(_ context.Context, _ *options, args []string) (any, error) {
+	data, err := readFile(args[0])
+	if err != nil {
+		return nil, err
+	}
+	r, _, err := seal.ReadRelease(data)
+	return r, err
+}
+
+func explainRelease(w io.Writer, r *seal.Release) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(t, "image\t%s %s\nepoch\t%d\nrelease key\t%x\n", r.Image, r.Version, r.Epoch, sha256.Sum256(r.Key))
+	for _, i := range seal.PCRs {
+		fmt.Fprintf(t, "PCR %d\t%s\n", i, r.PCRs[i])
+	}
+	fmt.Fprintln(t, "signatures\tvalid for disk, logon, and the rollback counter")
+	return t.Flush()
+}
+
+func (o *options) readEscrow() (*seal.Escrow, error) {
+	if o.escrow == "" {
+		return nil, fmt.Errorf("%w: -escrow is needed", errUsage)
+	}
+	data, err := readFile(o.escrow)
+	if err != nil {
+		return nil, err
+	}
+	return seal.ParseEscrow(data)
+}
+
+func recoveryRequest(_ context.Context, o *options, _ []string) (any, error) {
+	e, err := o.readEscrow()
+	if err != nil {
+		return nil, err
+	}
+	if o.reason == "" {
+		return nil, fmt.Errorf("%w: -reason says why, for the audit", errUsage)
+	}
+	return approval.New(seal.ApproveRecovery, seal.RecoveryRequest{Device: e.Device, Volume: e.Volume, Reason: o.reason, Expires: o.until(time.Hour)})
+}
+
+// recovery is a released recovery key.
+type recovery struct {
+	Key     string        `json:"recovery_key"` // secret
+	Device  attest.Digest `json:"device_id"`
+	Signers []string      `json:"signers"`
+}
+
+func recoveryRelease(_ context.Context, o *options, args []string) (any, error) {
+	e, err := o.readEscrow()
+	if err != nil {
+		return nil, err
+	}
+	key, err := o.privateKey()
+	if err != nil {
+		return nil, err
+	}
+	if o.approvers == "" {
+		return nil, fmt.Errorf("%w: -approvers is needed", errUsage)
+	}
+	list, err := readFile(o.approvers)
+	if err != nil {
+		return nil, err
+	}
+	approvers, err := approval.ParseApprovers(list, 2)
+	if err != nil {
+		return nil, err
+	}
+	data, err := readFile(args[0])
+	if err != nil {
+		return nil, err
+	}
+	signed, err := approval.Parse(data)
+	if err != nil {
+		return nil, err
+	}
+	r, who, err := e.Release(key, signed, approvers, time.Now())
+	if errors.Is(err, approval.ErrNotApproved) {
+		return nil, fmt.Errorf("%w; have another approver run: attestctl approval sign -key FILE %s", err, args[0])
+	}
+	return recovery{r.Reveal(), e.Device, who}, err
+}
+
+// printRecovery prints the key alone on standard output.
+func printRecovery(w io.Writer, r recovery) error {
+	fmt.Fprintf(os.Stderr, "recovery key of device %s, released by %v; it is not logged\n", r.Device, r.Signers)
+	_, err := fmt.Fprintln(w, r.Key)
+	return err
+}
