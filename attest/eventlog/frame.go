@@ -76,7 +76,7 @@ func read(data []byte) (*Log, error) {
 	if err != nil {
 		return nil, malformed("Spec ID event: %v", err)
 	}
-	l := &Log{Format: FormatAgile, algorithms: algorithms, count: 1, end: n}
+	l := &Log{Format: FormatAgile, algorithms: algorithms, count: 1}
 	// Most events of real logs take over 150 bytes.
 	l.Events = make([]Event, 0, min(len(data)/150, MaxEvents))
 	if err := l.walk(data[n:], func(b []byte) (Event, int, error) { return agileEvent(b, algorithms) }); err != nil {
@@ -97,7 +97,6 @@ func (l *Log) walk(data []byte, next func([]byte) (Event, int, error)) error {
 		}
 		e.Number = l.count
 		l.count++
-		l.end += n
 		data = data[n:]
 		if e.Type == TypeNoAction {
 			l.Notes = append(l.Notes, e)
