@@ -65,6 +65,7 @@ type Server struct {
 	byInner  map[[4]byte]*session
 	ended    netd.Counters // of sessions that are over
 	refused  uint64
+	sources  *sources       // of Serve, nil before it
 	running  sync.WaitGroup // sessions, added under mu while Serve's context is not done
 }
 
@@ -105,9 +106,12 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	srv.Protocols.SetHTTP1(true)
 	srv.SetKeepAlivesEnabled(false)
 	var parts sync.WaitGroup
+	from := newSources(netutil.LimitListener(l, s.config.MaxSessions+opening))
+	s.mu.Lock()
+	s.sources = from
+	s.mu.Unlock()
 	parts.Go(func() {
-		l := netutil.LimitListener(l, s.config.MaxSessions+opening)
-		cancel(fmt.Errorf("accept: %w", srv.ServeTLS(l, "", "")))
+		cancel(fmt.Errorf("accept: %w", srv.ServeTLS(from, "", "")))
 	})
 	parts.Go(func() { cancel(s.dispatch()) })
 	<-ctx.Done()
@@ -138,6 +142,9 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer conn.Close()
+	if c, ok := conn.(*tls.Conn).NetConn().(*sourceConn); ok {
+		c.leave() // a laptop, and from here on a session
+	}
 	if err := grant(conn, rw, header); err != nil {
 		return
 	}
@@ -340,6 +347,7 @@ type Status struct {
 	Pool     netip.Prefix  `json:"pool"`
 	Leases   int           `json:"leases"`
 	Refused  uint64        `json:"refused"`  // requests
+	Crowded  uint64        `json:"crowded"`  // connections closed because their source address had too many under way
 	Counters netd.Counters `json:"counters"` // of all sessions, sent is towards laptops
 	Sessions []Session     `json:"sessions"` // by inner address
 }
@@ -359,6 +367,9 @@ func (s *Server) Status() Status {
 	s.mu.RLock()
 	list := slices.Collect(maps.Values(s.byDevice))
 	st := Status{State: "serving", Since: s.since, Listen: s.config.Listen.String(), Pool: s.config.Pool, Refused: s.refused, Counters: s.ended}
+	if s.sources != nil {
+		st.Crowded = s.sources.refused.Load()
+	}
 	s.mu.RUnlock()
 	st.Leases = s.leases.Len()
 	for _, sess := range list {
