@@ -26,6 +26,7 @@ type options struct {
 	state   string
 	offset  int64
 	sealOptions
+	policy policyOptions
 }
 
 // command is one of attestctl's: run does it, print shows what run returned.
@@ -48,6 +49,7 @@ func commands() map[string]command {
 	}
 	maps.Copy(all, identityCommands())
 	maps.Copy(all, sealCommands())
+	maps.Copy(all, policyCommands())
 	return all
 }
 
@@ -137,6 +139,12 @@ func printResult(w io.Writer, r attest.Result) error {
 	fmt.Fprintf(t, "status\t%s\ndevice\t%s\ntime\t%s\n", r.Status, r.Device, when(time.Unix(r.IssuedAt, 0)))
 	if r.Image != "" {
 		fmt.Fprintf(t, "image\t%s\n", r.Image)
+	}
+	if r.Policy != nil {
+		fmt.Fprintf(t, "policy\t%s\n", r.Policy)
+	}
+	if r.Report != "" {
+		fmt.Fprintf(t, "report\t%s\n", r.Report)
 	}
 	if r.Reason != attest.ReasonNone {
 		fmt.Fprintf(t, "reason\t%s\ndetail\t%s\n", r.Reason, r.Detail)

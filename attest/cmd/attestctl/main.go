@@ -44,6 +44,18 @@ commands
   reference list                          list accepted images
   reference remove "IMAGE VERSION"        accept an image no longer
 
+  policy keygen NAME                      make a key that signs policies: NAME.key, NAME.pub
+  policy draft FILE -organization O -references A,B [-supersedes P] [-not-before T]
+  policy sign FILE -key KEY [-out FILE]   sign a policy in JSON, or add a signature to a signed one
+  policy verify FILE -keys A,B [-threshold N]
+  policy show FILE                        show what a policy says
+  policy simulate FILE                    whom it would refuse, before it is published
+  policy publish FILE [-shadow] [-force]  bring it into force from its time on, or only evaluate it
+  policy status | release | unshadow      what is in force; end a hold; end the shadow
+  report list DEVICE | get ID [-out FILE] | key
+  firmware export | import FILE           how common firmware is, between organisations
+
+  verify REPORT | explain REPORT | diff A B   check reports offline: attestctl verify -h
   eventlog LOG | ek CERT | quote          judge anyone's samples without a verifier: attestctl eventlog -h
 
 Flags may stand anywhere. -json prints JSON. "ticket write" needs no verifier.
@@ -58,6 +70,9 @@ func main() {
 	if exit, ok := samples(os.Args[1:], os.Stdout, os.Stderr); ok {
 		os.Exit(exit)
 	}
+	if exit, ok := reports(os.Args[1:], os.Stdout, os.Stderr); ok {
+		os.Exit(exit)
+	}
 	var o options
 	f := flag.NewFlagSet("attestctl", flag.ContinueOnError)
 	f.StringVar(&o.socket, "socket", "/run/sekisho-verifier/admin.sock", "verifier's admin socket")
@@ -66,6 +81,7 @@ func main() {
 	f.DurationVar(&o.expires, "expires", 0, "life of a ticket, such as 1h (default 1h)")
 	f.StringVar(&o.device, "device", "", "only results of this device `id`")
 	f.StringVar(&o.state, "state", "", "state partition or file")
+	o.policy.flags(f)
 	f.Int64Var(&o.offset, "offset", 0, "first byte of the state partition in the file")
 	o.sealOptions.flags(f)
 	f.Usage = func() {

@@ -1,0 +1,262 @@
+package main
+
+import (
+	"crypto/ecdsa"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/policy"
+	"sekisho/attest/report"
+	"sekisho/attest/verifier"
+)
+
+const reportUsage = `usage: attestctl verify REPORT [-key FILE] [-policy-keys A,B [-threshold N]] [-json]
+       attestctl explain REPORT [-lang ja|en] [-json]
+       attestctl diff A B [-json]
+
+check reports of a verifier, without a network
+
+  verify   appraise the evidence in the report again: the verdict must come out
+           the same, byte for byte. -key is the verifier's public key, by which
+           the report must be signed (attestctl report key); without it the
+           report is only shown to be consistent
+  explain  say in words what was found and what to do
+  diff     what the boot of report B measured that the boot of A did not
+
+exit status: 0 affirming (diff: no difference), 1 not, 2 could not appraise
+
+flags
+`
+
+// reportOptions are the flags of the commands that check reports.
+type reportOptions struct {
+	key, keys, language string
+	threshold           int
+	json                bool
+}
+
+// reports runs the command if it is one that checks reports.
+func reports(args []string, stdout, stderr io.Writer) (exit int, ok bool) {
+	if len(args) == 0 || !slices.Contains([]string{"verify", "explain", "diff"}, args[0]) {
+		return 0, false
+	}
+	var o reportOptions
+	f := flag.NewFlagSet("attestctl "+args[0], flag.ContinueOnError)
+	f.SetOutput(stderr)
+	f.StringVar(&o.key, "key", "", "verifier's public key or certificate, PEM `file`")
+	f.StringVar(&o.keys, "policy-keys", "", "PEM `files`, with commas: who must have signed the policy")
+	f.IntVar(&o.threshold, "threshold", 0, "how many of them; all if 0")
+	f.StringVar(&o.language, "lang", "en", "language of explain: ja or en")
+	f.BoolVar(&o.json, "json", false, "print JSON")
+	f.Usage = func() {
+		fmt.Fprint(stderr, reportUsage)
+		f.PrintDefaults()
+	}
+	words, err := parse(f, args[1:])
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return 0, true
+	case err != nil:
+		return exitNone, true
+	}
+	want := 1
+	if args[0] == "diff" {
+		want = 2
+	}
+	if len(words) != want || o.language != "ja" && o.language != "en" {
+		f.Usage()
+		return exitNone, true
+	}
+	run := map[string]func(*reportOptions, []string, io.Writer) (int, error){"verify": verifyReport, "explain": explainReport, "diff": diffReports}[args[0]]
+	if exit, err = run(&o, words, stdout); err != nil {
+		fmt.Fprintln(stderr, "attestctl:", err)
+		if exit == exitPass {
+			exit = exitNone
+		}
+	}
+	return exit, true
+}
+
+// check verifies one report. A report that holds another verdict than its
+// evidence gives is not affirming, and that is said.
+func (o *reportOptions) check(name string) (*report.Verdict, error) {
+	data, err := readAtMost(name, report.MaxReport)
+	if err != nil {
+		return nil, err
+	}
+	var key *ecdsa.PublicKey
+	if o.key != "" {
+		pem, err := readAtMost(o.key, 16<<10)
+		if err != nil {
+			return nil, err
+		}
+		if key, err = policy.ParseKey(pem); err != nil {
+			return nil, fmt.Errorf("%s: %w", o.key, err)
+		}
+	}
+	var ring *policy.Keyring
+	if o.keys != "" {
+		if ring, err = (&options{policy: policyOptions{keys: o.keys, threshold: o.threshold}}).ring(); err != nil {
+			return nil, err
+		}
+	}
+	return report.Verify(data, key, ring)
+}
+
+// exit is the exit status of a verdict.
+func verdictExit(v *report.Verdict) int {
+	if v.Same && v.Appraisal.Status == attest.StatusAffirming {
+		return exitPass
+	}
+	return exitRefuse
+}
+
+func verifyReport(o *reportOptions, args []string, w io.Writer) (int, error) {
+	v, err := o.check(args[0])
+	if v == nil {
+		return exitNone, err
+	}
+	if o.json {
+		return verdictExit(v), errors.Join(err, writeJSON(w, v))
+	}
+	a := v.Appraisal
+	fmt.Fprintf(w, "verdict    %s\ndevice     %s\ntime       %s\nverifier   %s of %s\n", a.Status, v.Device, when(time.Unix(v.Claims.IssuedAt, 0)), v.Claims.Issuer, v.Claims.Audience)
+	if a.Image != "" {
+		fmt.Fprintf(w, "image      %s\n", a.Image)
+	}
+	if a.Reason != attest.ReasonNone {
+		fmt.Fprintf(w, "reason     %s: %s\n", a.Reason, a.Detail)
+	}
+	signature := "verified, key " + v.Key.String()
+	if !v.Trusted {
+		signature = "NOT VERIFIED, in the name of key " + v.Key.String() + "; give the verifier's key with -key"
+	}
+	fmt.Fprintf(w, "signature  %s\npolicy     %s\n", signature, v.Policy)
+	for _, p := range a.Policies {
+		fmt.Fprintf(w, "           %s\n", p)
+	}
+	if v.Same {
+		fmt.Fprintln(w, "appraised  again: the same bytes")
+	} else {
+		fmt.Fprintf(w, "appraised  again: ANOTHER VERDICT: %s\n", v.Different)
+	}
+	return verdictExit(v), err
+}
+
+func explainReport(o *reportOptions, args []string, w io.Writer) (int, error) {
+	v, err := o.check(args[0])
+	if v == nil {
+		return exitNone, err
+	}
+	a := v.Appraisal
+	if o.json {
+		return verdictExit(v), errors.Join(err, writeJSON(w, a))
+	}
+	say := func(ja, en string) string { return attest.Text{JA: ja, EN: en}.In(o.language) }
+	if a.Status == attest.StatusAffirming {
+		fmt.Fprintln(w, say("この端末は承認された状態で起動しました。", "The device booted in an approved state."))
+	} else {
+		fmt.Fprintln(w, say("この端末は承認されませんでした。", "The device was not affirmed."))
+	}
+	for i, f := range a.Findings {
+		f = f.Explained()
+		fmt.Fprintf(w, "\n%d. %s\n   %s: %s (%s)\n", i+1, f.Sentence.In(o.language), say("コード", "code"), f.Reason, f.Severity)
+		if f.Component != "" || f.PCR != 0 {
+			fmt.Fprintf(w, "   %s: PCR %d", say("場所", "where"), f.PCR)
+			for _, s := range []string{f.Component, f.Event} {
+				if s != "" {
+					fmt.Fprintf(w, ", %s", s)
+				}
+			}
+			if f.Number != 0 {
+				fmt.Fprintf(w, ", %s %d", say("イベント", "event"), f.Number)
+			}
+			fmt.Fprintln(w)
+		}
+		if f.Expected != "" {
+			fmt.Fprintf(w, "   %s: %s\n", say("期待値", "expected"), f.Expected)
+		}
+		if f.Seen != "" {
+			fmt.Fprintf(w, "   %s: %s\n", say("実際", "seen"), f.Seen)
+		}
+		fmt.Fprintf(w, "   → %s\n", f.Action.In(o.language))
+	}
+	if len(a.Changes) > 0 {
+		fmt.Fprintf(w, "\n%s\n", say("前回の正常な起動との違い:", "since the last good boot:"))
+		printChanges(w, a.Changes)
+	}
+	if f := a.Firmware; f != nil {
+		fmt.Fprintf(w, "\n%s %s: %s\n", say("ファームウェア", "firmware"), f.Version,
+			say(fmt.Sprintf("ほかに %d 団体の %d 台で確認されています", f.Organizations, f.Devices), fmt.Sprintf("seen on %d other devices of %d organisations", f.Devices, f.Organizations)))
+	}
+	if s := a.Shadow; s != nil {
+		fmt.Fprintf(w, "\n%s %s: %s %s %s\n", say("試行中のポリシー", "shadow policy"), s.Policy, s.Status, s.Reason, s.Detail)
+	}
+	return verdictExit(v), err
+}
+
+func printChanges(w io.Writer, list []attest.Change) {
+	for _, c := range list {
+		mark := "~"
+		switch {
+		case c.Was == "":
+			mark = "+"
+		case c.Is == "":
+			mark = "-"
+		}
+		fmt.Fprintf(w, "  %s PCR %-2d event %-3d type 0x%08x %s\n", mark, c.PCR, c.Number, c.Type, c.Event)
+		if c.Was != "" {
+			fmt.Fprintf(w, "      was %s\n", c.Was)
+		}
+		if c.Is != "" {
+			fmt.Fprintf(w, "      is  %s\n", c.Is)
+		}
+	}
+}
+
+func diffReports(o *reportOptions, args []string, w io.Writer) (int, error) {
+	var logs [2][]byte
+	for i, name := range args {
+		if _, err := o.check(name); err != nil {
+			return exitNone, fmt.Errorf("%s: %w", name, err)
+		}
+		data, err := readAtMost(name, report.MaxReport)
+		if err != nil {
+			return exitNone, err
+		}
+		r, _, err := report.Parse(data, nil)
+		if err != nil {
+			return exitNone, fmt.Errorf("%s: %w", name, err)
+		}
+		e, err := attest.ParseEvidence(r.Evidence.Value)
+		if err != nil {
+			return exitNone, fmt.Errorf("%s: %w", name, err)
+		}
+		logs[i] = e.EventLog
+	}
+	changes := verifier.Diff(logs[0], logs[1])
+	exit := exitPass
+	if len(changes) > 0 {
+		exit = exitRefuse
+	}
+	if o.json {
+		return exit, writeJSON(w, changes)
+	}
+	if len(changes) == 0 {
+		fmt.Fprintln(w, "no difference")
+	}
+	printChanges(w, changes)
+	return exit, nil
+}
+
+func writeJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
