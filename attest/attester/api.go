@@ -67,6 +67,7 @@ func (a *Attester) handler() http.Handler {
 	})
 	mux.HandleFunc("POST /v1/sign", a.serveSign)
 	mux.HandleFunc("POST /v1/events", a.serveEvent)
+	mux.HandleFunc("POST /v1/unlock", a.serveUnlock)
 	return mux
 }
 

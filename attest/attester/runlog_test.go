@@ -126,10 +126,12 @@ func TestEventsAreForRoot(t *testing.T) {
 		"another user": attester.PeerForTest(t.Context(), 102),
 		"unknown":      t.Context(),
 	} {
-		w := httptest.NewRecorder()
-		h.ServeHTTP(w, httptest.NewRequestWithContext(ctx, http.MethodPost, "/v1/events", nil))
-		if w.Code != http.StatusForbidden {
-			t.Errorf("%s: %d", name, w.Code)
+		for _, path := range []string{"/v1/events", "/v1/unlock"} {
+			w := httptest.NewRecorder()
+			h.ServeHTTP(w, httptest.NewRequestWithContext(ctx, http.MethodPost, path, nil))
+			if w.Code != http.StatusForbidden {
+				t.Errorf("%s: %s: %d", name, path, w.Code)
+			}
 		}
 	}
 }
