@@ -94,32 +94,39 @@ func tamper(parts *uki.Parts, c Component) error {
 	return nil
 }
 
-// forbidden are names of programs that a release must not hold: the lab's
-// hooks, and whatever would answer a person at a console or on the network
-// with a shell.
-func forbidden() []string {
-	return []string{
-		"labhook", "labguest",
-		"sh", "ash", "bash", "dash", "elvish", "gosh", "rush", "busybox",
-		"getty", "agetty", "login", "sulogin", "su", "sudo",
-		"sshd", "telnetd", "dropbear", "gdbserver", "strace",
-	}
+// forbiddenWork are names of programs that a release of the stand-in work
+// domain must not hold: the lab's hooks, and what answers on the network. A
+// shell is for whoever sits at the desk.
+func forbiddenWork() []string {
+	return []string{"labhook", "labguest", "sshd", "telnetd", "dropbear", "gdbserver"}
 }
 
-// hookMark is a name in the code of labhook alone: its virtio port.
+// forbiddenHost are those of the host domain, which nobody sits at: also
+// whatever would answer a person at a console with a shell.
+func forbiddenHost() []string {
+	return append(forbiddenWork(),
+		"sh", "ash", "bash", "dash", "elvish", "gosh", "rush", "busybox",
+		"getty", "agetty", "login", "sulogin", "su", "sudo",
+		"strace",
+	)
+}
+
+// hookMark is a name in the code of labhook and labguest alone: the lab's
+// virtio port.
 const hookMark = "org.sekisho.lab"
 
 // maxInitrd bounds an unpacked initramfs in bytes.
 const maxInitrd = 2 << 30
 
-// checkRelease refuses an image with a forbidden program. It looks at names,
+// checkRelease refuses an image with a program named in forbidden or with the
+// code of a lab hook. It looks at names,
 // and at the bytes of the archive, because all our programs are in one
 // executable whose links could be left out.
-func checkRelease(m *initramfs.Manifest, initrd []byte) error {
+func checkRelease(m *initramfs.Manifest, initrd []byte, forbidden []string) error {
 	var found []string
 	for _, f := range m.Files {
 		for _, name := range []string{path.Base(f.Path), path.Base(f.Link)} {
-			if slices.Contains(forbidden(), name) {
+			if slices.Contains(forbidden, name) {
 				found = append(found, f.Path)
 				break
 			}
@@ -138,7 +145,7 @@ func checkRelease(m *initramfs.Manifest, initrd []byte) error {
 		return fmt.Errorf("initramfs: %w", err)
 	}
 	if has {
-		return errors.New("a release must not contain the code of labhook (it names " + hookMark + ")")
+		return errors.New("a release must not contain the code of a lab hook (it names " + hookMark + ")")
 	}
 	return nil
 }

@@ -101,7 +101,7 @@ func (b *Builder) Host(ctx context.Context, o HostOptions) ([]File, error) {
 	}
 	if !o.Lab {
 		b.step("checking that no lab hook and no shell is inside")
-		if err := checkRelease(&img.Manifest, img.Initrd); err != nil {
+		if err := checkRelease(&img.Manifest, img.Initrd, forbiddenHost()); err != nil {
 			return nil, fmt.Errorf("host image: %w", err)
 		}
 	}
@@ -174,6 +174,12 @@ func (b *Builder) Work(ctx context.Context, lab, refresh bool) ([]File, error) {
 	img, err := initramfs.Work(ctx, b.initramfs(HostOptions{Version: "0", Lab: lab, Refresh: refresh}))
 	if err != nil {
 		return nil, err
+	}
+	if !lab {
+		b.step("checking that no lab hook is inside")
+		if err := checkRelease(&img.Manifest, img.Initrd, forbiddenWork()); err != nil {
+			return nil, fmt.Errorf("work image: %w", err)
+		}
 	}
 	image, err := uki.Build(uki.Parts{
 		Stub: img.Stub, Kernel: img.Kernel, Initrd: img.Initrd, Uname: img.KernelVersion,

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -32,7 +33,7 @@ func compressed(t *testing.T, data string) []byte {
 func TestReleaseHoldsNoHookAndNoShell(t *testing.T) {
 	clean := initramfs.Manifest{Files: []initramfs.File{{Path: "/init"}, {Path: "/bbin/netd", Link: "bb"}, {Path: "/usr/bin/qemu-system-x86_64"}}}
 	filler := strings.Repeat("nothing to see ", 100_000)
-	if err := checkRelease(&clean, compressed(t, filler)); err != nil {
+	if err := checkRelease(&clean, compressed(t, filler), forbiddenHost()); err != nil {
 		t.Errorf("a clean release is refused: %v", err)
 	}
 	for _, f := range []initramfs.File{
@@ -40,16 +41,55 @@ func TestReleaseHoldsNoHookAndNoShell(t *testing.T) {
 		{Path: "/bin/sh"}, {Path: "/bbin/gosh"}, {Path: "/sbin/agetty"}, {Path: "/usr/sbin/sshd"},
 	} {
 		m := initramfs.Manifest{Files: append(clean.Files[:3:3], f)}
-		if err := checkRelease(&m, compressed(t, filler)); err == nil || !strings.Contains(err.Error(), f.Path) {
+		if err := checkRelease(&m, compressed(t, filler), forbiddenHost()); err == nil || !strings.Contains(err.Error(), f.Path) {
 			t.Errorf("%s in a release: error %v, want one that names it", f.Path, err)
 		}
 	}
 	// Without a link of its own, the hook is still in the busybox binary.
-	if err := checkRelease(&clean, compressed(t, filler+hookMark+filler)); err == nil {
+	if err := checkRelease(&clean, compressed(t, filler+hookMark+filler), forbiddenHost()); err == nil {
 		t.Error("the code of labhook in a release was not found")
 	}
-	if err := checkRelease(&clean, []byte("no zstd")); err == nil {
+	if err := checkRelease(&clean, []byte("no zstd"), forbiddenHost()); err == nil {
 		t.Error("an initramfs that cannot be read was accepted")
+	}
+}
+
+// TestReleaseOfTheWorkDomain: a shell is for the person at the desk, the lab's
+// hook is for nobody.
+func TestReleaseOfTheWorkDomain(t *testing.T) {
+	m := initramfs.Manifest{Files: []initramfs.File{{Path: "/init"}, {Path: "/bbin/sh", Link: "gosh"}, {Path: "/bbin/gosh", Link: "bb"}}}
+	if err := checkRelease(&m, compressed(t, "clean"), forbiddenWork()); err != nil {
+		t.Errorf("a clean work domain is refused: %v", err)
+	}
+	if err := checkRelease(&m, compressed(t, "clean"+hookMark), forbiddenWork()); err == nil {
+		t.Error("the code of labguest was not found")
+	}
+	for _, path := range []string{"/bbin/labguest", "/usr/sbin/sshd"} {
+		bad := initramfs.Manifest{Files: append(m.Files[:3:3], initramfs.File{Path: path, Link: "bb"})}
+		if err := checkRelease(&bad, compressed(t, "clean"), forbiddenWork()); err == nil || !strings.Contains(err.Error(), path) {
+			t.Errorf("%s in a release: %v", path, err)
+		}
+	}
+}
+
+// TestHooksBearTheMark builds both hooks and looks for what the check of a
+// release looks for.
+func TestHooksBearTheMark(t *testing.T) {
+	for _, name := range []string{"labhook", "labguest"} {
+		out := filepath.Join(t.TempDir(), name)
+		cmd := exec.CommandContext(t.Context(), "go", "build", "-tags", "lab", "-o", out, "sekisho/images/lab/cmd/"+name)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if b, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, b)
+		}
+		f, err := os.Open(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if has, err := contains(f, hookMark); err != nil || !has {
+			t.Errorf("%s: mark %v, %v", name, has, err)
+		}
 	}
 }
 
@@ -194,22 +234,32 @@ func TestDisk(t *testing.T) {
 // check says so.
 func TestRealRelease(t *testing.T) {
 	if os.Getuid() != 0 || os.Getenv("SEKISHO_TEST") != "all" {
-		t.Skip("builds two host images from Debian packages: runs as root with SEKISHO_TEST=all")
+		t.Skip("builds two images of each domain from Debian packages: runs as root with SEKISHO_TEST=all")
 	}
 	b := &Builder{Source: "..", Cache: "../out/cache"}
 	for _, lab := range []bool{false, true} {
 		options := b.initramfs(HostOptions{Version: "test", Lab: lab})
 		options.Organization = []byte("{}")
-		img, err := initramfs.Host(t.Context(), options)
+		host, err := initramfs.Host(t.Context(), options)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := checkRelease(&img.Manifest, img.Initrd); (err != nil) != lab {
-			t.Errorf("lab %v: %v", lab, err)
+		work, err := initramfs.Work(t.Context(), options)
+		if err != nil {
+			t.Fatal(err)
 		}
-		// The name alone, and the code alone, give the hook away.
-		if lab && checkRelease(&initramfs.Manifest{}, img.Initrd) == nil {
-			t.Error("the code of labhook was not found in a lab image")
+		for _, img := range []struct {
+			name      string
+			image     *initramfs.Image
+			forbidden []string
+		}{{"host", host, forbiddenHost()}, {"work", work, forbiddenWork()}} {
+			if err := checkRelease(&img.image.Manifest, img.image.Initrd, img.forbidden); (err != nil) != lab {
+				t.Errorf("%s, lab %v: %v", img.name, lab, err)
+			}
+			// The name alone, and the code alone, give the hook away.
+			if lab && checkRelease(&initramfs.Manifest{}, img.image.Initrd, nil) == nil {
+				t.Errorf("%s: the code of the hook was not found in a lab image", img.name)
+			}
 		}
 	}
 }

@@ -192,8 +192,14 @@ func TestCopySparse(t *testing.T) {
 	f.WriteAt([]byte("end"), 5<<20)
 	f.Truncate(8 << 20)
 	f.Close()
+	if err := os.WriteFile(to, nil, 0o644); err != nil { // of an earlier run
+		t.Fatal(err)
+	}
 	if err := copySparse(to, from); err != nil {
 		t.Fatal(err)
+	}
+	if fi, err := os.Stat(to); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("a copy that may hold a ticket: %v, %v", fi.Mode(), err)
 	}
 	a, _ := os.ReadFile(from)
 	b, _ := os.ReadFile(to)

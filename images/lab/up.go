@@ -311,7 +311,8 @@ func (l *Lab) readPage(ctx context.Context) (page string, err error) {
 	return page, err
 }
 
-// copySparse copies a file and leaves its holes out.
+// copySparse copies a file, for its owner alone, and leaves its holes out: a
+// laptop's disk may hold an enrolment ticket that is still good.
 func copySparse(to, from string) error {
 	src, err := os.Open(from)
 	if err != nil {
@@ -322,11 +323,14 @@ func copySparse(to, from string) error {
 	if err != nil {
 		return fmt.Errorf("lab: %w", err)
 	}
-	dst, err := os.Create(to)
+	dst, err := os.OpenFile(to, os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o600)
 	if err != nil {
 		return fmt.Errorf("lab: %w", err)
 	}
 	defer dst.Close()
+	if err := dst.Chmod(0o600); err != nil { // one that was there already
+		return fmt.Errorf("lab: %w", err)
+	}
 	if err := dst.Truncate(st.Size()); err != nil {
 		return fmt.Errorf("lab: %w", err)
 	}

@@ -66,6 +66,31 @@ func bench(ctx context.Context, l *lab.Lab, args []string) error {
 	return nil
 }
 
+// accelIn takes -accel out of what stands behind a command's name, up to the
+// "--" after which the words are another program's; otherwise accel holds.
+func accelIn(accel string, args []string) (string, []string, error) {
+	own := slices.Index(args, "--")
+	if own < 0 {
+		own = len(args)
+	}
+	rest := []string{}
+	for i := 0; i < own; i++ {
+		name, value, given := strings.Cut(args[i], "=")
+		if name != "-accel" && name != "--accel" {
+			rest = append(rest, args[i])
+			continue
+		}
+		if !given {
+			if i++; i >= own {
+				return "", nil, errUsage
+			}
+			value = args[i]
+		}
+		accel = value
+	}
+	return accel, append(rest, args[own:]...), nil
+}
+
 // options parses flags that come after a command's name.
 func options(name string, args []string, define func(*flag.FlagSet)) ([]string, error) {
 	f := flag.NewFlagSet(name, flag.ContinueOnError)

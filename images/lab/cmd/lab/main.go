@@ -18,7 +18,7 @@ import (
 const usage = `lab boots the laptop in QEMU, with a home, a site and an LGWAN around it in
 network namespaces. Nothing leaves the machine. It has to run as root.
 
-usage: lab [-accel auto|kvm|tcg] COMMAND
+usage: lab [-accel auto|kvm|tcg] COMMAND [-accel auto|kvm|tcg]
 
   run                          build what is missing, boot, show the page, then the
                                state until Ctrl-C; with ONCE=1 or without a terminal
@@ -91,7 +91,10 @@ func dispatch(ctx context.Context, accel string, args []string) error {
 	if err != nil {
 		return err
 	}
-	l.Accel = accel
+	l.Accel, args, err = accelIn(accel, args)
+	if err != nil {
+		return err
+	}
 	c, known := commands[args[0]]
 	if !known {
 		return errUsage

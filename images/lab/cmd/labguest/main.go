@@ -36,7 +36,7 @@ import (
 
 func main() {
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: labguest serve | probe [-n COUNT] [-every D] [-o FILE] TOKEN ADDRESS:PORT... | dial [-wait D] PORT | stream [-frames] [-tcp ADDRESS:PORT | -vsock PORT] BYTES\nthe lab's hand in the stand-in work domain; lab images only")
+		fmt.Fprintln(os.Stderr, "usage: labguest serve | probe [-n COUNT] [-every D] [-o FILE] TOKEN ADDRESS:PORT... | dial [-wait D] PORT | stream [-frames] [-tcp ADDRESS:PORT | -vsock PORT] BYTES\nthe lab's hand in the stand-in work domain; lab images only ("+hook.PortName+")")
 	}
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
