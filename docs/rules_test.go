@@ -34,14 +34,30 @@ var pure = []string{"attest", "guestlink", "netd", "netd/plan", "attest/verifier
 var impure = []string{"net", "os", "os/exec", "syscall", "golang.org/x/sys/unix", "net/http"}
 
 // owners lists, for each privileged resource, the one folder that may touch it.
+// netlink has four: the laptop's network is netd/kernel's, linkd sets up the one
+// device that it makes, guestagent is in the work domain, labhook in the lab.
 var owners = map[string][]string{
 	"github.com/mdlayher/vsock":             {"guestlink/vsock"},
 	"github.com/google/nftables":            {"netd/kernel"},
+	"github.com/vishvananda/netlink":        {"netd/kernel", "guestlink/packet", "guestlink/guest", "images/lab/cmd/labhook"},
+	"github.com/vishvananda/netns":          {"netd/kernel", "images/lab/cmd/labhook"},
 	"github.com/google/go-tpm/tpm2":         {"attest/tpm", "attest/tpm/faketpm"},
 	"github.com/songgao/water":              {"guestlink/packet"},
 	"github.com/songgao/water/waterutil":    {},
 	"github.com/google/go-eventlog":         {},
 	"github.com/u-root/u-root/pkg/dhclient": {},
+}
+
+// callers lists the folders whose code may say these words: on a laptop one,
+// beside which are the stand-in work domain and the lab. netd/kernel mounts
+// nothing but the name of a network namespace.
+var callers = map[string][]string{
+	"unix.Mount(":        {"hostos/boot", "netd/kernel", "images/work"},
+	"unix.Reboot(":       {"hostos/boot", "images/work", "images/lab/cmd/poweroff"},
+	"unix.Setns(":        {"hostos/boot", "netd/kernel", "netd/internal/nstest", "images/lab"},
+	"syscall.Mount(":     {},
+	"syscall.Reboot(":    {},
+	"\"qmp_capabilities": {"hostos/vmm", "images/lab"},
 }
 
 type file struct {
@@ -143,6 +159,34 @@ func TestPrivilegedResourcesHaveOneOwner(t *testing.T) {
 			who, ok := owners[i]
 			if ok && !slices.Contains(who, f.pkg) {
 				t.Errorf("%s imports %s: only %v may", f.path, i, who)
+			}
+		}
+	}
+}
+
+func TestPrivilegedCallsHaveOneOwner(t *testing.T) {
+	used := map[string]bool{}
+	for _, f := range files(t) {
+		if strings.HasSuffix(f.path, "_test.go") {
+			continue
+		}
+		for words, who := range callers {
+			for line := range bytes.Lines(f.src) {
+				code, _, _ := bytes.Cut(line, []byte("//"))
+				if !bytes.Contains(code, []byte(words)) {
+					continue
+				}
+				used[words+f.pkg] = true
+				if !slices.Contains(who, f.pkg) {
+					t.Errorf("%s says %s: only %v may", f.path, words, who)
+				}
+			}
+		}
+	}
+	for words, who := range callers {
+		for _, pkg := range who {
+			if !used[words+pkg] {
+				t.Errorf("%s does not say %s any more; take it from the list", pkg, words)
 			}
 		}
 	}
