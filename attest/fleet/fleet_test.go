@@ -139,6 +139,12 @@ func (b *bench) enrol(d *faketpm.TPM, ticket string, change func(*attest.EnrolRe
 // evidence answers a challenge for device id with TPM d.
 func (b *bench) evidence(d *faketpm.TPM, id attest.Digest, nonce []byte) *attest.Evidence {
 	b.t.Helper()
+	return b.evidenceOf(d, id, nonce, image)
+}
+
+// evidenceOf is evidence with the event log of an image.
+func (b *bench) evidenceOf(d *faketpm.TPM, id attest.Digest, nonce []byte, image logtest.Image) *attest.Evidence {
+	b.t.Helper()
 	key, err := tpm.ParsePublic(d.Identity().Key)
 	if err != nil {
 		b.t.Fatal(err)

@@ -200,9 +200,9 @@ func TestEveryByteIsSigned(t *testing.T) {
 	}
 }
 
-// TestResultReplayed replays an affirming result to a gateway of another
+// TestAttackResultReplayed replays an affirming result to a gateway of another
 // organisation, for another device, with another key, and too late.
-func TestResultReplayed(t *testing.T) {
+func TestAttackResultReplayed(t *testing.T) {
 	key, s := newKey(t), newSample(t, image)
 	_, token := s.make(t, key)
 	out := verifier.Appraise(s.in)

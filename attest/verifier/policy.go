@@ -20,14 +20,19 @@ func (in Input) references(p *policy.Signed) []attest.ReferenceValues {
 	return list
 }
 
+// inForce refuses where a policy is needed and none is in force.
+func (a *appraisal) inForce() error {
+	if a.in.Policy == nil && a.in.PolicyNeeded {
+		return attest.Refuse(attest.ReasonNoPolicy, "no signed policy is in force; publish one with attestctl policy publish")
+	}
+	return nil
+}
+
 // rules judges the facts by the rules of the policy in force. A rule of
 // severity degrade leaves the result a warning, one of severity warn leaves it
 // as it is: both are reported.
 func (a *appraisal) rules() error {
 	if a.in.Policy == nil {
-		if a.in.PolicyNeeded {
-			return attest.Refuse(attest.ReasonNoPolicy, "no signed policy is in force; publish one with attestctl policy publish")
-		}
 		return nil
 	}
 	a.findings = policy.Evaluate(a.in.Policy.Bundle.Rules, a.facts(a.image))

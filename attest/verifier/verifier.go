@@ -77,7 +77,7 @@ type Outcome struct {
 func Appraise(in Input) Outcome {
 	out := Outcome{Result: newResult(in)}
 	a := &appraisal{in: in}
-	for _, check := range []func() error{a.addressee, a.signature, a.quote, a.binding, a.pcrs, a.clock, a.credentialKey, a.runTime, a.log, a.policy, a.rules} {
+	for _, check := range []func() error{a.addressee, a.signature, a.quote, a.binding, a.pcrs, a.clock, a.credentialKey, a.runTime, a.log, a.inForce, a.policy, a.rules} {
 		if err := check(); err != nil {
 			refuse(&out.Result, err, a.findings)
 			a.complete(&out.Result)

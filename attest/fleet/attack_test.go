@@ -1,0 +1,319 @@
+package fleet
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/tpm"
+	"sekisho/attest/tpm/faketpm"
+)
+
+// TestAttackNonceOnSecondVerifier takes evidence, and a nonce, of one verifier
+// to a second one of the same organisation, which has the same key.
+func TestAttackNonceOnSecondVerifier(t *testing.T) {
+	b := newBench(t)
+	c := b.service.Config
+	c.Verifier = "second.test"
+	second, err := NewService(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, id := b.enrolled()
+	nonce := b.nonce(id)
+	if !second.nonces.Authentic(nonce, name, id) || second.nonces.Authentic(nonce, "second.test", id) {
+		t.Error("the second verifier cannot tell whose nonce it is")
+	}
+	e := b.evidence(d, id, nonce)
+	ask := func(e *attest.Evidence) attest.Result {
+		data, err := e.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := second.Attest(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Chain != nil || r.Token != nil {
+			t.Error("it entitled to something")
+		}
+		return r.Result
+	}
+	if r := ask(e); r.Reason != attest.ReasonVerifierMismatch {
+		t.Errorf("evidence for the first: %v", r.Reason)
+	}
+	renamed := *e
+	renamed.Verifier = "second.test"
+	if r := ask(&renamed); r.Reason != attest.ReasonVerifierMismatch {
+		t.Errorf("renamed: %v", r.Reason)
+	}
+	// With a nonce of its own the second refuses what names the first.
+	other := b.evidence(d, id, second.Challenge(attest.ChallengeRequest{Device: id}).Nonce)
+	if r := ask(other); r.Reason != attest.ReasonVerifierMismatch {
+		t.Errorf("its nonce, the first one's name: %v", r.Reason)
+	}
+	if r := b.attest(e).Result; r.Status != attest.StatusAffirming {
+		t.Errorf("at the first: %v", r.Reason)
+	}
+	if r := b.attest(e).Result; r.Reason != attest.ReasonNonceReused {
+		t.Errorf("at the first, again: %v", r.Reason)
+	}
+}
+
+// TestAttackThousandChallenges: no nonce comes twice (CVE-2026-6420).
+func TestAttackThousandChallenges(t *testing.T) {
+	b := newBench(t)
+	seen := make(map[string]bool)
+	for range 1000 {
+		seen[string(b.nonce(attest.Digest{1}))] = true
+	}
+	if len(seen) != 1000 {
+		t.Errorf("%d distinct challenges of 1000", len(seen))
+	}
+}
+
+// TestAttackResultReplayedToAnotherDevice shows the certificate of one device
+// to another: it is for a key in the first one's TPM, and another
+// organisation's gateway does not know its issuer.
+func TestAttackResultReplayedToAnotherDevice(t *testing.T) {
+	b, other := newBench(t), newBench(t)
+	d, id := b.enrolled()
+	thief := b.device()
+	r := b.boot(d, id, image)
+	cert, err := x509.ParseCertificate(r.Chain[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := tpm.ParsePublic(thief.Identity().Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spki, err := key.SPKI()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bytes.Equal(cert.RawSubjectPublicKeyInfo, spki) {
+		t.Error("the certificate is for the thief's key")
+	}
+	for _, x := range []struct {
+		service *Service
+		ok      bool
+	}{{b.service, true}, {other.service, false}} {
+		roots := x509.NewCertPool()
+		roots.AddCert(x.service.Issuer.CA())
+		_, err := cert.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: b.now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+		if (err == nil) != x.ok {
+			t.Errorf("chain: %v", err)
+		}
+	}
+	// The first device's evidence does not make the thief affirming either.
+	e := b.evidence(d, id, b.nonce(id))
+	stolen := deviceID(t, thief)
+	e.Device = stolen[:]
+	if r := b.attest(e); r.Result.Status == attest.StatusAffirming || r.Chain != nil {
+		t.Errorf("%+v", r.Result)
+	}
+}
+
+// TestAttackCertificateRequestSwapped exchanges the certificate's key after
+// the quote was made.
+func TestAttackCertificateRequestSwapped(t *testing.T) {
+	b := newBench(t)
+	d, id := b.enrolled()
+	e := b.evidence(d, id, b.nonce(id))
+	thief := faketpm.New()
+	e.Key = thief.Identity().Key
+	if r := b.attest(e); r.Result.Reason != attest.ReasonBindingMismatch || r.Chain != nil {
+		t.Errorf("key alone: %v", r.Result.Reason)
+	}
+	e = b.evidence(d, id, b.nonce(id))
+	theirs := b.evidence(thief, id, e.Nonce)
+	e.Key, e.Certify, e.CertifySig = theirs.Key, theirs.Certify, theirs.CertifySig
+	if r := b.attest(e); r.Result.Reason != attest.ReasonBindingMismatch || r.Chain != nil {
+		t.Errorf("key and certification: %v", r.Result.Reason)
+	}
+}
+
+// TestAttackVerifierRestarted: what a verifier said before it was restarted
+// holds until the certificate's end and not a second longer.
+func TestAttackVerifierRestarted(t *testing.T) {
+	b := newBench(t)
+	b.full(false)
+	d, id := b.enrolled()
+	r := b.boot(d, id, image)
+	cert, err := x509.ParseCertificate(r.Chain[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if life := cert.NotAfter.Sub(b.now); life > 10*time.Minute {
+		t.Errorf("certificate for %v", life)
+	}
+	unanswered := b.nonce(id)
+	e := b.evidence(d, id, b.nonce(id))
+	b.now = b.now.Add(time.Second)
+	if err := b.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	store, err := OpenFileStore(b.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	c := b.service.Config // with the nonce key, as from its file
+	c.Store = store
+	if b.service, err = NewService(c); err != nil {
+		t.Fatal(err)
+	}
+	if r := b.attest(e); r.Result.Reason != attest.ReasonNonceExpired || r.Chain != nil {
+		t.Errorf("evidence from before: %v", r.Result.Reason)
+	}
+	if r := b.attest(b.evidence(d, id, unanswered)); r.Result.Reason != attest.ReasonNonceExpired || r.Chain != nil {
+		t.Errorf("nonce from before: %v", r.Result.Reason)
+	}
+	if len(b.service.Results()) != 2 {
+		t.Error("results outlived the restart")
+	}
+	after := cert.NotAfter.Add(time.Second)
+	roots := x509.NewCertPool()
+	roots.AddCert(c.Issuer.CA())
+	if _, err := cert.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: after, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err == nil {
+		t.Error("the certificate outlived its end")
+	}
+}
+
+// TestAttackRoutesWithoutCredentials asks every route of the server, and what
+// might be one, without any right (CVE-2026-1709). What answers gives nothing.
+func TestAttackRoutesWithoutCredentials(t *testing.T) {
+	b := newBench(t)
+	b.full(true)
+	h := Handler(b.service, slog.New(slog.DiscardHandler))
+	admin := []string{
+		AdminTickets, AdminDevices, AdminResults, AdminReferences, AdminPolicies, AdminShadow, AdminHold, AdminSimulate,
+		AdminReports, AdminReportKey, AdminFirmware, AdminDevices + "/00", AdminReports + "/00", "/", "/v1", "/admin", "/metrics", "/debug/pprof/",
+	}
+	ask := func(method, path, body string) *httptest.ResponseRecorder {
+		b.now = b.now.Add(time.Second)
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
+		return w
+	}
+	before := b.onDisk()
+	for _, path := range admin {
+		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"} {
+			if w := ask(method, path, "{}"); w.Code != http.StatusNotFound {
+				t.Errorf("%s %s: %d", method, path, w.Code)
+			}
+		}
+	}
+	for path, want := range map[string]int{
+		attest.PathEnrolBegin: http.StatusForbidden, attest.PathEnrolFinish: http.StatusForbidden,
+		attest.PathAttest: http.StatusOK, attest.PathChallenge: http.StatusOK,
+	} {
+		w := ask("POST", path, "{}")
+		if w.Code != want || strings.Contains(w.Body.String(), "chain") || strings.Contains(w.Body.String(), "credential") {
+			t.Errorf("POST %s: %d %s", path, w.Code, w.Body)
+		}
+	}
+	if b.onDisk() != before {
+		t.Error("something was stored")
+	}
+}
+
+// pipes is a listener of connections within the process.
+type pipes struct {
+	conns chan net.Conn
+	done  chan struct{}
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error {
+	select {
+	case <-p.done:
+	default:
+		close(p.done)
+	}
+	return nil
+}
+
+func (p *pipes) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1} }
+
+// TestAttackSlowClients sends a head and a body so slowly that they never end
+// (CVE-2023-38200): the server closes both within its limits, and serves
+// others meanwhile.
+func TestAttackSlowClients(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := &pipes{make(chan net.Conn), make(chan struct{})}
+		ctx, stop := context.WithCancel(t.Context())
+		served := make(chan error, 1)
+		handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if _, err := io.ReadAll(r.Body); err != nil {
+				w.WriteHeader(http.StatusBadRequest)
+			}
+		})
+		go func() { served <- serve(ctx, l, handler, slog.New(slog.DiscardHandler)) }()
+		for _, c := range []struct {
+			name, head string
+			limit      time.Duration
+		}{
+			{"head", "POST /v1/attest HTTP/1.1\r\nX: ", headerTime},
+			{"body", "POST /v1/attest HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n", bodyTime},
+		} {
+			ours, theirs := net.Pipe()
+			l.conns <- theirs
+			begin := time.Now()
+			closed := make(chan struct{})
+			go func() {
+				io.Copy(io.Discard, ours)
+				close(closed)
+			}()
+			fmt.Fprint(ours, c.head)
+			tick := time.NewTicker(time.Second)
+			for open := true; open; {
+				select {
+				case <-closed:
+					open = false
+				case <-tick.C:
+					ours.SetWriteDeadline(time.Now().Add(time.Second))
+					ours.Write([]byte("a"))
+				}
+			}
+			tick.Stop()
+			if took := time.Since(begin); took > c.limit+2*time.Second {
+				t.Errorf("slow %s: closed after %v, limit %v", c.name, took, c.limit)
+			}
+			ours.Close()
+		}
+		ours, theirs := net.Pipe()
+		l.conns <- theirs
+		fmt.Fprint(ours, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+		if resp, err := http.ReadResponse(bufio.NewReader(ours), nil); err != nil || resp.StatusCode != http.StatusOK {
+			t.Errorf("another client: %v", err)
+		}
+		ours.Close()
+		stop()
+		if err := <-served; err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			t.Errorf("serve: %v", err)
+		}
+	})
+}
