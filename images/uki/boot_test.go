@@ -41,6 +41,7 @@ mount -t securityfs sec /sys/kernel/security
 echo "UPTIME $(cut -d' ' -f1 /proc/uptime)"
 for i in 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do echo "PCR $i $(cat /sys/class/tpm/tpm0/pcr-sha256/$i)"; done
 for b in $(base64 -w 76 /sys/kernel/security/tpm0/binary_bios_measurements); do echo "LOG $b"; done
+[ -e /.extra/tpm2-pcr-signature.json ] && echo "POLICY $(cat /.extra/tpm2-pcr-signature.json)"
 [ -e /tampered/file ] && echo "EXTRA $(cat /tampered/file)"
 echo "DONE"
 poweroff -f
@@ -245,6 +246,7 @@ func TestPredictionEqualsBoot(t *testing.T) {
 	copy(m.parts.Kernel[40:], "tampered")
 	m.parts.Initrd = append(m.parts.Initrd, make([]byte, -len(m.parts.Initrd)&3)...)
 	m.parts.Initrd = append(m.parts.Initrd, Archive("tampered", "file", []byte("more"))...)
+	m.parts.Policy = []byte(`{"signed": "policies"}`)
 	t.Run("changed", m.testPrediction)
 }
 
@@ -257,6 +259,9 @@ func (m *machine) testPrediction(t *testing.T) {
 	lines := m.boot(t, signed, nil)
 	if more := slices.Contains(lines, "EXTRA more"); more != strings.Contains(m.parts.Cmdline, "tampered") {
 		t.Errorf("the file of the second archive is there: %v", more)
+	}
+	if there := slices.Contains(lines, "POLICY "+string(m.parts.Policy)); there != (len(m.parts.Policy) > 0) {
+		t.Errorf("the signed policies are there: %v", there)
 	}
 	got, log := seen(t, lines)
 	if file := os.Getenv("SEKISHO_EVENTLOG"); file != "" {

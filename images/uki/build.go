@@ -16,10 +16,15 @@ const (
 	sectionInitrd  = ".initrd"
 	sectionUname   = ".uname"
 	sectionSBAT    = ".sbat"
+	sectionPCRSig  = ".pcrsig"
 )
 
-// sectionOrder is the order in which ukify 257 adds sections.
-var sectionOrder = [...]string{sectionOSRel, sectionCmdline, sectionUname, sectionLinux, sectionInitrd}
+// sectionOrder is the order in which ukify 257 adds sections. Those of
+// optional are last and may be absent.
+var sectionOrder = [...]string{sectionOSRel, sectionCmdline, sectionUname, sectionLinux, sectionInitrd, sectionPCRSig}
+
+// optional is how many sections at the end of sectionOrder may be absent.
+const optional = 1
 
 // maxAlignment bounds section alignments; a huge page.
 const maxAlignment = 2 << 20
@@ -39,7 +44,20 @@ type Parts struct {
 	Cmdline   string // kernel command line, one line
 	OSRelease string // os-release(5)
 	Uname     string // kernel version, as uname -r prints it
+	// Policy is the release's signed policies (attest/seal), empty for none.
+	// The stub hands it to the kernel as PolicyFile and does not measure it
+	// into PCR 11, which it signs.
+	Policy []byte
 }
+
+// PolicyFile is where the host domain finds Parts.Policy (systemd-stub(7),
+// "Initrd resources").
+const PolicyFile = "/" + extraDir + "/" + policyName
+
+const (
+	extraDir   = ".extra"
+	policyName = "tpm2-pcr-signature.json"
+)
 
 // Build assembles the unsigned UKI. Equal parts give an equal file. The new
 // sections follow those of the stub in the order that ukify 257 uses, each at
@@ -68,13 +86,18 @@ func Build(parts Parts) ([]byte, error) {
 		sectionUname:   []byte(parts.Uname),
 		sectionLinux:   parts.Kernel,
 		sectionInitrd:  parts.Initrd,
+		sectionPCRSig:  parts.Policy,
+	}
+	order := sectionOrder[:]
+	if len(parts.Policy) == 0 {
+		order = order[:len(order)-optional]
 	}
 	fileAlign, memAlign := int(stub.u32(optFileAlignment)), int(stub.u32(optSectionAlignment))
 	if fileAlign < 512 || fileAlign > 1<<16 || memAlign < fileAlign || memAlign > maxAlignment {
 		return nil, fmt.Errorf("uki: boot stub with alignments %d and %d", fileAlign, memAlign)
 	}
 	total := align(len(parts.Stub), fileAlign)
-	for _, name := range sectionOrder {
+	for _, name := range order {
 		if len(content[name]) == 0 {
 			return nil, fmt.Errorf("uki: nothing for section %s", name)
 		}
@@ -86,8 +109,8 @@ func Build(parts Parts) ([]byte, error) {
 	if total > MaxImage {
 		return nil, fmt.Errorf("uki: %d bytes, at most %d", total, MaxImage)
 	}
-	if stub.table+(len(stub.sections)+len(sectionOrder))*sectionSize > stub.headers {
-		return nil, fmt.Errorf("uki: no room for %d more section headers in %d bytes", len(sectionOrder), stub.headers)
+	if stub.table+(len(stub.sections)+len(order))*sectionSize > stub.headers {
+		return nil, fmt.Errorf("uki: no room for %d more section headers in %d bytes", len(order), stub.headers)
 	}
 
 	out := bytes.NewBuffer(make([]byte, 0, total))
@@ -97,7 +120,7 @@ func Build(parts Parts) ([]byte, error) {
 	address := align(int(last.VirtualAddress+last.VirtualSize), memAlign)
 	header, count, initData := stub.table+len(stub.sections)*sectionSize, len(stub.sections), stub.u32(optSizeOfInitData)
 	le := binary.LittleEndian
-	for _, name := range sectionOrder {
+	for _, name := range order {
 		data, at := content[name], out.Len()
 		out.Write(data)
 		pad(out, fileAlign)
@@ -151,6 +174,7 @@ func Split(image []byte) (Parts, error) {
 		Cmdline:   string(section(sectionCmdline)),
 		OSRelease: string(section(sectionOSRel)),
 		Uname:     string(section(sectionUname)),
+		Policy:    section(sectionPCRSig),
 	}
 
 	// Undo what Build did to the headers.
@@ -172,10 +196,14 @@ func Split(image []byte) (Parts, error) {
 // stubSections returns how many sections come before those that Build added,
 // and refuses an image whose other sections are not exactly these.
 func (p *PE) stubSections() (int, error) {
-	own := len(p.sections) - len(sectionOrder)
-	for i, name := range sectionOrder {
+	order := sectionOrder[:]
+	if _, ok := p.Section(sectionPCRSig); !ok {
+		order = order[:len(order)-optional]
+	}
+	own := len(p.sections) - len(order)
+	for i, name := range order {
 		if _, ok := p.Section(name); !ok || own < 1 || p.sections[own+i].Name != name {
-			return 0, fmt.Errorf("uki: image does not end with the sections %v; was it made by mkimage?", sectionOrder)
+			return 0, fmt.Errorf("uki: image does not end with the sections %v; was it made by mkimage?", order)
 		}
 	}
 	if a := p.u32(optSectionAlignment); a == 0 || a > maxAlignment {

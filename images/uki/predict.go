@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"sekisho/attest"
 )
@@ -27,7 +28,7 @@ var measuredSections = [...]string{sectionLinux, sectionOSRel, sectionCmdline, s
 
 // otherSections are the sections to which systemd-stub 257 gives a meaning that
 // Build does not use.
-var otherSections = [...]string{".ucode", ".splash", ".dtb", ".pcrsig", ".pcrpkey", ".profile", ".dtbauto", ".hwids"}
+var otherSections = [...]string{".ucode", ".splash", ".dtb", ".pcrpkey", ".profile", ".dtbauto", ".hwids"}
 
 // Predict computes what the TPM holds when the host domain's init starts, from
 // the image and the certificates alone. The rules, each read in the source
@@ -46,7 +47,7 @@ var otherSections = [...]string{".ucode", ".splash", ".dtb", ".pcrsig", ".pcrpke
 // the stub hands it over.
 //
 // PCR 11 (stub.c measure_sections): for each section its name with NUL, then
-// its data.
+// its data; the signed policies in .pcrsig are left out, since they sign it.
 //
 // PCR 12, 14 and 15 stay zero: no command line from outside, no credentials, no
 // shim, and init has not extended them yet.
@@ -151,12 +152,16 @@ func loadOptions(cmdline string) string {
 }
 
 // combinedInitrd is the digest of the initrd that the kernel gets: the
-// initramfs and, from the stub, an archive with .extra/os-release; each padded
-// with zeros to a multiple of 4 (src/boot/stub.c combine_initrds and
-// generate_embedded_initrds).
+// initramfs and, from the stub, archives with the signed policies, if there are
+// any, and with .extra/os-release; each padded with zeros to a multiple of 4
+// (src/boot/stub.c combine_initrds and generate_embedded_initrds).
 func combinedInitrd(parts Parts) attest.Digest {
 	h := sha256.New()
-	for _, b := range [][]byte{parts.Initrd, Archive(".extra", "os-release", []byte(parts.OSRelease))} {
+	archives := [][]byte{parts.Initrd}
+	if len(parts.Policy) > 0 {
+		archives = append(archives, Archive(extraDir, policyName, parts.Policy))
+	}
+	for _, b := range append(archives, Archive(extraDir, "os-release", []byte(parts.OSRelease))) {
 		h.Write(b)
 		h.Write(make([]byte, align(len(b), 4)-len(b)))
 	}
@@ -169,19 +174,25 @@ func Archive(dir, name string, data []byte) []byte {
 	var b bytes.Buffer
 	cpioEntry(&b, 1, 0o040555, dir, nil)
 	cpioEntry(&b, 2, 0o100444, dir+"/"+name, data)
-	cpioEntry(&b, 0, 0, "TRAILER!!!", nil)
+	cpioEntry(&b, 0, 0, trailer, nil)
 	return b.Bytes()
 }
+
+// trailer is the name of the entry that ends an archive.
+const trailer = "TRAILER!!!"
 
 // cpioEntry writes one newc entry as the stub does: one link, owner root, no
 // time, no device. The fields are c_magic, ino, mode, uid, gid, nlink, mtime,
 // filesize, devmajor, devminor, rdevmajor, rdevminor, namesize and check
 // (kernel documentation, driver-api/early-userspace/buffer-format). The stub
-// spells the trailer's name size in capitals and others in small letters; no
-// other name here has a size with letters.
+// spells the trailer's name size in capitals and all others in small letters.
 func cpioEntry(b *bytes.Buffer, inode, mode int, name string, data []byte) {
-	fmt.Fprintf(b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08X%08x",
-		inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0)
+	nameSize := fmt.Sprintf("%08x", len(name)+1)
+	if name == trailer {
+		nameSize = strings.ToUpper(nameSize)
+	}
+	fmt.Fprintf(b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%s%08x",
+		inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, nameSize, 0)
 	b.WriteString(name + "\x00")
 	pad(b, 4)
 	b.Write(data)

@@ -69,7 +69,39 @@ func testKeys(t *testing.T) *Keys {
 }
 
 func TestBuildAndSplitAreInverse(t *testing.T) {
-	want := testParts()
+	t.Run("without policies", func(t *testing.T) { buildAndSplit(t, testParts()) })
+	with := testParts()
+	with.Policy = []byte("signed policies")
+	t.Run("with policies", func(t *testing.T) { buildAndSplit(t, with) })
+}
+
+// TestPolicyIsNotMeasured: PCR 11 and 7 are the same with signed policies as
+// without, or nobody could sign them; PCR 4 and 9 cover them.
+func TestPolicyIsNotMeasured(t *testing.T) {
+	trust := testKeys(t).SecureBoot()
+	var refs [2]*attest.ReferenceValues
+	for i := range refs {
+		p := testParts()
+		if i == 1 {
+			p.Policy = []byte("signed policies")
+		}
+		image, err := Build(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if refs[i], err = Predict(image, trust, "host", "1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for pcr, same := range map[int]bool{4: false, 7: true, 9: false, 11: true} {
+		if (refs[0].PCRs[pcr] == refs[1].PCRs[pcr]) != same {
+			t.Errorf("PCR %d: same with and without policies is %v", pcr, !same)
+		}
+	}
+}
+
+func buildAndSplit(t *testing.T, want Parts) {
+	t.Helper()
 	image, err := Build(want)
 	if err != nil {
 		t.Fatal(err)

@@ -46,6 +46,9 @@ func (o *options) command(ctx context.Context, name string, files []string) (res
 			}
 			return written(o.build.Tamper(o.from, images.Component(o.tamper)))
 		}
+		if o.policy != "" {
+			return written(o.build.Policy(o.from, o.policy))
+		}
 		if o.org == "" {
 			return nil, usageError("host: name the organisation's file with -org FILE")
 		}

@@ -27,6 +27,8 @@ const usage = `mkimage builds what the laptop boots.
   mkimage host -tamper cmdline|kernel|initramfs -out out/tamper-X [-from out/host.efi]
                                       the same, correctly signed, with that component changed:
                                       boots, and must be refused by the verifier
+  mkimage host -policy FILE [-from out/host.efi]
+                                      put the signed policies for disk and logon keys into it
   mkimage work [-lab]                 stand-in work domain: OUT/work.img, work.manifest.json
   mkimage disk [-work out/work.img]   from OUT/host.efi: OUT/laptop.img and OUT/OVMF_VARS.fd
   mkimage predict FILE.efi            print the PCR values that a boot of FILE.efi gives
@@ -47,9 +49,9 @@ func main() {
 
 // options are the flags of all commands.
 type options struct {
-	org, version, tamper, from, work string
-	lab, refresh, json               bool
-	build                            images.Builder
+	org, version, tamper, from, work, policy string
+	lab, refresh, json                       bool
+	build                                    images.Builder
 }
 
 // run is main with its surroundings as arguments; it returns the exit status.
@@ -65,7 +67,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	f.StringVar(&o.org, "org", "", "organization.json `file` to build into the host image")
 	f.StringVar(&o.version, "version", "0-dev", "`version` of the release")
 	f.StringVar(&o.tamper, "tamper", "", "`component` to change: cmdline, kernel or initramfs")
-	f.StringVar(&o.from, "from", "out/host.efi", "`image` that -tamper changes")
+	f.StringVar(&o.from, "from", "out/host.efi", "`image` that -tamper or -policy changes")
+	f.StringVar(&o.policy, "policy", "", "signed policies of -from, to build into it: `file` by attestctl seal sign")
 	f.StringVar(&o.work, "work", "out/work.img", "work domain's disk `image` for the laptop's disk")
 	f.BoolVar(&o.lab, "lab", false, "build in the hooks of the virtual lab; never for a real laptop")
 	f.BoolVar(&o.refresh, "refresh", false, "ask Debian's mirror for newer packages")
