@@ -15,6 +15,8 @@ const (
 	WorkCID = 3
 	// PortPackets is the only vsock port that the host domain publishes.
 	PortPackets = 1024
+	// WorkLink is the host domain's device for the work domain's packets.
+	WorkLink = "work0"
 )
 
 // Limits of a Config. The lower bound of MTU is what IPv6 asks of every link

@@ -12,12 +12,16 @@
 // facts that hold now, and an event means only "derive it again".
 package netd
 
-import "fmt"
+import (
+	"fmt"
+
+	"sekisho/guestlink"
+)
 
 // Names of the two devices in the namespace inside.
 const (
-	WorkLink   = "work0" // the work domain's packets; made by linkd
-	TunnelLink = "tun0"  // the tunnel's end; made by netd
+	WorkLink   = guestlink.WorkLink // the work domain's packets; made by linkd
+	TunnelLink = "tun0"             // the tunnel's end; made by netd
 )
 
 // State says how far the network is open.

@@ -107,7 +107,7 @@ func Services() []Service {
 		},
 		{
 			Name: "linkd",
-			Args: []string{"/bbin/linkd", "-cid", strconv.Itoa(guestlink.WorkCID), "-tun", "work0"},
+			Args: []string{"/bbin/linkd", "-cid", strconv.Itoa(guestlink.WorkCID), "-tun", guestlink.WorkLink},
 			User: "linkd", Caps: []uintptr{unix.CAP_NET_ADMIN}, Netns: InsideNetns,
 			Socket: LinkdSocket, Notify: true, Watchdog: watchdog,
 		},

@@ -44,7 +44,7 @@ It needs CAP_NET_ADMIN. Exit codes: 0 ended by a signal, 1 failed, 2 wrong usage
 
 func main() {
 	cid := flag.Uint("cid", guestlink.WorkCID, "vsock context `id` of the one guest that is let in")
-	tun := flag.String("tun", "work0", "`name` of the TUN device to create")
+	tun := flag.String("tun", guestlink.WorkLink, "`name` of the TUN device to create")
 	client := flag.String("client", "netd", "`user` who, beside root, may use the API socket")
 	carry := flag.String("carry", "fragments", "unusual packets to carry: `list` of fragments, options, extensions, or empty")
 	port := flag.String("serial", "", "listen at this unix `socket` for QEMU's virtio-serial port instead of vsock")
