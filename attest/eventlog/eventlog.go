@@ -77,33 +77,37 @@ type Event struct {
 	Data   []byte
 	Digest attest.Digest // SHA-256; zero if the log has none
 
-	sha1, sha256, sha384, sha512 []byte // within the log, nil if absent
+	// Digests within the log, nil if absent.
+	sha1   *[20]byte
+	sha256 *[32]byte
+	sha384 *[48]byte
+	sha512 *[64]byte
 }
 
 func (e *Event) setDigest(b Bank, digest []byte) {
 	switch b {
 	case SHA1:
-		e.sha1 = digest
+		e.sha1 = (*[20]byte)(digest)
 	case SHA256:
-		e.sha256, e.Digest = digest, attest.Digest(digest)
+		e.sha256, e.Digest = (*[32]byte)(digest), attest.Digest(digest)
 	case SHA384:
-		e.sha384 = digest
+		e.sha384 = (*[48]byte)(digest)
 	case SHA512:
-		e.sha512 = digest
+		e.sha512 = (*[64]byte)(digest)
 	}
 }
 
 // digest returns the event's digest in a bank, nil if it has none.
 func (e *Event) digest(b Bank) []byte {
-	switch b {
-	case SHA1:
-		return e.sha1
-	case SHA256:
-		return e.sha256
-	case SHA384:
-		return e.sha384
-	case SHA512:
-		return e.sha512
+	switch {
+	case b == SHA1 && e.sha1 != nil:
+		return e.sha1[:]
+	case b == SHA256 && e.sha256 != nil:
+		return e.sha256[:]
+	case b == SHA384 && e.sha384 != nil:
+		return e.sha384[:]
+	case b == SHA512 && e.sha512 != nil:
+		return e.sha512[:]
 	}
 	return nil
 }
@@ -124,11 +128,21 @@ func (l *Log) Banks() []Bank {
 	var out []Bank
 	for _, b := range banks {
 		declared := slices.ContainsFunc(l.algorithms, func(a algorithm) bool { return a.id == b })
-		if declared && !slices.ContainsFunc(l.Events, func(e Event) bool { return e.digest(b) == nil }) {
+		if declared && l.has(b) {
 			out = append(out, b)
 		}
 	}
 	return out
+}
+
+// has reports whether every event has a digest in bank b.
+func (l *Log) has(b Bank) bool {
+	for i := range l.Events {
+		if l.Events[i].digest(b) == nil {
+			return false
+		}
+	}
+	return true
 }
 
 // Append adds the events of further logs of the same boot, in their order, as

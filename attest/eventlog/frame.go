@@ -77,8 +77,8 @@ func read(data []byte) (*Log, error) {
 		return nil, malformed("Spec ID event: %v", err)
 	}
 	l := &Log{Format: FormatAgile, algorithms: algorithms, count: 1}
-	// Most events of real logs take over 150 bytes.
-	l.Events = make([]Event, 0, min(len(data)/150, MaxEvents))
+	// Events of real logs take 400 bytes and more.
+	l.Events = make([]Event, 0, min(len(data)/400, MaxEvents))
 	if err := l.walk(data[n:], func(b []byte) (Event, int, error) { return agileEvent(b, algorithms) }); err != nil {
 		return nil, err
 	}
@@ -126,7 +126,7 @@ func legacyEvent(b []byte) (Event, int, error) {
 	end := legacyHead + size
 	return Event{
 		PCR: int(int32(binary.LittleEndian.Uint32(b))), Type: binary.LittleEndian.Uint32(b[4:]),
-		Data: b[legacyHead:end:end], sha1: b[8:28:28],
+		Data: b[legacyHead:end:end], sha1: (*[20]byte)(b[8:28]),
 	}, end, nil
 }
 
