@@ -25,7 +25,7 @@ import (
 // namespace is a network namespace with a thread in it.
 type namespace chan func()
 
-func newNamespace(t *testing.T) namespace {
+func newNamespace(t testing.TB) namespace {
 	t.Helper()
 	ns, ready := make(namespace), make(chan error)
 	go func() {

@@ -188,11 +188,13 @@ func (p *Pump) Serve(ctx context.Context, conn net.Conn, up func()) (err error) 
 		}
 	}()
 
-	frames := guestlink.NewReader(conn)
+	timed := &timedConn{Conn: conn, stall: p.stall}
+	frames := guestlink.NewReader(timed)
 	agreed, err := p.handshake(conn, frames)
 	if err != nil {
 		return fmt.Errorf("handshake: %w", err)
 	}
+	timed.frames = frames
 	p.count.links.Add(1)
 
 	l, err := p.attach(agreed)
@@ -214,7 +216,7 @@ func (p *Pump) Serve(ctx context.Context, conn net.Conn, up func()) (err error) 
 			conn.Close() // ends the reader below
 		})
 	}
-	reader := &reader{p: p, l: l, frames: frames, conn: conn}
+	reader := &reader{p: p, l: l, frames: frames}
 	keepCtx, cancel := context.WithCancel(ctx)
 	run(func() error { return p.write(conn, l) })
 	if l.has(guestlink.CapProbe) {

@@ -142,13 +142,11 @@ func (p *Pump) check(packet []byte, fromGuest bool) (Drop, bool) {
 
 // reader takes frames off one link.
 type reader struct {
-	p       *Pump
-	l       *link
-	frames  *guestlink.Reader
-	conn    net.Conn
-	batch   [][]byte // packets that wait for one WriteBatch
-	bytes   int      // in batch
-	limited bool     // a read deadline is set
+	p      *Pump
+	l      *link
+	frames *guestlink.Reader
+	batch  [][]byte // packets that wait for one WriteBatch
+	bytes  int      // in batch
 
 	answered, asked atomic.Int64 // nanoseconds of the link's clock
 	token           atomic.Uint64
@@ -159,9 +157,6 @@ func (r *reader) run() error {
 	for {
 		if !r.frames.Buffered() {
 			if err := r.flush(); err != nil {
-				return err
-			}
-			if err := r.limit(r.frames.Partial()); err != nil {
 				return err
 			}
 		}
@@ -179,17 +174,29 @@ func (r *reader) run() error {
 	}
 }
 
-// limit sets the time within which a frame that has begun must end.
-func (r *reader) limit(on bool) error {
-	if !on && !r.limited {
-		return nil
+// timedConn bounds the time within which a frame that has begun must end.
+type timedConn struct {
+	net.Conn
+	frames  *guestlink.Reader // nil: no bound, the handshake has its own
+	stall   time.Duration
+	limited bool // a deadline is set
+}
+
+func (c *timedConn) Read(b []byte) (int, error) {
+	if c.frames == nil {
+		return c.Conn.Read(b)
 	}
-	r.limited = on
-	var t time.Time
-	if on {
-		t = time.Now().Add(r.p.stall)
+	if on := c.frames.Partial(); on || c.limited {
+		var t time.Time
+		if on {
+			t = time.Now().Add(c.stall)
+		}
+		if err := c.SetReadDeadline(t); err != nil {
+			return 0, err
+		}
+		c.limited = on
 	}
-	return r.conn.SetReadDeadline(t)
+	return c.Conn.Read(b)
 }
 
 func (r *reader) frame(f guestlink.Frame) error {

@@ -18,6 +18,8 @@ import (
 const (
 	Name        = "SekishoGuestAgent"
 	DisplayName = "Sekisho guest agent"
+	// Argument is the subcommand by which the service manager starts the program.
+	Argument    = "service"
 	Description = "Carries this computer's network traffic to the host domain. Without it there is no network."
 )
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/windows"
 	"golang.org/x/sys/windows/svc"
@@ -31,7 +32,7 @@ func (System) Install(args []string) error {
 	s, err := m.CreateService(Name, path, mgr.Config{
 		StartType: mgr.StartAutomatic, ErrorControl: mgr.ErrorNormal,
 		DisplayName: DisplayName, Description: Description,
-	}, args...)
+	}, append([]string{Argument}, args...)...)
 	if err != nil {
 		return err
 	}
@@ -80,11 +81,11 @@ func (System) Query() (Status, error) {
 			return err
 		}
 		st.State, st.PID = stateWord(q.State), q.ProcessId
-		c, err := s.Config()
+		start, line, err := config(s.Handle)
 		if err != nil {
 			return err
 		}
-		switch c.StartType {
+		switch start {
 		case mgr.StartAutomatic:
 			st.Start = "automatic"
 		case mgr.StartManual:
@@ -92,9 +93,9 @@ func (System) Query() (Status, error) {
 		case mgr.StartDisabled:
 			st.Start = "disabled"
 		}
-		st.Args, err = windows.DecomposeCommandLine(c.BinaryPathName)
-		if len(st.Args) > 0 {
-			st.Args = st.Args[1:]
+		st.Args, err = windows.DecomposeCommandLine(line)
+		if len(st.Args) > 1 && st.Args[1] == Argument {
+			st.Args = st.Args[2:]
 		}
 		return err
 	})
@@ -102,6 +103,19 @@ func (System) Query() (Status, error) {
 		return Status{State: "absent"}, nil
 	}
 	return st, err
+}
+
+// config returns how the service starts and by which command line. The package
+// mgr asks for more, which not every system answers.
+func config(h windows.Handle) (start uint32, line string, err error) {
+	const limit = 8 << 10 // bytes, the most that the call needs (QueryServiceConfigW)
+	buf := make([]uint64, limit/8)
+	c := (*windows.QUERY_SERVICE_CONFIG)(unsafe.Pointer(&buf[0]))
+	var need uint32
+	if err := windows.QueryServiceConfig(h, c, limit, &need); err != nil {
+		return 0, "", err
+	}
+	return c.StartType, windows.UTF16PtrToString(c.BinaryPathName), nil
 }
 
 func with(f func(*mgr.Service) error) error {
@@ -131,9 +145,6 @@ func stateWord(s svc.State) string {
 	}
 	return fmt.Sprintf("state %d", s)
 }
-
-// IsService reports whether the service manager started this process.
-func IsService() (bool, error) { return svc.IsWindowsService() }
 
 // Serve runs f as the service until the service manager stops it or f ends.
 func Serve(f func(ctx context.Context) error) error {

@@ -53,17 +53,20 @@ func main() {
 		command, args = args[0], args[1:]
 	}
 	flag.CommandLine.Parse(args)
-	if flag.NArg() > 0 || (command != "" && !slices.Contains(winsvc.Commands(), command)) {
+	if flag.NArg() > 0 || (command != "" && command != winsvc.Argument && !slices.Contains(winsvc.Commands(), command)) {
 		flag.Usage()
 		os.Exit(2)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	var err error
-	if command != "" {
+	switch command {
+	case "":
+		err = o.run(ctx, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	case winsvc.Argument:
+		err = o.serve()
+	default:
 		err = winsvc.Run(ctx, winsvc.System{}, command, args, *asJSON, os.Stdout)
-	} else {
-		err = o.serve(ctx)
 	}
 	if err != nil && !errors.Is(err, context.Canceled) {
 		fmt.Fprintln(os.Stderr, "guestagent:", err)
@@ -73,16 +76,8 @@ func main() {
 
 type options struct{ device, adapter, link string }
 
-// serve runs the agent, as the service when the service manager has started
-// this process.
-func (o options) serve(ctx context.Context) error {
-	service, err := winsvc.IsService()
-	if err != nil {
-		return err
-	}
-	if !service {
-		return o.run(ctx, slog.New(slog.NewTextHandler(os.Stderr, nil)))
-	}
+// serve runs the agent as the service manager wants it.
+func (o options) serve() error {
 	events, err := winsvc.OpenLog()
 	if err != nil {
 		return fmt.Errorf("open event log: %w", err)

@@ -1,0 +1,441 @@
+package guest
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"sekisho/guestlink"
+	"sekisho/guestlink/packet"
+)
+
+// The benchmarks move TCP from one namespace to another, at MTU 1500:
+//
+//	guestNS: source ── sekisho0 ═ guest end ── unix socket ── host end ═ work0 ── sink :hostNS
+//
+// "joined" puts both TUN devices into one process, which is the limit of this
+// way; "gvisor" is gvisor-tap-vsock over the same kind of socket. The two ends
+// are processes of their own.
+const (
+	benchMTU   = 1500
+	gvisor     = "github.com/containers/gvisor-tap-vsock"
+	gvisorTag  = "v0.8.9"
+	endVar     = "SEKISHO_BENCH_END" // tells this test binary to be one end
+	endSockVar = "SEKISHO_BENCH_SOCKET"
+)
+
+func benchConfig() guestlink.Config {
+	return guestlink.Config{Address: netip.MustParsePrefix("10.80.0.2/32"), MTU: benchMTU}
+}
+
+// TestMain is one end of the link when a benchmark asks for it.
+func TestMain(m *testing.M) {
+	end := os.Getenv(endVar)
+	if end == "" {
+		os.Exit(m.Run())
+	}
+	if err := benchEnd(end, os.Getenv(endSockVar)); err != nil {
+		fmt.Fprintln(os.Stderr, end, err)
+		os.Exit(1)
+	}
+}
+
+// benchEnd runs until its standard input ends.
+func benchEnd(end, socket string) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { io.Copy(io.Discard, os.Stdin); cancel() }()
+	open := packet.OpenTUN
+	if strings.HasSuffix(end, "-plain") {
+		open = packet.OpenPlainTUN
+	}
+	name := "sekisho0"
+	if strings.HasPrefix(end, "host") {
+		name = "work0"
+	}
+	dev, err := open(name)
+	if err != nil {
+		return err
+	}
+	if name == "work0" {
+		if err := setUpHost(); err != nil {
+			return err
+		}
+		p := packet.NewHost(dev, func(s guestlink.Status) { fmt.Println(s.State) })
+		p.SetConfig(benchConfig())
+		l, err := net.Listen("unix", socket)
+		if err != nil {
+			return err
+		}
+		fmt.Println("listening")
+		var wg sync.WaitGroup
+		wg.Go(func() { p.Run(ctx) })
+		p.Listen(ctx, l, func(_ bool, err error) { fmt.Fprintln(os.Stderr, err) })
+		wg.Wait()
+		fmt.Fprintf(os.Stderr, "%+v\n", p.Counters())
+		return nil
+	}
+	a := &Agent{
+		Dial: func(context.Context) (net.Conn, error) { return net.Dial("unix", socket) },
+		Pump: packet.NewGuest(dev, func(c guestlink.Config) error { return Apply(name, "", c) }),
+		Log:  slog.New(slog.DiscardHandler), State: func(string) {},
+	}
+	a.Run(ctx)
+	fmt.Fprintf(os.Stderr, "%+v\n", a.Pump.Counters())
+	return nil
+}
+
+// world is two namespaces with something between them.
+type world struct {
+	host, guest namespace
+	address     string // of the sink, as the guest sees it
+	pids        [2]int // of the two ends; 0: in this process
+}
+
+func privileged(b *testing.B) {
+	b.Helper()
+	if os.Getenv("SEKISHO_TEST") != "all" {
+		b.Skip("needs root, network namespaces and TUN: run as root with SEKISHO_TEST=all")
+	}
+}
+
+// spawn starts a process in ns. It ends with the benchmark.
+func spawn(b *testing.B, ns namespace, c *exec.Cmd) (pid int, lines *bufio.Scanner) {
+	b.Helper()
+	in, err := c.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	var said bytes.Buffer
+	c.Stderr = &said
+	if err := ns.do(c.Start); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		in.Close()
+		if c.Args[0] != os.Args[0] {
+			c.Process.Kill()
+		}
+		c.Wait()
+		if os.Getenv("SEKISHO_BENCH_LOG") != "" {
+			b.Logf("%s", &said)
+		}
+	})
+	return c.Process.Pid, bufio.NewScanner(out)
+}
+
+func end(b *testing.B, ns namespace, kind, socket string) (int, *bufio.Scanner) {
+	c := exec.Command(os.Args[0])
+	c.Env = append(os.Environ(), endVar+"="+kind, endSockVar+"="+socket)
+	return spawn(b, ns, c)
+}
+
+// linkWorld joins two namespaces by the guest link. Suffix "-plain" takes
+// songgao/water at the guest's end.
+func linkWorld(b *testing.B, suffix string) world {
+	w := world{host: newNamespace(b), guest: newNamespace(b), address: "10.80.0.1"}
+	socket := filepath.Join(b.TempDir(), "link")
+	var lines *bufio.Scanner
+	w.pids[0], lines = end(b, w.host, "host", socket)
+	lines.Scan() // listening
+	w.pids[1], _ = end(b, w.guest, "guest"+suffix, socket)
+	for lines.Scan() && lines.Text() != "configured" {
+	}
+	go io.Copy(io.Discard, readerOf(lines))
+	return w
+}
+
+// readerOf keeps a scanner's pipe empty.
+func readerOf(s *bufio.Scanner) io.Reader { return scanReader{s} }
+
+type scanReader struct{ s *bufio.Scanner }
+
+func (r scanReader) Read(b []byte) (int, error) {
+	if !r.s.Scan() {
+		return 0, io.EOF
+	}
+	return min(len(b), 1), nil
+}
+
+// joinedWorld joins the same two devices in this process.
+func joinedWorld(b *testing.B) world {
+	w := world{host: newNamespace(b), guest: newNamespace(b), address: "10.80.0.1"}
+	open := func(ns namespace, name string) packet.PacketDevice {
+		var dev packet.PacketDevice
+		if err := ns.do(func() (err error) { dev, err = packet.OpenTUN(name); return err }); err != nil {
+			b.Fatal(err)
+		}
+		return dev
+	}
+	host, guest := open(w.host, "work0"), open(w.guest, "sekisho0")
+	if err := w.host.do(setUpHost); err != nil {
+		b.Fatal(err)
+	}
+	if err := w.guest.do(func() error { return Apply("sekisho0", "", benchConfig()) }); err != nil {
+		b.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	join := func(from, to packet.PacketDevice) {
+		buf := make([]byte, guestlink.VirtioHeaderSize+guestlink.MaxPacket)
+		for {
+			n, err := from.(packet.OffloadDevice).ReadOffload(buf)
+			if err != nil {
+				return
+			}
+			to.(packet.OffloadDevice).WriteOffload(buf[:n])
+		}
+	}
+	wg.Go(func() { join(host, guest) })
+	wg.Go(func() { join(guest, host) })
+	b.Cleanup(func() { host.Close(); guest.Close(); wg.Wait() })
+	return w
+}
+
+// gvisorWorld builds gvisor-tap-vsock from the module proxy in a module of its
+// own and joins the namespaces by it.
+func gvisorWorld(b *testing.B) world {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		b.Fatal(err)
+	}
+	dir := filepath.Join(cache, "sekisho-bench", "gvisor-tap-vsock-"+gvisorTag)
+	proxy, forwarder := filepath.Join(dir, "gvproxy"), filepath.Join(dir, "gvforwarder")
+	if _, err := os.Stat(forwarder); err != nil {
+		os.MkdirAll(dir, 0o755)
+		mod := "module bench\n\ngo 1.26\n\nrequire " + gvisor + " " + gvisorTag + "\n"
+		if err := os.WriteFile(filepath.Join(dir, "go.mod"), []byte(mod), 0o644); err != nil {
+			b.Fatal(err)
+		}
+		for out, pkg := range map[string]string{proxy: "/cmd/gvproxy", forwarder: "/cmd/vm"} {
+			c := exec.Command("go", "build", "-mod=mod", "-o", out, gvisor+pkg)
+			c.Dir = dir
+			if msg, err := c.CombinedOutput(); err != nil {
+				b.Fatalf("build %s%s@%s: %v\n%s", gvisor, pkg, gvisorTag, err, msg)
+			}
+		}
+	}
+	w := world{host: newNamespace(b), guest: newNamespace(b), address: "192.168.127.254"}
+	up := func() error { return packet.LinkUp("lo") }
+	if err := w.host.do(up); err != nil {
+		b.Fatal(err)
+	}
+	socket := filepath.Join(b.TempDir(), "gv")
+	mtu := strconv.Itoa(benchMTU)
+	w.pids[0], _ = spawn(b, w.host, exec.Command(proxy, "-mtu", mtu, "-listen", "unix://"+socket, "-ssh-port", "-1"))
+	until(b, func() error { _, err := os.Stat(socket); return err })
+	w.pids[1], _ = spawn(b, w.guest, exec.Command(forwarder, "-url", "unix://"+socket, "-iface", "tap0", "-mtu", mtu, "-preexisting"))
+	until(b, func() error { return w.guest.do(setUpTAP) })
+	return w
+}
+
+// setUpTAP sets the address that gvproxy gives to its first guest.
+func setUpTAP() error {
+	l, err := netlink.LinkByName("tap0")
+	if err != nil {
+		return err
+	}
+	mac, _ := net.ParseMAC("5a:94:ef:e4:0c:ee")
+	if err := netlink.LinkSetHardwareAddr(l, mac); err != nil {
+		return err
+	}
+	if err := netlink.LinkSetMTU(l, benchMTU); err != nil {
+		return err
+	}
+	a, err := netlink.ParseAddr("192.168.127.2/24")
+	if err != nil {
+		return err
+	}
+	if err := netlink.AddrReplace(l, a); err != nil {
+		return err
+	}
+	return netlink.LinkSetUp(l)
+}
+
+// until tries f for 20 s.
+func until(b *testing.B, f func() error) {
+	b.Helper()
+	var err error
+	for begin := time.Now(); time.Since(begin) < 20*time.Second; <-time.After(20 * time.Millisecond) {
+		if err = f(); err == nil {
+			return
+		}
+	}
+	b.Fatal(err)
+}
+
+// connect opens a TCP connection from the guest to the host's namespace.
+func (w world) connect(b *testing.B) (guest, host net.Conn) {
+	b.Helper()
+	listen := w.address
+	if listen != "10.80.0.1" {
+		listen = "127.0.0.1" // where gvproxy's address of the host leads
+	}
+	var l net.Listener
+	if err := w.host.do(func() (err error) { l, err = net.Listen("tcp4", listen+":0"); return err }); err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	until(b, func() error {
+		return w.guest.do(func() (err error) {
+			guest, err = net.DialTimeout("tcp4", net.JoinHostPort(w.address, port), 2*time.Second)
+			return err
+		})
+	})
+	host, err := l.Accept()
+	if err != nil {
+		b.Fatal(err)
+	}
+	for _, c := range []net.Conn{guest, host} {
+		raw, _ := c.(*net.TCPConn).SyscallConn()
+		raw.Control(func(fd uintptr) { unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, "cubic") })
+		b.Cleanup(func() { c.Close() })
+	}
+	return guest, host
+}
+
+// stream moves b.N blocks of 256 KiB from one end of a TCP connection to the
+// other.
+func stream(b *testing.B, from, to net.Conn) {
+	const block = 256 << 10
+	done := make(chan error, 1)
+	received := make(chan struct{}, 1<<20)
+	go func() {
+		buf := make([]byte, block)
+		for {
+			if _, err := io.ReadFull(to, buf); err != nil {
+				done <- err
+				return
+			}
+			received <- struct{}{}
+		}
+	}()
+	buf := make([]byte, block)
+	b.SetBytes(block)
+	sent := 0
+	for b.Loop() {
+		if _, err := from.Write(buf); err != nil {
+			b.Fatal(err)
+		}
+		sent++
+	}
+	for range sent { // what is on the way belongs to the time
+		select {
+		case <-received:
+		case err := <-done:
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkTCP(b *testing.B) {
+	privileged(b)
+	for _, way := range []struct {
+		name string
+		make func(*testing.B) world
+	}{
+		{"link", func(b *testing.B) world { return linkWorld(b, "") }},
+		{"link-plain", func(b *testing.B) world { return linkWorld(b, "-plain") }},
+		{"joined", joinedWorld},
+		{"gvisor", gvisorWorld},
+	} {
+		for _, direction := range []string{"up", "down"} {
+			b.Run(way.name+"/"+direction, func(b *testing.B) {
+				w := way.make(b)
+				guest, host := w.connect(b)
+				if direction == "down" {
+					guest, host = host, guest
+				}
+				stream(b, guest, host)
+				b.ReportMetric(float64(b.N)*256*1024*8/b.Elapsed().Seconds()/1e9, "Gbit/s")
+				for i, end := range []string{"host-MB", "guest-MB"} {
+					if w.pids[i] != 0 {
+						b.ReportMetric(peak(b, w.pids[i]), end)
+					}
+				}
+			})
+		}
+	}
+}
+
+// peak is the most memory that a process has held, in MB (proc(5), VmHWM).
+func peak(b *testing.B, pid int) float64 {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if f := strings.Fields(line); len(f) > 1 && f[0] == "VmHWM:" {
+			kb, _ := strconv.ParseFloat(f[1], 64)
+			return kb / 1e3
+		}
+	}
+	return 0
+}
+
+// BenchmarkLatency sends one small datagram after the other and waits for each
+// to come back: TCP with 8 bytes, which gvisor-tap-vsock carries too.
+func BenchmarkLatency(b *testing.B) {
+	privileged(b)
+	for _, way := range []struct {
+		name string
+		make func(*testing.B) world
+	}{{"link", func(b *testing.B) world { return linkWorld(b, "") }}, {"gvisor", gvisorWorld}} {
+		for _, load := range []string{"idle", "loaded"} {
+			b.Run(way.name+"/"+load, func(b *testing.B) {
+				w := way.make(b)
+				guest, host := w.connect(b)
+				go io.Copy(host, host)
+				if load == "loaded" {
+					from, to := w.connect(b)
+					go io.Copy(io.Discard, to)
+					go func() {
+						for buf := make([]byte, 256<<10); ; {
+							if _, err := from.Write(buf); err != nil {
+								return
+							}
+						}
+					}()
+				}
+				var times []time.Duration
+				buf := make([]byte, 8)
+				for i := uint64(0); b.Loop(); i++ {
+					begin := time.Now()
+					binary.BigEndian.PutUint64(buf, i)
+					if _, err := guest.Write(buf); err != nil {
+						b.Fatal(err)
+					}
+					if _, err := io.ReadFull(guest, buf); err != nil {
+						b.Fatal(err)
+					}
+					times = append(times, time.Since(begin))
+				}
+				slices.SortFunc(times, cmp.Compare[time.Duration])
+				b.ReportMetric(float64(times[len(times)/2].Microseconds()), "median-us")
+				b.ReportMetric(float64(times[len(times)*99/100].Microseconds()), "p99-us")
+			})
+		}
+	}
+}
