@@ -82,7 +82,7 @@ type Attester struct {
 	failures int
 	away     time.Time // since when no verifier answers, zero if one does
 
-	opening sync.Mutex // held while the TPM is opened, and taken before mu
+	opening sync.Mutex // held while the TPM is opened or closed, and taken before mu
 
 	mu     sync.Mutex
 	step   time.Time // when Run began its present step, zero while it waits
@@ -295,13 +295,15 @@ func (a *Attester) openTPM() error {
 // tpmFault closes the TPM after a command failed: the next attempt opens it
 // anew, with a new credential key, so the credential goes.
 func (a *Attester) tpmFault(err error) error {
+	a.opening.Lock()
+	defer a.opening.Unlock()
 	a.mu.Lock()
-	defer a.mu.Unlock()
+	hw := a.hw
 	a.drop()
-	a.facts.TPM = false
-	if a.hw != nil {
-		err = errors.Join(err, a.hw.Close())
-		a.hw = nil
+	a.hw, a.facts.TPM = nil, false
+	a.mu.Unlock()
+	if hw != nil { // closing takes TPM commands, so without a.mu
+		err = errors.Join(err, hw.Close())
 	}
 	return &fault{attest.ReasonTPMFault, err}
 }
