@@ -23,6 +23,7 @@ test: packages vet build
 	@echo "make test: PASS"
 
 bench: packages build
+	@echo "== attestation against its yardsticks"; $(GO) test ./attest/eventlog ./attest/quote ./attest/tpm -run '^$$' -bench Ratio
 	@bin/lab bench
 
 # The certificates of TPM makers are data beside the repository: where they are,

@@ -74,6 +74,8 @@ func (a *appraisal) separators() {
 			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, "PCR %d has %d separators, want 1", pcr, n)
 		case n == 1, pcr < 7 && low == 0:
 		case low == 0 && a.PCRs == nil:
+		case a.pcrs[pcr].events == 0 && a.PCRs[pcr] == nil:
+			a.findPCR(attest.SeverityDegrade, attest.ReasonLogSeparator, pcr, "PCR %d has neither a value nor an event: the log is a piece of one", pcr)
 		default:
 			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, "PCR %d has no separator: firmware did not end there as it must", pcr)
 		}
@@ -172,7 +174,11 @@ func (a *appraisal) ruleSeven(e *Event) {
 			rest = maxShimRest
 		}
 		v, err := parseVariable(e.Data, rest)
-		if err != nil {
+		switch {
+		case err != nil && e.Type == TypeVariableAuth: // no fact is drawn from it
+			a.findEvent(attest.SeverityWarn, attest.ReasonLogMalformed, e, "authority: %v", err)
+			return
+		case err != nil:
 			a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, "%v", err)
 			return
 		}

@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"strings"
 )
 
 // MaxValues bounds a file of PCR values, in bytes.
@@ -21,13 +22,13 @@ func ParseValues(data []byte) (map[Bank]map[int][]byte, error) {
 	}
 	out := make(map[Bank]map[int][]byte)
 	for name, pcrs := range text {
-		b, err := ParseBank(name)
+		b, err := ParseBank(strings.ToLower(name))
 		if err != nil {
 			continue
 		}
 		out[b] = make(map[int][]byte, len(pcrs))
 		for i, digits := range pcrs {
-			v, err := hex.DecodeString(digits)
+			v, err := hex.DecodeString(strings.TrimPrefix(digits, "0x"))
 			if err != nil || len(v) != b.Size() || i < 0 || i > 23 {
 				return nil, fmt.Errorf("PCR values: %s PCR %d: want an index of 0 to 23 and %d bytes in hexadecimal", b, i, b.Size())
 			}

@@ -21,7 +21,7 @@ import (
 type Input struct {
 	Key       *tpm.Signer
 	Message   []byte                           // TPMS_ATTEST, or TPM2B_ATTEST
-	Signature []byte                           // TPMT_SIGNATURE
+	Signature []byte                           // TPMT_SIGNATURE, or plain over SHA-256
 	Nonce     []byte                           // nil: not judged
 	Values    map[eventlog.Bank]map[int][]byte // nil: not judged
 	Log       *eventlog.Log                    // nil: not judged; needs Values
@@ -122,7 +122,7 @@ func (j *judgement) head() bool {
 
 func (j *judgement) signed() (ok bool) {
 	var err error
-	if j.signature, err = tpm.ParseSignature(j.Signature); err != nil {
+	if j.signature, err = j.Key.ParseSignature(j.Signature); err != nil {
 		return j.refuse(attest.ReasonSignatureInvalid, "%v", err)
 	}
 	j.report.Scheme, j.report.Hash = j.signature.Scheme, j.signature.Hash.String()

@@ -8,6 +8,7 @@ import (
 	_ "crypto/sha1"   // quotes of old machines
 	_ "crypto/sha512" // quotes in SHA-384
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/binary"
 	"encoding/pem"
 	"errors"
@@ -143,6 +144,28 @@ func ParseSignature(data []byte) (*Signature, error) {
 		return nil, fmt.Errorf("tpm signature: hash 0x%04x cannot be used", uint16(hash))
 	}
 	return out, nil
+}
+
+// ParseSignature reads a TPMT_SIGNATURE, or the plain form of tpm2-tools and
+// others, which is over SHA-256: an RSASSA signature as long as the modulus, or
+// an ECDSA signature in DER.
+func (s *Signer) ParseSignature(data []byte) (*Signature, error) {
+	sig, err := ParseSignature(data)
+	if err == nil {
+		return sig, nil
+	}
+	switch key := s.Key.(type) {
+	case *rsa.PublicKey:
+		if len(data) == key.Size() {
+			return &Signature{Hash: crypto.SHA256, Scheme: "rsassa", rsa: data}, nil
+		}
+	case *ecdsa.PublicKey:
+		var v struct{ R, S *big.Int }
+		if rest, bad := asn1.Unmarshal(data, &v); bad == nil && len(rest) == 0 {
+			return &Signature{Hash: crypto.SHA256, Scheme: "ecdsa", r: v.R, s: v.S}, nil
+		}
+	}
+	return nil, err
 }
 
 // Verify checks sig over data.

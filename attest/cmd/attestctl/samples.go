@@ -41,7 +41,7 @@ judge anyone's samples, without a device or a server
   ek        endorsement key certificate, DER or PEM, as the TPM keeps it; by the
             makers' certificates built into this program, or those in -roots
   quote     AK is a public key as PEM, TPMT_PUBLIC, TPM2B_PUBLIC or Windows key
-            blob; M a TPMS_ATTEST, S a TPMT_SIGNATURE
+            blob; M a TPMS_ATTEST, S a TPMT_SIGNATURE or plain over SHA-256
 
 exit status: 0 pass, 1 refuse, 2 could not appraise
 
