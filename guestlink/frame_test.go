@@ -38,6 +38,12 @@ func outcome(r io.Reader) (frames int, name string) {
 				_, err = ParseConfig(f.Payload)
 			case TypeStatus:
 				_, err = ParseStatus(f.Payload)
+			case TypeTime:
+				_, err = ParseTime(f.Payload)
+			case TypePower:
+				_, err = ParsePower(f.Payload)
+			case TypeProbe:
+				_, err = ParseProbe(f.Payload)
 			}
 		}
 		if err == io.EOF {

@@ -47,20 +47,27 @@ func newWine(t *testing.T) wine {
 	if err := os.Mkdir(prefix, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	server := exec.Command("/usr/lib/wine/wineserver", "--persistent") // goes to the background
-	server.Env = w.env
-	if err := server.Run(); err != nil { // without pipes, which it would keep open
-		t.Fatalf("wineserver: %v", err)
-	}
 	boot := exec.Command("wine", "wineboot", "--init")
 	boot.Env = w.env
 	if err := boot.Run(); err != nil {
 		t.Fatalf("wineboot: %v", err)
 	}
+	// One program stays, so that the session and its service manager do.
+	session := exec.Command("wine", "cmd")
+	session.Env = w.env
+	stay, err := session.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := session.Start(); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
+		stay.Close()
 		c := exec.Command("/usr/lib/wine/wineserver", "-k", "-w") // of this prefix only
 		c.Env = w.env
 		c.Run()
+		session.Wait()
 	})
 	// Go's runtime wants ProcessPrng, which wine has only since 9.x.
 	system := filepath.Join(prefix, "drive_c", "windows", "system32", "bcryptprimitives.dll")
