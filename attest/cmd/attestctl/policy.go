@@ -285,7 +285,7 @@ func printPolicy(w io.Writer, b *policy.Bundle) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(w, "organisation  %s\nversion       %d\ndigest        %s\nsupersedes    %s\nin force from %s\n", b.Organization, b.Version, id.Digest, b.Supersedes, time.Unix(b.NotBefore, 0).UTC().Format(time.RFC3339))
+	fmt.Fprintf(w, "organisation  %s\nversion       %d\ndigest        %s\nsupersedes    %s\nin force from %s\n", b.Organization, b.Version, id.Digest, b.Supersedes, from(time.Unix(b.NotBefore, 0)))
 	for _, r := range b.References {
 		until := "no end"
 		if r.Until != 0 {
@@ -303,6 +303,14 @@ func printPolicy(w io.Writer, b *policy.Bundle) error {
 	return nil
 }
 
+// from says since when a policy may be in force.
+func from(t time.Time) string {
+	if t.Unix() <= 0 {
+		return "its publication"
+	}
+	return when(t)
+}
+
 func policyPublish(ctx context.Context, o *options, args []string) (any, error) {
 	data, err := readAtMost(args[0], policy.MaxBundle)
 	if err != nil {
@@ -312,7 +320,7 @@ func policyPublish(ctx context.Context, o *options, args []string) (any, error) 
 }
 
 func printPublished(w io.Writer, i fleet.PolicyInfo) error {
-	_, err := fmt.Fprintf(w, "%s: %s, in force from %s\n", i.PolicyID, i.State, when(i.NotBefore))
+	_, err := fmt.Fprintf(w, "%s: %s, in force from %s\n", i.PolicyID, i.State, from(i.NotBefore))
 	return err
 }
 
@@ -352,7 +360,7 @@ func printPolicyStatus(w io.Writer, s fleet.PolicyStatus) error {
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	for _, p := range s.Policies {
-		fmt.Fprintf(t, "%d\t%s\tfrom %s\t%d rules\t%s\t%s\n", p.Version, p.State, when(p.NotBefore), p.Rules, strings.Join(p.References, ", "), p.Digest)
+		fmt.Fprintf(t, "%d\t%s\tfrom %s\t%d rules\t%s\t%s\n", p.Version, p.State, from(p.NotBefore), p.Rules, strings.Join(p.References, ", "), p.Digest)
 	}
 	return t.Flush()
 }
