@@ -144,22 +144,23 @@ func short(s string) string {
 // Result is an attestation result: the claims of an EAR (draft-ietf-rats-ear)
 // that this project uses, in JSON. Only an affirming result opens anything.
 type Result struct {
-	Profile  string    `json:"eat_profile"`
-	IssuedAt int64     `json:"iat"`             // seconds since 1970
-	Verifier string    `json:"ear.verifier-id"` // name of the verifier
-	Status   Status    `json:"ear.status"`
-	Device   Digest    `json:"ueid"`
-	Nonce    []byte    `json:"eat_nonce,omitempty"`
-	Reason   Reason    `json:"sekisho.reason"`
-	Detail   string    `json:"sekisho.detail,omitempty"`    // one sentence
-	Findings []Finding `json:"sekisho.findings,omitempty"`  // all differences
-	Image    string    `json:"sekisho.image,omitempty"`     // name and version of the image that matched
-	Policy   *PolicyID `json:"sekisho.policy,omitempty"`    // nil: unsigned reference values only
-	Shadow   *Shadow   `json:"sekisho.shadow,omitempty"`    // only if it differs
-	Changes  []Change  `json:"sekisho.changes,omitempty"`   // since LastGood, if refused
-	LastGood *Digest   `json:"sekisho.last_good,omitempty"` // event log of the last affirmed boot
-	Firmware *Firmware `json:"sekisho.firmware,omitempty"`
-	Report   string    `json:"sekisho.report,omitempty"` // id of the stored report
+	Profile  string     `json:"eat_profile"`
+	IssuedAt int64      `json:"iat"`             // seconds since 1970
+	Verifier string     `json:"ear.verifier-id"` // name of the verifier
+	Status   Status     `json:"ear.status"`
+	Device   Digest     `json:"ueid"`
+	Nonce    []byte     `json:"eat_nonce,omitempty"`
+	Reason   Reason     `json:"sekisho.reason"`
+	Detail   string     `json:"sekisho.detail,omitempty"`    // one sentence
+	Findings []Finding  `json:"sekisho.findings,omitempty"`  // all differences
+	Image    string     `json:"sekisho.image,omitempty"`     // name and version of the image that matched
+	Events   []RunEvent `json:"sekisho.events,omitempty"`    // what was measured at run time, in order
+	Policy   *PolicyID  `json:"sekisho.policy,omitempty"`    // nil: unsigned reference values only
+	Shadow   *Shadow    `json:"sekisho.shadow,omitempty"`    // only if it differs
+	Changes  []Change   `json:"sekisho.changes,omitempty"`   // since LastGood, if refused
+	LastGood *Digest    `json:"sekisho.last_good,omitempty"` // event log of the last affirmed boot
+	Firmware *Firmware  `json:"sekisho.firmware,omitempty"`
+	Report   string     `json:"sekisho.report,omitempty"` // id of the stored report
 }
 
 // maxResult bounds ParseResult's input in bytes.

@@ -2,6 +2,7 @@ package verifier
 
 import (
 	"crypto/sha256"
+	"slices"
 	"testing"
 
 	"sekisho/attest"
@@ -77,6 +78,8 @@ func TestRunTimeEvents(t *testing.T) {
 			b.resign()
 			if out := Appraise(b.in); out.Result.Reason != c.want || (out.Result.Status == attest.StatusAffirming) != (c.want == attest.ReasonNone) {
 				t.Errorf("%s %s: %s, want %q", out.Result.Status, out.Result.Reason, out.Result.Detail, c.want)
+			} else if c.want == attest.ReasonNone && !slices.Equal(out.Result.Events, c.extended) {
+				t.Errorf("events %v, want %v", out.Result.Events, c.extended)
 			}
 		})
 	}

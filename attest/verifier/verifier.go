@@ -80,11 +80,13 @@ func Appraise(in Input) Outcome {
 	for _, check := range []func() error{a.addressee, a.signature, a.quote, a.binding, a.pcrs, a.clock, a.credentialKey, a.runTime, a.log, a.inForce, a.policy, a.rules} {
 		if err := check(); err != nil {
 			refuse(&out.Result, err, a.findings)
+			out.Result.Events = a.ran
 			a.complete(&out.Result)
 			return out
 		}
 	}
 	out.Result.Status, out.Result.Image, out.Result.Findings = attest.StatusAffirming, a.image, a.findings
+	out.Result.Events = a.ran
 	if a.complete(&out.Result); out.Result.Status != attest.StatusAffirming {
 		return out
 	}
@@ -129,6 +131,7 @@ type appraisal struct {
 	extra     attest.Digest
 	values    map[int]attest.Digest // as quoted
 	boot      map[int]attest.Digest // values without the run-time events
+	ran       []attest.RunEvent
 	certify   *ecdsa.PublicKey
 	events    *eventlog.Log
 	findings  []attest.Finding
@@ -275,7 +278,7 @@ func (a *appraisal) credentialKey() error {
 }
 
 func (a *appraisal) runTime() (err error) {
-	a.boot, _, err = runlog.AtBoot(a.values, a.in.Evidence.RunLog)
+	a.boot, a.ran, err = runlog.AtBoot(a.values, a.in.Evidence.RunLog)
 	return err
 }
 

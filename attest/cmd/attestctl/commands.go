@@ -140,6 +140,9 @@ func printResult(w io.Writer, r attest.Result) error {
 	if r.Image != "" {
 		fmt.Fprintf(t, "image\t%s\n", r.Image)
 	}
+	for _, e := range r.Events {
+		fmt.Fprintf(t, "event\t%s\n", e)
+	}
 	if r.Policy != nil {
 		fmt.Fprintf(t, "policy\t%s\n", r.Policy)
 	}
