@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"sekisho/attest"
+	"sekisho/attest/eventlog"
 	"sekisho/attest/policy"
 )
 
@@ -63,10 +64,10 @@ func (a *appraisal) facts(image string) policy.Facts {
 		f[policy.FactImage] = []string{image}
 		f[policy.FactImageVersion] = []string{image[strings.LastIndexByte(image, ' ')+1:]}
 	}
-	if v := secureBoot(a.events); v != "" {
-		f[policy.FactSecureBoot] = []string{v}
+	if v := a.events.SecureBoot(); v != eventlog.SecureBootUnknown {
+		f[policy.FactSecureBoot] = []string{v.String()}
 	}
-	if list, ok := forbidden(a.events); ok {
+	if list, ok := a.events.Forbidden(); ok {
 		f[policy.FactDBX] = list
 	}
 	if w := a.firmware(); w != nil {
@@ -97,7 +98,7 @@ func (a *appraisal) firmware() *attest.Firmware {
 		return nil
 	}
 	c := *w
-	c.Version = firmwareVersion(a.events)
+	c.Version = a.events.FirmwareVersion()
 	return &c
 }
 
@@ -162,7 +163,7 @@ func (a *appraisal) complete(r *attest.Result) {
 	if len(a.in.LastGood) > 0 && r.Status != attest.StatusAffirming {
 		digest := attest.Digest(sha256.Sum256(a.in.LastGood))
 		r.LastGood = &digest
-		r.Changes = Diff(a.in.LastGood, a.in.Evidence.EventLog)
+		r.Changes = eventlog.Diff(a.in.LastGood, a.in.Evidence.EventLog)
 	}
 }
 

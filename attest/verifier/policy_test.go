@@ -2,14 +2,10 @@ package verifier
 
 import (
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
-	"strings"
 	"testing"
 
 	"sekisho/attest"
-	"sekisho/attest/eventlog"
-	"sekisho/attest/eventlog/logtest"
 	"sekisho/attest/policy"
 )
 
@@ -111,117 +107,4 @@ func TestChangesSinceLastGood(t *testing.T) {
 	if r.Findings[0].Number != r.Changes[1].Number {
 		t.Errorf("event of the finding: %+v", r.Findings[0])
 	}
-}
-
-func TestDiff(t *testing.T) {
-	log := func(words ...string) []byte {
-		l := logtest.New()
-		for _, w := range words {
-			l.Add(5, 1, []byte(w), sha256.Sum256([]byte(w)))
-		}
-		return l.Bytes()
-	}
-	for _, c := range []struct {
-		a, b []string
-		want string
-	}{
-		{[]string{"a", "b", "c"}, []string{"a", "b", "c"}, ""},
-		{[]string{"a", "b", "c"}, []string{"a", "x", "c"}, "~x"},
-		{[]string{"a", "c"}, []string{"a", "b", "c"}, "+b"},
-		{[]string{"a", "b", "c"}, []string{"a", "c"}, "-b"},
-		{[]string{"a", "b"}, []string{"b", "a"}, "-a +a"},
-		{nil, []string{"a"}, "+a"},
-	} {
-		var got []string
-		for _, d := range Diff(log(c.a...), log(c.b...)) {
-			sign := "~"
-			if d.Was == "" {
-				sign = "+"
-			} else if d.Is == "" {
-				sign = "-"
-			}
-			got = append(got, sign+d.Event)
-		}
-		if s := strings.Join(got, " "); s != c.want {
-			t.Errorf("%v to %v: %q, want %q", c.a, c.b, s, c.want)
-		}
-	}
-}
-
-// uefiVariable is a UEFI_VARIABLE_DATA.
-func uefiVariable(guid, name string, content []byte) []byte {
-	b, err := hex.DecodeString(guid)
-	if err != nil {
-		panic(err)
-	}
-	b = binary.LittleEndian.AppendUint64(b, uint64(len(name)))
-	b = binary.LittleEndian.AppendUint64(b, uint64(len(content)))
-	for _, c := range name {
-		b = binary.LittleEndian.AppendUint16(b, uint16(c))
-	}
-	return append(b, content...)
-}
-
-func TestSecureBootIsDerivedOrUnknown(t *testing.T) {
-	on, off := uefiVariable(guidGlobal, "SecureBoot", []byte{1}), uefiVariable(guidGlobal, "SecureBoot", []byte{0})
-	add := func(l *logtest.Log, data []byte) { l.Add(7, typeVariable, data, sha256.Sum256(data)) }
-	for name, c := range map[string]struct {
-		build func(*logtest.Log)
-		want  string
-	}{
-		"on":                    {func(l *logtest.Log) { add(l, on); l.Separator(7) }, "on"},
-		"off":                   {func(l *logtest.Log) { add(l, off); l.Separator(7) }, "off"},
-		"no event":              {func(l *logtest.Log) { l.Separator(7) }, ""},
-		"twice":                 {func(l *logtest.Log) { add(l, on); add(l, off); l.Separator(7) }, ""},
-		"after the separator":   {func(l *logtest.Log) { l.Separator(7); add(l, on) }, ""},
-		"data not in digest":    {func(l *logtest.Log) { l.Add(7, typeVariable, on, sha256.Sum256(off)); l.Separator(7) }, ""},
-		"of another namespace":  {func(l *logtest.Log) { add(l, uefiVariable(guidSecurity, "SecureBoot", []byte{1})); l.Separator(7) }, ""},
-		"empty":                 {func(l *logtest.Log) { add(l, uefiVariable(guidGlobal, "SecureBoot", nil)); l.Separator(7) }, ""},
-		"neither on nor off":    {func(l *logtest.Log) { add(l, uefiVariable(guidGlobal, "SecureBoot", []byte{2})); l.Separator(7) }, ""},
-		"measured to PCR 1":     {func(l *logtest.Log) { l.Add(1, typeVariable, on, sha256.Sum256(on)); l.Separator(7) }, ""},
-		"length of the content": {func(l *logtest.Log) { add(l, append(on, 0)); l.Separator(7) }, ""},
-	} {
-		l := logtest.New()
-		c.build(l)
-		parsed, err := eventlog.Parse(l.Bytes())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := secureBoot(parsed); got != c.want {
-			t.Errorf("%s: %q, want %q", name, got, c.want)
-		}
-	}
-}
-
-func TestForbidden(t *testing.T) {
-	list := func(entries int) []byte {
-		b, _ := hex.DecodeString(guidSHA256)
-		b = binary.LittleEndian.AppendUint32(b, uint32(28+48*entries))
-		b = binary.LittleEndian.AppendUint32(b, 0)
-		b = binary.LittleEndian.AppendUint32(b, 48)
-		for i := range entries {
-			b = append(b, make([]byte, 16)...)
-			b = append(b, append([]byte{byte(i)}, make([]byte, 31)...)...)
-		}
-		return b
-	}
-	if got, ok := signatureLists(append(list(2), list(1)...)); !ok || len(got) != 3 || !strings.HasPrefix(got[1], "0100") {
-		t.Errorf("%v %v", got, ok)
-	}
-	for name, bad := range map[string][]byte{
-		"truncated": list(1)[:60], "no head": list(1)[:20], "size below head": append(list(0)[:16], make([]byte, 12)...),
-	} {
-		if _, ok := signatureLists(bad); ok {
-			t.Errorf("%s: accepted", name)
-		}
-	}
-}
-
-func FuzzSignatureLists(f *testing.F) {
-	f.Add(make([]byte, 28))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		signatureLists(data)
-		parseVariable(data)
-		label(data)
-	})
 }

@@ -11,9 +11,9 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/eventlog"
 	"sekisho/attest/policy"
 	"sekisho/attest/report"
-	"sekisho/attest/verifier"
 )
 
 const reportUsage = `usage: attestctl verify REPORT [-key FILE] [-policy-keys A,B [-threshold N]] [-json]
@@ -240,7 +240,7 @@ func diffReports(o *reportOptions, args []string, w io.Writer) (int, error) {
 		}
 		logs[i] = e.EventLog
 	}
-	changes := verifier.Diff(logs[0], logs[1])
+	changes := eventlog.Diff(logs[0], logs[1])
 	exit := exitPass
 	if len(changes) > 0 {
 		exit = exitRefuse
