@@ -143,11 +143,11 @@ func (a *appraisal) covers(e *Event) bool {
 		return bytes.Equal(a.Bank.Sum(buf[:0], data), want)
 	}
 	switch e.Type {
-	case TypeSeparator, TypeAction, TypeEFIAction, TypeGPT, TypeCRTMVersion, TypeVariableBoot2:
+	case TypeSeparator, TypeAction, TypeEFIAction, TypeGPT, TypeCRTMVersion:
 		return is(e.Data)
 	case TypeVariableConfig:
 		return is(e.Data) || e.PCR != 7 && a.coversValue(e, is)
-	case TypeVariableBoot:
+	case TypeVariableBoot, TypeVariableBoot2:
 		return is(e.Data) || a.coversValue(e, is) // EDK II before 2019 hashed the value alone
 	case TypeVariableAuth:
 		// shim before 15.3 logged one byte more than it hashed, see maxShimRest.
