@@ -47,12 +47,8 @@ func newWine(t *testing.T) wine {
 	if err := os.Mkdir(prefix, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	boot := exec.Command("wine", "wineboot", "--init")
-	boot.Env = w.env
-	if err := boot.Run(); err != nil {
-		t.Fatalf("wineboot: %v", err)
-	}
-	// One program stays, so that the session and its service manager do.
+	// One program stays from the first, so that there is one session with one
+	// service manager.
 	session := exec.Command("wine", "cmd")
 	session.Env = w.env
 	stay, err := session.StdinPipe()
@@ -69,6 +65,19 @@ func newWine(t *testing.T) wine {
 		c.Run()
 		session.Wait()
 	})
+	// The first program makes the prefix, and others fail until it is there.
+	ready := func() error {
+		c := exec.Command("wine", "cmd", "/c", "exit")
+		c.Env = w.env
+		return c.Run()
+	}
+	for limit := time.After(60 * time.Second); ready() != nil; {
+		select {
+		case <-limit:
+			t.Fatal("wine is not ready after 60 s")
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
 	// Go's runtime wants ProcessPrng, which wine has only since 9.x.
 	system := filepath.Join(prefix, "drive_c", "windows", "system32", "bcryptprimitives.dll")
 	if _, err := os.Stat(system); err != nil {
