@@ -367,3 +367,42 @@ func TestPowerCuts(t *testing.T) {
 }
 
 func sum(b []byte) attest.Digest { return sha256.Sum256(b) }
+
+// BenchmarkUnseal is the time to a disk key on swtpm, header check included.
+func BenchmarkUnseal(b *testing.B) {
+	signer, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		b.Fatal(err)
+	}
+	key, err := seal.NewReleaseKey(signer.Public())
+	if err != nil {
+		b.Fatal(err)
+	}
+	dev, err := tpm.Open(tpmtest.Start(b).Socket)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer dev.Close()
+	r, err := seal.SignPolicy(signer, &attest.ReferenceValues{PCRs: map[int]attest.Digest{7: {}, 11: {}}}, seal.FirstEpoch)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := dev.CreateRollbackCounter(r, key); err != nil {
+		b.Fatal(err)
+	}
+	v, _, _, err := seal.NewVolume(seal.PurposeDisk, header, func(s seal.Secret) (seal.Sealed, error) {
+		return dev.Seal(key, seal.PurposeDisk, nil, s)
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		secret, err := dev.Unseal(v.Sealed, r, key, v.Purpose)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := v.Open(secret, header); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
