@@ -27,6 +27,7 @@ const (
 	maxValues     = 8192 // of one rule: a dbx has some hundreds
 	maxReferences = 256
 	maxName       = 128
+	maxText       = 400 // bytes of a sentence or a value: results carry them
 )
 
 // Bundle is one version of an organisation's policy. Each version names the

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"reflect"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -198,6 +199,22 @@ func TestEvaluate(t *testing.T) {
 	}
 }
 
+// TestManyFindings: a result stays small, and what is worst stays in it.
+func TestManyFindings(t *testing.T) {
+	var rules []Rule
+	for i := range maxRules {
+		r := Rule{ID: strconv.Itoa(i), Fact: FactImage, Op: OpEqual, Values: []string{"x"}, Severity: attest.SeverityWarn}
+		if i == maxRules-1 {
+			r.Severity = attest.SeverityBlock
+		}
+		rules = append(rules, r)
+	}
+	list := Evaluate(rules, nil)
+	if len(list) != maxFindings || Worst(list) != attest.StatusContraindicated {
+		t.Errorf("%d findings, %v", len(list), Worst(list))
+	}
+}
+
 func TestWorst(t *testing.T) {
 	f := func(s ...attest.Severity) (list []attest.Finding) {
 		for _, v := range s {
@@ -239,6 +256,7 @@ func TestParseRefuses(t *testing.T) {
 		"unknown operation": {`"op":"equal"`, `"op":"like"`},
 		"unknown severity":  {`"severity":"block"`, `"severity":"maybe"`},
 		"one language":      {"必要です。", ""},
+		"long text":         {"必要です。", strings.Repeat("長", 200)},
 		"no values":         {`["on"]`, `[]`},
 		"image without PCR": {`"11":`, `"10":`},
 		"two documents":     {`{"profile"`, `{} {"profile"`},

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -115,6 +116,14 @@ func (r Rule) validate() error {
 	if r.Why.JA == "" || r.Why.EN == "" {
 		errs = append(errs, errors.New("why: both ja and en are needed"))
 	}
+	for _, text := range []string{r.Why.JA, r.Why.EN, r.Do.JA, r.Do.EN} {
+		if len(text) > maxText {
+			errs = append(errs, fmt.Errorf("text of %d bytes, at most %d", len(text), maxText))
+		}
+	}
+	if slices.ContainsFunc(r.Values, func(v string) bool { return len(v) > maxText }) {
+		errs = append(errs, fmt.Errorf("value of over %d bytes", maxText))
+	}
 	switch {
 	case len(r.Values) == 0 || len(r.Values) > maxValues:
 		errs = append(errs, fmt.Errorf("%d values, want 1 to %d", len(r.Values), maxValues))
@@ -128,7 +137,11 @@ func (r Rule) validate() error {
 	return errors.Join(errs...)
 }
 
-// Evaluate returns a finding for each rule that facts do not meet.
+// maxFindings bounds what one result says; the most severe come first.
+const maxFindings = 32
+
+// Evaluate returns a finding for each rule that facts do not meet, the most
+// severe first.
 func Evaluate(rules []Rule, facts Facts) []attest.Finding {
 	var list []attest.Finding
 	for _, r := range rules {
@@ -153,7 +166,8 @@ func Evaluate(rules []Rule, facts Facts) []attest.Finding {
 		}
 		list = append(list, f.Explained())
 	}
-	return list
+	slices.SortStableFunc(list, func(a, b attest.Finding) int { return cmp.Compare(a.Severity, b.Severity) })
+	return list[:min(len(list), maxFindings)]
 }
 
 // met judges a fact and says in short what was expected of it.

@@ -303,3 +303,25 @@ func FuzzVerify(f *testing.F) {
 		}
 	})
 }
+
+// BenchmarkMake is what a report adds to an appraisal: encoding and two
+// signatures.
+func BenchmarkMake(b *testing.B) {
+	key, s := newKey(b), newSample(b, image)
+	out := verifier.Appraise(s.in)
+	for b.Loop() {
+		if _, _, err := Make(s.in, out, s.rec, org, time.Minute, key); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkVerify(b *testing.B) {
+	key, s := newKey(b), newSample(b, image)
+	data, _ := s.make(b, key)
+	for b.Loop() {
+		if _, err := Verify(data, &key.PublicKey, nil); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
