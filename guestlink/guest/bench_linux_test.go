@@ -88,19 +88,39 @@ func benchEnd(end, socket string) error {
 		fmt.Println("listening")
 		var wg sync.WaitGroup
 		wg.Go(func() { p.Run(ctx) })
-		p.Listen(ctx, l, func(_ bool, err error) { fmt.Fprintln(os.Stderr, err) })
+		p.Listen(ctx, wideListener{l}, func(_ bool, err error) { fmt.Fprintln(os.Stderr, err) })
 		wg.Wait()
 		fmt.Fprintf(os.Stderr, "%+v\n", p.Counters())
 		return nil
 	}
 	a := &Agent{
-		Dial: func(context.Context) (net.Conn, error) { return net.Dial("unix", socket) },
+		Dial: func(context.Context) (net.Conn, error) {
+			c, err := net.Dial("unix", socket)
+			return widen(c), err
+		},
 		Pump: packet.NewGuest(dev, func(c guestlink.Config) error { return Apply(name, "", c) }),
 		Log:  slog.New(slog.DiscardHandler), State: func(string) {},
 	}
 	a.Run(ctx)
 	fmt.Fprintf(os.Stderr, "%+v\n", a.Pump.Counters())
 	return nil
+}
+
+// widen gives a unix socket the buffer that package vsock asks for.
+func widen(c net.Conn) net.Conn {
+	if u, ok := c.(*net.UnixConn); ok {
+		if raw, err := u.SyscallConn(); err == nil {
+			raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 1<<20) })
+		}
+	}
+	return c
+}
+
+type wideListener struct{ net.Listener }
+
+func (l wideListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	return widen(c), err
 }
 
 // world is two namespaces with something between them.
