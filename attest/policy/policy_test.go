@@ -291,3 +291,25 @@ func FuzzOpen(f *testing.F) {
 		}
 	})
 }
+
+func FuzzParse(f *testing.F) {
+	good, err := json.Marshal(bundle(1, attest.Digest{}))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		b, err := Parse(data)
+		if err != nil {
+			return
+		}
+		enc, err := b.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := decode(enc); err != nil {
+			t.Error(err)
+		}
+		Evaluate(b.Rules, Facts{FactImage: {"x"}})
+	})
+}

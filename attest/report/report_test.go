@@ -325,3 +325,21 @@ func BenchmarkVerify(b *testing.B) {
 		}
 	}
 }
+
+func FuzzCheckToken(f *testing.F) {
+	key := newKey(f)
+	_, token := newSample(f, image).make(f, key)
+	f.Add(token)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if _, err := CheckToken(b, &key.PublicKey, Expect{Now: start}); err == nil {
+			t.Error("a token for nobody was accepted")
+		}
+		if payload, _, err := open(b, maxToken, earType, "", nil); err == nil {
+			c, err := decodeAs[Claims](payload)
+			if err == nil {
+				c.Appraisal()
+				c.Device()
+			}
+		}
+	})
+}
