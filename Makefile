@@ -4,11 +4,12 @@
 # Both install what they lack (Debian, as root); the logic is in Go: bin/lab, bin/mkimage.
 SHELL    := /bin/bash
 GO       := GOTOOLCHAIN=local CGO_ENABLED=0 go
-COMMANDS := $(patsubst %/main.go,./%,$(wildcard */cmd/*/main.go images/cmd/*/main.go images/lab/cmd/lab/main.go))
+COMMANDS := $(patsubst %/main.go,./%,$(wildcard */cmd/*/main.go images/lab/cmd/lab/main.go))
 VENDORS  := ../shared/corpus/attest/vendor-roots
 # Everything make run and make test start that is not in this repository.
 PACKAGES := ca-certificates iproute2 nftables procps kmod qemu-system-x86 ovmf swtpm swtpm-tools \
             dnsmasq-base sbsigntool syslinux syslinux-common mtools dosfstools tcpdump
+test: PACKAGES += wine wine64
 
 .PHONY: run test bench build packages vet clean
 run: packages build

@@ -25,16 +25,3 @@ func TestOuterQEMUStarts(t *testing.T) {
 		t.Fatalf("qemu -version: %v: %s", err, out)
 	}
 }
-
-func TestAbortLeap(t *testing.T) {
-	code := []byte{0xe8, 1, 2, 3, 4, 0x84, 0xc0, 0x74, 0x45, 0x09, 0xab, 0xd0, 0, 0, 0}
-	if i := abortLeap(code); i != 7 {
-		t.Errorf("found at %d, want 7", i)
-	}
-	if i := abortLeap(code[:10]); i != -1 {
-		t.Errorf("found at %d in code that ends before it", i)
-	}
-	if i := abortLeap(nil); i != -1 {
-		t.Errorf("found at %d in nothing", i)
-	}
-}
