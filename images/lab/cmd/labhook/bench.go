@@ -95,12 +95,12 @@ func through(ctx context.Context, inner netip.Addr, to netip.AddrPort, count int
 		return fmt.Errorf("tunnel: %w", err)
 	}
 	defer own.Close()
-	there, err := netlink.NewHandleAt(inside)
+	there, err := netlink.NewHandleAt(inside, unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("tunnel: %w", err)
 	}
 	defer there.Close()
-	here, err := netlink.NewHandleAt(own)
+	here, err := netlink.NewHandleAt(own, unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("tunnel: %w", err)
 	}
