@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"io"
-	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -355,10 +354,18 @@ func TestDifferential(t *testing.T) {
 		for k, v := range guest.Counters().Dropped {
 			got[k] += v
 		}
+		// A full queue may drop a bad packet before anybody has judged it.
 		lost := got["queue"]
+		for rule, n := range want {
+			if got[rule] > n || n-got[rule] > lost {
+				t.Fatalf("seed %d: dropped %v, want %v", seed, got, want)
+			}
+			lost -= n - got[rule]
+			delete(got, rule)
+		}
 		delete(got, "queue")
-		if !maps.Equal(got, want) {
-			t.Errorf("seed %d: dropped %v, want %v", seed, got, want)
+		if len(got) != 0 {
+			t.Errorf("seed %d: dropped for other reasons too: %v", seed, got)
 		}
 		next := map[int]int{} // by flow: how many of good are accounted for
 		for range len(good) - int(lost) {

@@ -51,7 +51,8 @@ func TestReconnectingGuestIsSlowedDown(t *testing.T) {
 			t.Error(err)
 		}
 		want := connectBurst + int(time.Minute/connectPause)
-		if l.count < want || l.count > want+1 || changes != l.count {
+		// At the deadline one more may be accepted, and closed before it counts.
+		if l.count < want || l.count > want+2 || changes < want || changes > l.count {
 			t.Errorf("%d connections and %d changes in a minute, want %d", l.count, changes, want)
 		}
 	})
