@@ -38,6 +38,11 @@ type AllowList struct {
 	// streams of allowed servers are followed in both directions. Empty means
 	// that every frame is judged, whoever sent it.
 	Surroundings []net.HardwareAddr
+	// Midway says that the capture began while connections were open: content
+	// of a connection to an allowed server whose beginning was not seen is
+	// counted as "midway" and not judged. A capture from the first frame on
+	// leaves it false.
+	Midway bool
 }
 
 // Leak is a frame that should not be there.

@@ -235,6 +235,19 @@ func TestLeaks(t *testing.T) {
 	}
 }
 
+func TestCaptureThatBeganMidway(t *testing.T) {
+	client, server, allow := netip.MustParseAddrPort("192.168.50.23:4433"), netip.MustParseAddrPort("203.0.113.20:443"), AllowList{
+		Servers: []netip.AddrPort{netip.MustParseAddrPort("203.0.113.20:443")}, Midway: true}
+	r := check(t, allow, tcp4(t, client, server, 10, "A", []byte("\x17\x03\x03\x00\x05hello")))
+	if !r.Clean() || r.Counts["midway"] != 1 {
+		t.Errorf("an open connection to the gateway: %+v", r)
+	}
+	other := netip.MustParseAddrPort("198.51.100.1:443")
+	if r := check(t, allow, tcp4(t, client, other, 10, "A", []byte("\x17\x03\x03\x00\x05hello"))); r.Clean() {
+		t.Error("an open connection to another address was let pass")
+	}
+}
+
 func TestSurroundingsAreNotJudged(t *testing.T) {
 	noise := ether(t, true, layers.EthernetTypeIPv4, ipv4("192.168.50.1", "192.168.50.23", layers.IPProtocolICMPv4), gopacket.Payload(make([]byte, 16)))
 	if r := check(t, allow, noise); r.Leaked != 1 {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"sekisho/images/lab"
+	"sekisho/images/lab/capture"
 	"sekisho/images/lab/hook"
 )
 
@@ -234,11 +235,11 @@ func captures(ctx context.Context, l *lab.Lab, args []string) error {
 	case len(args) == 2 && args[0] == "stop":
 		return l.StopCapture(ctx, args[1])
 	case (len(args) == 1 || len(args) == 2) && args[0] == "check":
-		file := l.UplinkCapture()
+		check := l.CheckUplink // from the first frame on
 		if len(args) == 2 {
-			file = args[1]
+			check = func() (capture.Report, error) { return lab.CheckFile(args[1]) }
 		}
-		r, err := lab.CheckFile(file)
+		r, err := check()
 		if err != nil {
 			return err
 		}
