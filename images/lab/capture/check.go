@@ -82,8 +82,12 @@ type Report struct {
 func (r *Report) Clean() bool { return r.Frames > 0 && r.Leaked == 0 }
 
 func (r *Report) String() string {
-	return fmt.Sprintf("%d frames: arp %d, nd %d, dhcp %d, tls %d in %d connections, leaked %d",
+	s := fmt.Sprintf("%d frames: arp %d, nd %d, dhcp %d, tls %d in %d connections, leaked %d",
 		r.Frames, r.Counts["arp"], r.Counts["nd"], r.Counts["dhcp"], r.Counts["tls"], total(r.Flows), r.Leaked)
+	if n := r.Counts["midway"]; n > 0 {
+		s += fmt.Sprintf(", not judged %d of connections begun before the capture", n)
+	}
+	return s
 }
 
 func total(m map[string]int) (n int) {
