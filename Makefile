@@ -1,6 +1,7 @@
 # make run   build everything, boot the laptop in the virtual lab, show the page
 # make test  every test, the real boots among them
 # make bench measurements for docs/performance.md
+# make fuzz  every fuzz target for FUZZTIME (default 10m), two at a time
 # Both install what they lack (Debian, as root); the logic is in Go: bin/lab, bin/mkimage.
 SHELL    := /bin/bash
 GO       := GOTOOLCHAIN=local CGO_ENABLED=0 go
@@ -11,7 +12,7 @@ PACKAGES := ca-certificates iproute2 nftables procps kmod qemu-system-x86 ovmf s
             dnsmasq-base sbsigntool syslinux syslinux-common mtools dosfstools tcpdump
 test: PACKAGES += wine wine64
 
-.PHONY: run test bench build packages vet clean
+.PHONY: run test bench fuzz build packages vet clean
 run: packages build
 	@bin/lab run
 
@@ -26,6 +27,12 @@ test: packages vet build
 bench: packages build
 	@echo "== attestation against its yardsticks"; $(GO) test ./attest/eventlog ./attest/quote ./attest/tpm -run '^$$' -bench Ratio
 	@bin/lab bench
+
+FUZZTIME ?= 10m
+fuzz:
+	@grep -rHo '^func Fuzz[[:alnum:]]*' --include=*_test.go attest guestlink hostos images netd | \
+	 sed -E 's#^(.*)/[^/]*:func #./\1 #' | xargs -P 2 -L 1 bash -o pipefail -c 'echo "== $$0 $$1"; \
+	   $(GO) test $$0 -run "^$$" -fuzz "^$$1\$$" -fuzztime $(FUZZTIME) -parallel 1 | grep -E "execs|^(---|FAIL|ok| )" | tail -3 || exit 255'
 
 # The certificates of TPM makers are data beside the repository: where they are,
 # they take the place of the empty attest/ek/bundle.pem (docs/attest.md).
