@@ -101,6 +101,7 @@ type trouble struct {
 type wanted struct {
 	open   bool
 	source netip.Addr
+	link   string
 	until  time.Time
 }
 

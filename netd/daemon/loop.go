@@ -158,7 +158,7 @@ func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 		d.Log.Info("state", "state", state, "reason", reason, "detail", detail)
 	}
 	s.Uplink, s.Device = l.in.uplink, l.in.gate.DeviceID
-	want := wanted{open: affirming && state >= netd.Attesting, source: l.in.uplink.Address.Addr(), until: l.in.gate.NotAfter}
+	want := wanted{open: affirming && state >= netd.Attesting, source: l.in.uplink.Address.Addr(), link: l.in.uplink.Name, until: l.in.gate.NotAfter}
 	wish := want != d.want
 	d.want = want
 	first := !d.ready && l.sealed

@@ -63,7 +63,7 @@ func (d *Daemon) keepTunnel(ctx context.Context) {
 			continue
 		}
 		gateway := d.Organization.Gateways[attempt%len(d.Organization.Gateways)]
-		err := d.open(ctx, tunnel.Target{Gateway: gateway, Roots: roots, Until: want.until, Source: want.source})
+		err := d.open(ctx, tunnel.Target{Gateway: gateway, Roots: roots, Until: want.until, Source: want.source, Link: want.link})
 		if err == nil {
 			have, attempt = want, 0
 			d.setTrouble(trouble{})

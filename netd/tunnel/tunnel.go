@@ -21,6 +21,10 @@ type Target struct {
 	Credential *tls.Certificate // the laptop's
 	Until      time.Time        // when the session closes whatever happens
 	Source     netip.Addr       // the uplink's address
+	// Link is the uplink's device. A session's sockets are bound to it
+	// (SO_BINDTODEVICE), so that a session that drains keeps its own uplink
+	// when another is preferred. Empty binds to none.
+	Link string
 }
 
 // Assignment is what the gateway gave.

@@ -206,7 +206,7 @@ func (d *Driver) open(ctx context.Context, to tunnel.Target) (*session, error) {
 // certificate of the organisation for its name, and that only algorithms of the
 // list in force were used.
 func dial(ctx context.Context, to tunnel.Target) (*tls.Conn, error) {
-	dialer := net.Dialer{KeepAlive: -1} // the stream has its own signs of life
+	dialer := net.Dialer{KeepAlive: -1, Control: tunnel.BindToLink(to.Link)} // the stream has its own signs of life
 	if to.Source.IsValid() {
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(to.Source, 0))
 	}
