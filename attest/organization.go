@@ -50,6 +50,53 @@ type Organization struct {
 	Verifiers  []Endpoint `json:"verifiers"`
 	Gateways   []Endpoint `json:"gateways"`
 	WorkDomain WorkDomain `json:"work_domain"`
+	Office     *Office    `json:"office,omitempty"` // absent: no LAN is ever an office
+}
+
+// Beacon is the server that proves a LAN to be one of the organisation's.
+type Beacon struct {
+	Endpoint
+	Site string `json:"site"` // its certificate's one URI name is SiteURI of it
+}
+
+// Office says how a LAN is known to be an office of the organisation's.
+type Office struct {
+	CA      string   `json:"ca"` // PEM, roots for the beacons' certificates and for nothing else
+	Beacons []Beacon `json:"beacons"`
+	// StayInTunnel keeps the work domain in the tunnel in the office too.
+	StayInTunnel bool `json:"stay_in_tunnel,omitempty"`
+	// MaxRoundTripMS bounds the round trip to a beacon, in milliseconds; a
+	// relay from another place takes longer. DefaultRoundTripMS if absent.
+	MaxRoundTripMS int `json:"max_round_trip_ms,omitempty"`
+}
+
+// DefaultRoundTripMS is Office.MaxRoundTripMS unless the organisation says otherwise.
+const DefaultRoundTripMS = 5
+
+// SiteURI names an office in its beacon's certificate.
+func SiteURI(site string) string { return "urn:sekisho:site:" + site }
+
+// Roots returns the certificate pool made of o.CA.
+func (o *Office) Roots() (*x509.CertPool, error) { return roots("office: ca", o.CA) }
+
+func (o *Office) validate() error {
+	var errs []error
+	fail := func(format string, a ...any) { errs = append(errs, fmt.Errorf("organization: office: "+format, a...)) }
+	if _, err := o.Roots(); err != nil {
+		errs = append(errs, err)
+	}
+	if len(o.Beacons) == 0 || len(o.Beacons) > 1024 {
+		fail("%d beacons, want 1 to 1024", len(o.Beacons))
+	}
+	for i, b := range o.Beacons {
+		if !b.unicast() || b.ServerName == "" || b.Site == "" || len(b.Site) > 64 {
+			fail("beacons[%d]: want a unicast address with a port, a server_name, and a site of 1 to 64 bytes", i)
+		}
+	}
+	if o.MaxRoundTripMS < 0 || o.MaxRoundTripMS > 1000 {
+		fail("max_round_trip_ms %d: want 1 to 1000", o.MaxRoundTripMS)
+	}
+	return errors.Join(errs...)
 }
 
 // ParseOrganization reads and validates an Organization from JSON. Unknown
@@ -85,7 +132,7 @@ func (o *Organization) Validate() error {
 			fail("%s: %d entries, want 1 to 16", what, len(list))
 		}
 		for i, e := range list {
-			if !e.Address.IsValid() || e.Address.Port() == 0 || e.Address.Addr().IsLoopback() || e.Address.Addr().IsMulticast() || e.Address.Addr().IsUnspecified() {
+			if !e.unicast() {
 				fail("%s[%d]: address %s is not a unicast address with a port", what, i, e.Address)
 			}
 			if e.ServerName == "" {
@@ -99,12 +146,23 @@ func (o *Organization) Validate() error {
 	if f := o.WorkDomain.Firmware; f != FirmwareUEFI && f != FirmwareBIOS {
 		fail("work_domain: firmware %q: want %q or %q", f, FirmwareUEFI, FirmwareBIOS)
 	}
+	if o.Office != nil {
+		errs = append(errs, o.Office.validate())
+	}
 	return errors.Join(errs...)
 }
 
+// unicast reports whether e is at an address that one host may have.
+func (e Endpoint) unicast() bool {
+	a := e.Address.Addr()
+	return e.Address.IsValid() && e.Address.Port() != 0 && !a.IsLoopback() && !a.IsMulticast() && !a.IsUnspecified()
+}
+
 // Roots returns the certificate pool made of o.CA.
-func (o *Organization) Roots() (*x509.CertPool, error) {
-	pool, rest, n := x509.NewCertPool(), []byte(o.CA), 0
+func (o *Organization) Roots() (*x509.CertPool, error) { return roots("ca", o.CA) }
+
+func roots(field, text string) (*x509.CertPool, error) {
+	pool, rest, n := x509.NewCertPool(), []byte(text), 0
 	for {
 		var b *pem.Block
 		if b, rest = pem.Decode(rest); b == nil {
@@ -112,13 +170,13 @@ func (o *Organization) Roots() (*x509.CertPool, error) {
 		}
 		c, err := x509.ParseCertificate(b.Bytes)
 		if err != nil {
-			return nil, fmt.Errorf("organization: ca: %w", err)
+			return nil, fmt.Errorf("organization: %s: %w", field, err)
 		}
 		pool.AddCert(c)
 		n++
 	}
 	if n == 0 {
-		return nil, errors.New("organization: ca: no certificate in it")
+		return nil, fmt.Errorf("organization: %s: no certificate in it", field)
 	}
 	return pool, nil
 }
