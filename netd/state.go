@@ -4,9 +4,9 @@
 //
 // The states, the zero value closed:
 //
-//	Dark ──► Linked ──► (Portal) ──► Attesting ──► Tunnel
-//	  ▲         └──────► (Office)                    │
-//	  └────────────────── any fault ─────────────────┘
+//	Dark ──► Linked ──► Attesting ──► Tunnel ◄──► Office
+//	  ▲         └──► Portal ──┘         │            │
+//	  └──────────────── any fault ──────┴────────────┘
 //
 // Nothing moves along these arrows by itself: Next derives the state from the
 // facts that hold now, and an event means only "derive it again".
@@ -22,23 +22,37 @@ import (
 const (
 	WorkLink   = guestlink.WorkLink // the work domain's packets; made by linkd
 	TunnelLink = "tun0"             // the tunnel's end; made by netd
+	OfficeLink = "office0"          // the way to the office's LAN; made by netd
 )
+
+// OfficeOuterLink is the outer end of OfficeLink, outside.
+const OfficeOuterLink = "office1"
 
 // State says how far the network is open.
 type State uint8
 
-// The states. 2 (Portal) and 5 (Office) are kept free.
+// The states, the more open the higher.
 const (
 	// Dark: no usable uplink, or the kernel does not hold what was planned.
 	Dark State = 0
 	// Linked: an uplink has a sound lease; attestation is not under way.
 	Linked State = 1
+	// Portal: somebody else answers in place of the organisation's servers, as
+	// a hotel's sign-in page does. Closed.
+	Portal State = 2
 	// Attesting: papers are shown. The verifier has not granted a credential
 	// yet, or the gateway has not opened the tunnel for it yet.
 	Attesting State = 3
 	// Tunnel: the work domain's packets go through the tunnel, and nowhere else.
 	Tunnel State = 4
+	// Office: the LAN is proven to be an office of the organisation's. The work
+	// domain reaches its networks directly, one-to-one translated, and all else
+	// through the tunnel as in the state Tunnel, while a session is open.
+	Office State = 5
 )
+
+// states lists them all.
+func states() []State { return []State{Dark, Linked, Portal, Attesting, Tunnel, Office} }
 
 func (s State) String() string {
 	switch s {
@@ -46,17 +60,21 @@ func (s State) String() string {
 		return "Dark"
 	case Linked:
 		return "Linked"
+	case Portal:
+		return "Portal"
 	case Attesting:
 		return "Attesting"
 	case Tunnel:
 		return "Tunnel"
+	case Office:
+		return "Office"
 	}
 	return fmt.Sprintf("State(%d)", uint8(s))
 }
 
 // ParseState is the inverse of State.String.
 func ParseState(s string) (State, error) {
-	for _, st := range []State{Dark, Linked, Attesting, Tunnel} {
+	for _, st := range states() {
 		if st.String() == s {
 			return st, nil
 		}
@@ -86,16 +104,26 @@ type Facts struct {
 	Affirming bool
 	// Session: a tunnel session is open and has assigned an inner address.
 	Session bool
+	// Office: a proof is in force that the uplink's LAN is an office, the inner
+	// address is known, and the organisation wants to leave the tunnel there.
+	Office bool
+	// Portal: on this uplink others answer in place of the organisation's
+	// servers, and none of these does. It never opens anything.
+	Portal bool
 }
 
-// Next derives the state. It is total, and Tunnel takes every fact but Asked:
-// a tunnel outlives attestd's restart until the credential lapses.
+// Next derives the state. It is total. Tunnel and Office take every fact but
+// Asked: they outlive attestd's restart until the credential lapses.
 func Next(f Facts) State {
 	switch {
 	case !f.Sealed, !f.Uplink:
 		return Dark
+	case f.Affirming && f.Office:
+		return Office
 	case f.Affirming && f.Session:
 		return Tunnel
+	case f.Portal:
+		return Portal
 	case f.Affirming, f.Asked:
 		return Attesting
 	}

@@ -7,33 +7,43 @@ import (
 )
 
 func TestNextOverAllFacts(t *testing.T) {
-	bit := func(n, i int) bool { return n>>i&1 == 1 }
-	for n := range 1 << 5 {
-		f := Facts{Sealed: bit(n, 0), Uplink: bit(n, 1), Asked: bit(n, 2), Affirming: bit(n, 3), Session: bit(n, 4)}
+	facts := func(n int) Facts {
+		bit := func(i int) bool { return n>>i&1 == 1 }
+		return Facts{Sealed: bit(0), Uplink: bit(1), Asked: bit(2), Affirming: bit(3), Session: bit(4), Office: bit(5), Portal: bit(6)}
+	}
+	for n := range 1 << 7 {
+		f := facts(n)
 		var want State
 		if f.Sealed && f.Uplink {
 			want = Linked
 			if f.Asked || f.Affirming {
 				want = Attesting
 			}
+			if f.Portal {
+				want = Portal
+			}
 			if f.Affirming && f.Session {
 				want = Tunnel
+			}
+			if f.Affirming && f.Office {
+				want = Office
 			}
 		}
 		if got := Next(f); got != want {
 			t.Errorf("Next(%+v) = %s, want %s", f, got, want)
 		}
-		// Losing a fact never opens anything.
-		for _, g := range []Facts{
-			{false, f.Uplink, f.Asked, f.Affirming, f.Session},
-			{f.Sealed, false, f.Asked, f.Affirming, f.Session},
-			{f.Sealed, f.Uplink, false, f.Affirming, f.Session},
-			{f.Sealed, f.Uplink, f.Asked, false, f.Session},
-			{f.Sealed, f.Uplink, f.Asked, f.Affirming, false},
-		} {
-			if Next(g) > Next(f) {
+		if open := Next(f) >= Tunnel; open && !(f.Sealed && f.Uplink && f.Affirming && (f.Session || f.Office)) {
+			t.Errorf("%+v opens", f)
+		}
+		// Losing a fact never opens anything, and a portal neither: losing that
+		// one only ever ends the state Portal.
+		for i := range 6 {
+			if g := facts(n &^ (1 << i)); Next(g) > Next(f) {
 				t.Errorf("Next(%+v) = %s, more open than %s for %+v", g, Next(g), Next(f), f)
 			}
+		}
+		if g := facts(n | 1<<6); Next(g) >= Tunnel && Next(g) != Next(f) {
+			t.Errorf("a portal opens %+v", g)
 		}
 	}
 	if Next(Facts{}) != Dark || State(0) != Dark {
@@ -42,7 +52,7 @@ func TestNextOverAllFacts(t *testing.T) {
 }
 
 func TestStateText(t *testing.T) {
-	for _, s := range []State{Dark, Linked, Attesting, Tunnel} {
+	for _, s := range states() {
 		b, err := json.Marshal(s)
 		if err != nil {
 			t.Fatal(err)

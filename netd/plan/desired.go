@@ -17,13 +17,15 @@ func (p Plan) String() string {
 }
 
 // Namespace is the complete desired configuration of one network namespace.
-// Addresses and routes of the links named in Links are exactly those listed;
-// other links are left alone.
+// Addresses and routes of the links named in Links are exactly those listed.
 type Namespace struct {
-	// Alone says that nobody else has a say in the namespace: nftables tables
-	// but Ruleset go, and IP rules but those that look up the tables local and
-	// main, so that routes in other tables lead nowhere. A gateway's namespace
-	// is its server's, and not its alone.
+	// Alone says that nobody else has a say in the namespace. Links that are
+	// not named are down, but for the loopback device, which has no address
+	// but its own; the table local holds what follows from the addresses and
+	// nothing else; nftables tables but Ruleset go, and IP rules but those that
+	// look up the tables local and main, so that routes in other tables lead
+	// nowhere. A gateway's namespace is its server's, and not its alone: other
+	// links are left as they are.
 	Alone     bool
 	Sysctls   []Sysctl
 	Ruleset   Ruleset
@@ -40,6 +42,8 @@ type Link struct {
 	Name string
 	Up   bool
 	MTU  int // bytes, 0 leaves it alone
+	// Maybe says that the link may be missing: others make it and take it away.
+	Maybe bool
 }
 
 // Address puts a prefix on a link, without the connected route that the
@@ -70,6 +74,10 @@ const (
 	Input   Hook = "input"
 	Output  Hook = "output"
 	Forward Hook = "forward"
+	// Prerouting and Postrouting stand outside of connection tracking, first
+	// and last (priority raw and its mirror), for address translation.
+	Prerouting  Hook = "prerouting"
+	Postrouting Hook = "postrouting"
 )
 
 // Chain is a base chain. Its policy is drop unless Open.
@@ -89,6 +97,10 @@ const (
 	// Clamp lowers the TCP maximum segment size to Rule.MSS and goes on with
 	// the next rule.
 	Clamp Verdict = 2
+	// RewriteSource and RewriteDestination put Rule.To in place of the address,
+	// whatever came before and without a memory, and go on with the next rule.
+	RewriteSource      Verdict = 3
+	RewriteDestination Verdict = 4
 )
 
 // Tracked is a connection-tracking state that a rule asks for.
@@ -108,6 +120,7 @@ type Protocol uint8
 const (
 	ICMP Protocol = 1
 	TCP  Protocol = 6
+	UDP  Protocol = 17
 )
 
 // Rule matches IPv4 packets by every field that is set.
@@ -119,7 +132,8 @@ type Rule struct {
 	DestinationPort     uint16
 	Tracked             Tracked
 	Verdict             Verdict
-	MSS                 uint16 // bytes, for Clamp: matches SYN packets only
+	MSS                 uint16     // bytes, for Clamp: matches SYN packets only
+	To                  netip.Addr // for RewriteSource and RewriteDestination
 }
 
 func (n Namespace) String() string {
@@ -138,6 +152,9 @@ func (n Namespace) String() string {
 		fmt.Fprintf(&b, "  link %s %s", l.Name, state)
 		if l.MTU != 0 {
 			fmt.Fprintf(&b, " mtu %d", l.MTU)
+		}
+		if l.Maybe {
+			b.WriteString(" if there")
 		}
 		b.WriteByte('\n')
 	}
@@ -187,6 +204,7 @@ func (r Rule) String() string {
 	add(r.Source.IsValid(), "src %s", r.Source)
 	add(r.Destination.IsValid(), "dst %s", r.Destination)
 	add(r.Protocol == TCP, "%s", "tcp")
+	add(r.Protocol == UDP, "%s", "udp")
 	add(r.Protocol == ICMP, "%s", "icmp")
 	add(r.SourcePort != 0, "sport %d", r.SourcePort)
 	add(r.DestinationPort != 0, "dport %d", r.DestinationPort)
@@ -197,6 +215,10 @@ func (r Rule) String() string {
 		w = append(w, "accept")
 	case Clamp:
 		w = append(w, fmt.Sprintf("syn mss<=%d", r.MSS))
+	case RewriteSource:
+		w = append(w, fmt.Sprintf("src:=%s", r.To))
+	case RewriteDestination:
+		w = append(w, fmt.Sprintf("dst:=%s", r.To))
 	default:
 		w = append(w, "drop")
 	}

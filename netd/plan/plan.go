@@ -10,12 +10,18 @@
 // no UDP at all passes them. ARP is not IP and is left alone. IPv6 is off on
 // uplinks for now.
 //
-// Inside, in the state Tunnel only, packets pass between work0 and tun0 if
-// they bear the inner address that the gateway assigned. The host itself says
-// nothing there.
+// Inside, in the states Tunnel and Office only, packets pass between work0 and
+// tun0 if they bear the inner address that the gateway assigned. The host itself
+// says nothing there.
+//
+// In the state Office there is a second way, for the office's networks only:
+// work0 ─ office0 ═ office1 ─ the proven uplink. Its two TUN devices are ends of
+// a pipe that netd holds: without netd, or without its proof, there is no pipe.
+// Outside, the inner address and the uplink's are put in each other's place.
 package plan
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 
@@ -35,11 +41,27 @@ type Situation struct {
 	// Endpoints are the verifiers and gateways: all that the host may talk to.
 	Endpoints []netip.AddrPort
 	// Inner is the inner address that the gateway assigned, MTU that of the
-	// inner packets in bytes. They count in the state Tunnel only.
+	// inner packets in bytes. They count in the states Tunnel and Office only.
 	Inner netip.Addr
 	MTU   int
-	// Work and Tun say whether work0 and tun0 exist.
-	Work, Tun bool
+	// Session says that a tunnel session is open; in the state Tunnel one is.
+	Session bool
+	// Networks are the office's, reached over the uplink in the state Office.
+	Networks []netip.Prefix
+	// Beacons are those on the uplink's own prefix, which the host may talk to.
+	Beacons []netip.AddrPort
+	// Work, Tun and Pipe say whether work0, tun0, and both ends of the pipe exist.
+	Work, Tun, Pipe bool
+}
+
+// office reports whether the way to the office's networks is open.
+func (in Situation) office() bool {
+	return in.State == netd.Office && in.Work && in.Pipe && in.Inner.Is4() && in.Uplink.Usable() && in.Uplink.Address.Addr() != in.Inner
+}
+
+// tunnel reports whether the way into the tunnel is open.
+func (in Situation) tunnel() bool {
+	return (in.State == netd.Tunnel || in.State == netd.Office && in.Session) && in.Work && in.Tun && in.Inner.Is4()
 }
 
 // Closed is the plan in which nothing passes.
@@ -74,9 +96,13 @@ func quiet(forward string) []Sysctl {
 }
 
 func outside(in Situation) Namespace {
+	forward := "0"
+	if in.office() {
+		forward = "1"
+	}
 	n := Namespace{
 		Alone:   true,
-		Sysctls: append(quiet("0"), Sysctl{"net/ipv4/tcp_mtu_probing", "1"}),
+		Sysctls: append(quiet(forward), Sysctl{"net/ipv4/tcp_mtu_probing", "1"}),
 		Ruleset: closed(),
 	}
 	up := in.Uplink
@@ -87,6 +113,9 @@ func outside(in Situation) Namespace {
 		}
 		n.Links = append(n.Links, l)
 	}
+	if in.Pipe {
+		n.Links = append(n.Links, Link{Name: netd.OfficeOuterLink, Up: in.office(), MTU: in.MTU})
+	}
 	if in.State == netd.Dark || !up.Usable() {
 		return n
 	}
@@ -96,12 +125,8 @@ func outside(in Situation) Namespace {
 	}
 	input, output := &n.Ruleset.Chains[0], &n.Ruleset.Chains[1]
 	input.Rules = []Rule{{In: up.Name, Protocol: ICMP, Tracked: Related, Verdict: Accept}}
-	endpoints := slices.Clone(in.Endpoints)
-	slices.SortFunc(endpoints, netip.AddrPort.Compare)
-	for _, e := range slices.Compact(endpoints) {
-		if !e.Addr().Is4() {
-			continue // uplinks have no IPv6 yet
-		}
+	endpoints := in.endpoints()
+	for _, e := range endpoints {
 		to := host(e.Addr())
 		r := Route{Destination: to, Via: up.Router, Link: up.Name}
 		if up.Address.Contains(e.Addr()) {
@@ -113,11 +138,71 @@ func outside(in Situation) Namespace {
 		output.Rules = append(output.Rules, Rule{Out: up.Name, Destination: to, Protocol: TCP, DestinationPort: e.Port(), Verdict: Accept})
 		input.Rules = append(input.Rules, Rule{In: up.Name, Source: to, Protocol: TCP, SourcePort: e.Port(), Tracked: Established, Verdict: Accept})
 	}
+	if in.office() {
+		officeOutside(in, endpoints, &n)
+	}
 	return n
 }
 
+// endpoints are all that the host may talk to on the present uplink, in order.
+func (in Situation) endpoints() []netip.AddrPort {
+	var out []netip.AddrPort
+	for _, e := range in.Endpoints {
+		if e.Addr().Is4() { // uplinks have no IPv6 yet
+			out = append(out, e)
+		}
+	}
+	for _, b := range in.Beacons {
+		if b.Addr().Is4() && in.Uplink.Address.Contains(b.Addr()) && b.Addr() != in.Uplink.Address.Addr() {
+			out = append(out, b)
+		}
+	}
+	slices.SortFunc(out, netip.AddrPort.Compare)
+	return slices.Compact(out)
+}
+
+// networks are the office's, in order.
+func (in Situation) networks() []netip.Prefix {
+	list := slices.SortedFunc(slices.Values(in.Networks), func(a, b netip.Prefix) int {
+		return cmp.Or(a.Addr().Compare(b.Addr()), a.Bits()-b.Bits())
+	})
+	return slices.Compact(list)
+}
+
+// officeOutside opens the way between the pipe and the proven uplink: for the
+// office's networks, in both directions, with the uplink's address in place of
+// the inner one. The host's own connections and DHCP share that address and
+// are left alone; the work domain does not reach the host's servers this way.
+func officeOutside(in Situation, endpoints []netip.AddrPort, n *Namespace) {
+	up, pipe, inner, own := in.Uplink, netd.OfficeOuterLink, host(in.Inner), host(in.Uplink.Address.Addr())
+	pre, post, forward := Chain{Hook: Prerouting, Open: true}, Chain{Hook: Postrouting, Open: true}, &n.Ruleset.Chains[2]
+	for _, e := range endpoints {
+		pre.Rules = append(pre.Rules, Rule{In: up.Name, Source: host(e.Addr()), Protocol: TCP, SourcePort: e.Port(), Verdict: Accept})
+		forward.Rules = append(forward.Rules, Rule{In: pipe, Destination: host(e.Addr()), Protocol: TCP, DestinationPort: e.Port()})
+	}
+	pre.Rules = append(pre.Rules, Rule{In: up.Name, Protocol: UDP, DestinationPort: 68, Verdict: Accept})
+	n.Routes = append(n.Routes, Route{Destination: inner, Link: pipe})
+	for _, net := range in.networks() {
+		r := Route{Destination: net, Via: up.Router, Link: up.Name}
+		if up.Address.Contains(net.Addr()) && net.Bits() >= up.Address.Bits() {
+			r.Via = netip.Addr{}
+		} else if local := up.Address.Masked(); net.Contains(local.Addr()) && !slices.Contains(in.Networks, local) {
+			n.Routes = append(n.Routes, Route{Destination: local, Link: up.Name})
+		}
+		if (r.Via.IsValid() || up.Address.Contains(net.Addr())) && !slices.Contains(n.Routes, r) {
+			n.Routes = append(n.Routes, r)
+		}
+		pre.Rules = append(pre.Rules, Rule{In: up.Name, Source: net, Destination: own, Verdict: RewriteDestination, To: in.Inner})
+		forward.Rules = append(forward.Rules,
+			Rule{In: pipe, Out: up.Name, Source: inner, Destination: net, Verdict: Accept},
+			Rule{In: up.Name, Out: pipe, Source: net, Destination: inner, Verdict: Accept})
+	}
+	post.Rules = []Rule{{Out: up.Name, Source: inner, Verdict: RewriteSource, To: up.Address.Addr()}}
+	n.Ruleset.Chains = append(n.Ruleset.Chains, pre, post)
+}
+
 func inside(in Situation) Namespace {
-	open := in.State == netd.Tunnel && in.Work && in.Tun && in.Inner.Is4()
+	open := in.tunnel() || in.office()
 	forward := "0"
 	if open {
 		forward = "1"
@@ -126,28 +211,47 @@ func inside(in Situation) Namespace {
 		Alone:   true,
 		Sysctls: quiet(forward),
 		Ruleset: closed(),
+		Links: []Link{
+			{Name: netd.TunnelLink, Up: in.tunnel(), MTU: in.MTU, Maybe: !in.Tun},
+			// Up also while closed: a write to a TUN that is down is an error to linkd.
+			{Name: netd.WorkLink, Up: true, MTU: in.MTU, Maybe: true},
+		},
 	}
-	if in.Tun {
-		n.Links = append(n.Links, Link{Name: netd.TunnelLink, Up: open, MTU: in.MTU})
-	}
-	if in.Work {
-		// Up also while closed: a write to a TUN that is down is an error to linkd.
-		n.Links = append(n.Links, Link{Name: netd.WorkLink, Up: true, MTU: in.MTU})
+	if in.Pipe {
+		n.Links = append(n.Links, Link{Name: netd.OfficeLink, Up: in.office(), MTU: in.MTU})
 	}
 	if !open {
 		return n
 	}
 	inner := host(in.Inner)
-	n.Routes = []Route{
-		{Destination: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Link: netd.TunnelLink},
-		{Destination: inner, Link: netd.WorkLink},
+	n.Routes = []Route{{Destination: inner, Link: netd.WorkLink}}
+	forwarded := &n.Ruleset.Chains[2]
+	way := func(link string, to netip.Prefix) {
+		n.Routes = append(n.Routes, Route{Destination: to, Link: link})
+		out, back := Rule{In: netd.WorkLink, Out: link, Source: inner, Verdict: Accept}, Rule{In: link, Out: netd.WorkLink, Destination: inner, Verdict: Accept}
+		if to.Bits() > 0 {
+			out.Destination, back.Source = to, to
+		}
+		forwarded.Rules = append(forwarded.Rules, out, back)
 	}
 	mss := uint16(in.MTU - 40) // IPv4 and TCP headers without options
-	n.Ruleset.Chains[2].Rules = []Rule{
-		{In: netd.WorkLink, Out: netd.TunnelLink, Protocol: TCP, Verdict: Clamp, MSS: mss},
-		{In: netd.TunnelLink, Out: netd.WorkLink, Protocol: TCP, Verdict: Clamp, MSS: mss},
-		{In: netd.WorkLink, Out: netd.TunnelLink, Source: inner, Verdict: Accept},
-		{In: netd.TunnelLink, Out: netd.WorkLink, Destination: inner, Verdict: Accept},
+	for _, w := range []struct {
+		link string
+		open bool
+		to   []netip.Prefix
+	}{
+		{netd.TunnelLink, in.tunnel(), []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0)}},
+		{netd.OfficeLink, in.office(), in.networks()},
+	} {
+		if !w.open {
+			continue
+		}
+		forwarded.Rules = append(forwarded.Rules,
+			Rule{In: netd.WorkLink, Out: w.link, Protocol: TCP, Verdict: Clamp, MSS: mss},
+			Rule{In: w.link, Out: netd.WorkLink, Protocol: TCP, Verdict: Clamp, MSS: mss})
+		for _, to := range w.to {
+			way(w.link, to)
+		}
 	}
 	return n
 }

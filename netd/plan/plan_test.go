@@ -20,7 +20,9 @@ var (
 )
 
 func situation(s netd.State) Situation {
-	return Situation{State: s, Links: []string{"eth1", "eth0"}, Uplink: uplink, Endpoints: ends, Inner: inner, MTU: 1400, Work: true, Tun: true}
+	return Situation{State: s, Links: []string{"eth1", "eth0"}, Uplink: uplink, Endpoints: ends, Inner: inner, MTU: 1400, Work: true, Tun: true, Pipe: true,
+		Networks: []netip.Prefix{netip.MustParsePrefix("192.168.50.0/24"), netip.MustParsePrefix("10.20.0.0/16")},
+		Beacons:  []netip.AddrPort{netip.MustParseAddrPort("192.168.50.9:8443"), netip.MustParseAddrPort("10.20.0.9:8443")}}
 }
 
 func TestGolden(t *testing.T) {
@@ -28,16 +30,22 @@ func TestGolden(t *testing.T) {
 	onLink.Endpoints = []netip.AddrPort{netip.MustParseAddrPort("192.168.50.9:8443"), netip.MustParseAddrPort("192.168.50.1:443")}
 	noWork := situation(netd.Tunnel)
 	noWork.Work = false
+	atDesk := situation(netd.Office)
+	atDesk.Session = true
+	away := situation(netd.Office)
+	away.Networks = []netip.Prefix{netip.MustParsePrefix("192.168.0.0/16")}
 	gw := MakeGateway(Gateway{Tun: "tunlg", LGWAN: "lgwan0", Self: netip.MustParseAddr("10.80.0.1"), Pool: netip.MustParsePrefix("10.80.0.0/16"), MTU: 1400})
 	for name, got := range map[string]string{
-		"closed":    Closed().String(),
-		"dark":      Make(situation(netd.Dark)).String(),
-		"linked":    Make(situation(netd.Linked)).String(),
-		"tunnel":    Make(situation(netd.Tunnel)).String(),
-		"on-link":   Make(onLink).String(),
-		"no-work":   Make(noWork).String(),
-		"attesting": Make(situation(netd.Attesting)).String(),
-		"gateway":   gw.String(),
+		"closed":       Closed().String(),
+		"dark":         Make(situation(netd.Dark)).String(),
+		"linked":       Make(situation(netd.Linked)).String(),
+		"tunnel":       Make(situation(netd.Tunnel)).String(),
+		"on-link":      Make(onLink).String(),
+		"no-work":      Make(noWork).String(),
+		"attesting":    Make(situation(netd.Attesting)).String(),
+		"office":       Make(atDesk).String(),
+		"office-alone": Make(away).String(),
+		"gateway":      gw.String(),
 	} {
 		path := filepath.Join("testdata", name+".txt")
 		if *update {
@@ -55,35 +63,49 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-// TestNothingOpensButTheTunnel checks, over every state and every missing
+// TestNothingOpensButTunnelAndOffice checks, over every state and every missing
 // piece, what must never be planned.
-func TestNothingOpensButTheTunnel(t *testing.T) {
+func TestNothingOpensButTunnelAndOffice(t *testing.T) {
 	for state := netd.State(0); state < 8; state++ {
-		for n := range 1 << 4 {
+		for n := range 1 << 6 {
 			s := situation(state)
-			if n&1 != 0 {
-				s.Work = false
-			}
-			if n&2 != 0 {
-				s.Tun = false
-			}
-			if n&4 != 0 {
+			s.Work, s.Tun, s.Pipe, s.Session = n&1 == 0, n&2 == 0, n&4 == 0, n&32 != 0
+			if n&8 != 0 {
 				s.Inner = netip.Addr{}
 			}
-			if n&8 != 0 {
+			if n&16 != 0 {
 				s.Uplink.Carrier = false
 			}
+			tunnel := s.Work && s.Tun && n&8 == 0 && (state == netd.Tunnel || state == netd.Office && s.Session)
+			office := s.Work && s.Pipe && n&24 == 0 && state == netd.Office
 			p := Make(s)
-			if open := len(p.Inside.Routes) > 0 || len(p.Inside.Ruleset.Chains[2].Rules) > 0; open != (state == netd.Tunnel && n&7 == 0) {
+			if open := len(p.Inside.Routes) > 0 || len(p.Inside.Ruleset.Chains[2].Rules) > 0; open != (tunnel || office) {
 				t.Errorf("state %s, pieces %b: inside open = %v", state, n, open)
 			}
 			for _, c := range append(p.Inside.Ruleset.Chains, p.Outside.Ruleset.Chains...) {
-				if c.Open {
+				if c.Open && c.Hook != Prerouting && c.Hook != Postrouting {
 					t.Errorf("state %s: chain %s is not closed by default", state, c.Hook)
 				}
 			}
-			if len(p.Inside.Addresses) > 0 || len(p.Outside.Ruleset.Chains[2].Rules) > 0 {
-				t.Errorf("state %s: an address inside, or forwarding outside", state)
+			if len(p.Inside.Addresses) > 0 {
+				t.Errorf("state %s: an address inside", state)
+			}
+			for _, r := range p.Inside.Routes {
+				if r.Link == netd.OfficeLink && !office || r.Link == netd.TunnelLink && !tunnel {
+					t.Errorf("state %s, pieces %b: inside %s", state, n, r)
+				}
+			}
+			if office {
+				for _, r := range p.Outside.Ruleset.Chains[2].Rules {
+					if r.Verdict != Drop && !(r.In == "eth0" && r.Out == netd.OfficeOuterLink && r.Source.IsValid() && r.Destination == host(inner) ||
+						r.In == netd.OfficeOuterLink && r.Out == "eth0" && r.Source == host(inner) && r.Destination.IsValid()) {
+						t.Errorf("state %s forwards outside: %s", state, r)
+					}
+				}
+				continue
+			}
+			if len(p.Outside.Ruleset.Chains) != 3 || len(p.Outside.Ruleset.Chains[2].Rules) > 0 || p.Outside.Sysctls[0].Value != "0" {
+				t.Errorf("state %s: forwarding outside", state)
 			}
 			for _, r := range p.Outside.Routes {
 				if !r.Destination.IsSingleIP() {
