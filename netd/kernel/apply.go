@@ -105,7 +105,7 @@ func (n *Namespace) changes(want plan.Namespace) ([]change, error) {
 	for _, l := range want.Links {
 		link, err := n.link.LinkByName(l.Name)
 		if err != nil {
-			if l.Up { // the rest of the plan is applied all the same; one that is gone is down
+			if l.Up && !l.Maybe { // the rest of the plan is applied all the same; one that is gone is down
 				add("link "+l.Name+" up", func() error { return err })
 			}
 			continue
@@ -134,6 +134,13 @@ func (n *Namespace) changes(want plan.Namespace) ([]change, error) {
 			return todo, err
 		}
 		todo = append(todo, c...)
+	}
+	if want.Alone {
+		c, err := n.strayChanges(want, present)
+		todo = append(todo, c...)
+		if err != nil {
+			return todo, fmt.Errorf("network namespace %s: %w", n.path, err)
+		}
 	}
 	return todo, nil
 }

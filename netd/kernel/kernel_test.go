@@ -4,6 +4,7 @@ package kernel_test
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -98,11 +99,19 @@ func TestApplyReadBackAndRepair(t *testing.T) {
 		{"ip", "rule", "add", "priority", "101", "from", "10.9.9.0/24", "lookup", "main"},
 		{"ip", "-6", "rule", "add", "priority", "100", "iif", "eth0", "lookup", "78"},
 		{"ip", "rule", "add", "priority", "32767", "lookup", "default"},
+		{"ip", "link", "add", "br0", "up", "type", "bridge"},
+		{"ip", "link", "set", "br0", "up"},
+		{"ip", "tuntap", "add", "stray", "mode", "tun"},
+		{"ip", "link", "set", "stray", "up"},
+		{"ip", "address", "add", "203.0.113.20/32", "dev", "lo"},
+		{"ip", "route", "add", "local", "203.0.113.20", "dev", "lo", "table", "local"},
+		{"ip", "route", "add", "10.0.0.0/8", "dev", "eth0", "table", "local"},
+		{"ip", "route", "add", "local", "10.9.9.9", "dev", "eth0", "table", "local"},
 		{"sysctl", "-qw", "net.ipv4.ip_forward=1"},
 		{"sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=0"},
 	} {
 		outside.Run(meddle[0], meddle[1:]...)
-		if o.Check(want.Outside) == nil {
+		if harmless := slices.Contains(meddle, "tuntap"); o.Check(want.Outside) == nil && !harmless {
 			t.Errorf("%v: not noticed", meddle)
 		}
 		if err := o.Apply(want.Outside); err != nil {
@@ -123,6 +132,39 @@ func TestApplyReadBackAndRepair(t *testing.T) {
 		t.Errorf("a shared namespace lost another's table (%v)", err)
 	}
 	outside.Run("nft", "delete table ip nat")
+
+	// The office: two more chains, translation with and without connections.
+	for _, l := range []struct {
+		n    *kernel.Namespace
+		name string
+	}{{o, netd.OfficeOuterLink}, {i, netd.OfficeLink}} {
+		dev, err := l.n.CreateTUN(l.name, 1400)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer dev.Close()
+	}
+	atDesk := situation
+	atDesk.State, atDesk.Session, atDesk.Pipe = netd.Office, true, true
+	atDesk.Networks = []netip.Prefix{netip.MustParsePrefix("192.168.50.0/24"), netip.MustParsePrefix("10.20.0.0/16")}
+	for range 2 {
+		if err := o.Apply(plan.Make(atDesk).Outside); err != nil {
+			t.Fatal(err)
+		}
+		if err := i.Apply(plan.Make(atDesk).Inside); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rules = outside.Run("nft", "list", "ruleset")
+	for _, line := range []string{
+		`ip daddr 192.168.50.23 ip daddr set 10.80.0.2`,
+		`oifname "eth0" ip saddr 10.80.0.2 ip saddr set 192.168.50.23`,
+		"type filter hook prerouting priority raw; policy accept;",
+	} {
+		if !strings.Contains(rules, line) {
+			t.Errorf("nft does not show %q in:\n%s", line, rules)
+		}
+	}
 
 	// Closing leaves nothing that carries a packet.
 	closed := plan.Closed()

@@ -82,20 +82,43 @@ func compile(r plan.Rule) []expr.Any {
 			equal([]byte{0x02}),
 			&expr.Immediate{Register: 1, Data: binary.BigEndian.AppendUint16(nil, r.MSS)},
 			&expr.Exthdr{SourceRegister: 1, Type: tcpOptionMSS, Offset: mssOffset, Len: mssLength, Op: expr.ExthdrOpTcpopt})
+	case plan.RewriteSource:
+		e = append(e, rewrite(12, r.To)...)
+	case plan.RewriteDestination:
+		e = append(e, rewrite(16, r.To)...)
 	default:
 		e = append(e, &expr.Verdict{Kind: expr.VerdictDrop})
 	}
 	return e
 }
 
-func hook(h plan.Hook) *nftables.ChainHook {
+// rewrite puts an address at an offset of the IPv4 header and mends its
+// checksum, at offset 10 there, and that of TCP or UDP, which cover the address
+// too (linux/netfilter/nf_tables.h, NFT_PAYLOAD_L4CSUM_PSEUDOHDR).
+func rewrite(offset uint32, to netip.Addr) []expr.Any {
+	a := to.As4()
+	return []expr.Any{
+		&expr.Immediate{Register: 1, Data: a[:]},
+		&expr.Payload{
+			OperationType: expr.PayloadWrite, SourceRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4,
+			CsumType: expr.CsumTypeInet, CsumOffset: 10, CsumFlags: unix.NFT_PAYLOAD_L4CSUM_PSEUDOHDR,
+		},
+	}
+}
+
+// place is where a chain of that hook stands.
+func place(h plan.Hook) (*nftables.ChainHook, *nftables.ChainPriority) {
 	switch h {
 	case plan.Input:
-		return nftables.ChainHookInput
+		return nftables.ChainHookInput, nftables.ChainPriorityFilter
 	case plan.Output:
-		return nftables.ChainHookOutput
+		return nftables.ChainHookOutput, nftables.ChainPriorityFilter
+	case plan.Prerouting: // before connection tracking
+		return nftables.ChainHookPrerouting, nftables.ChainPriorityRaw
+	case plan.Postrouting: // after it
+		return nftables.ChainHookPostrouting, nftables.ChainPriorityRef(-*nftables.ChainPriorityRaw)
 	}
-	return nftables.ChainHookForward
+	return nftables.ChainHookForward, nftables.ChainPriorityFilter
 }
 
 func policy(c plan.Chain) nftables.ChainPolicy {
@@ -114,9 +137,10 @@ func (n *Namespace) replaceRules(r plan.Ruleset) error {
 	n.nft.AddTable(table)
 	for _, c := range r.Chains {
 		p := policy(c)
+		hook, priority := place(c.Hook)
 		chain := n.nft.AddChain(&nftables.Chain{
 			Name: string(c.Hook), Table: table, Type: nftables.ChainTypeFilter,
-			Hooknum: hook(c.Hook), Priority: nftables.ChainPriorityFilter, Policy: &p,
+			Hooknum: hook, Priority: priority, Policy: &p,
 		})
 		for _, rule := range c.Rules {
 			n.nft.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: compile(rule)})
@@ -153,7 +177,8 @@ func (n *Namespace) holdsRules(r plan.Ruleset) (bool, error) {
 			return false, nil
 		}
 		c := chains[i]
-		if c.Type != nftables.ChainTypeFilter || c.Hooknum == nil || *c.Hooknum != *hook(want.Hook) || c.Policy == nil || *c.Policy != policy(want) || c.Priority == nil || *c.Priority != *nftables.ChainPriorityFilter {
+		hook, priority := place(want.Hook)
+		if c.Type != nftables.ChainTypeFilter || c.Hooknum == nil || *c.Hooknum != *hook || c.Policy == nil || *c.Policy != policy(want) || c.Priority == nil || *c.Priority != *priority {
 			return false, nil
 		}
 		rules, err := n.nft.GetRules(c.Table, c)
