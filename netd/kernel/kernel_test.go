@@ -217,6 +217,19 @@ func TestWatchAndLinks(t *testing.T) {
 		t.Error("carrier although the far end is down")
 	}
 	ns.Run("ip", "link", "set", "far", "up")
+	flaps := func() uint32 {
+		links, err := n.Links()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return links[slices.IndexFunc(links, func(l kernel.Link) bool { return l.Name == "eth0" })].Flaps
+	}
+	was := flaps()
+	ns.Run("ip", "link", "set", "far", "down")
+	ns.Run("ip", "link", "set", "far", "up")
+	if now := flaps(); now != was+2 {
+		t.Errorf("%d carrier changes after a flap, %d before it", now, was)
+	}
 	limit := time.After(10 * time.Second)
 	for !carrier() {
 		select {

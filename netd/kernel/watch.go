@@ -4,11 +4,13 @@ package kernel
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"sync"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -19,6 +21,10 @@ type Link struct {
 	Hardware net.HardwareAddr
 	Ethernet bool // an Ethernet device, real or one end of a veth pair
 	Carrier  bool // the far end is there (IFF_LOWER_UP, netdevice(7)); only known of a link that is up
+	// Flaps is how often the carrier came or went since the device was made
+	// (IFLA_CARRIER_CHANGES, linux/if_link.h): between two looks at Carrier the
+	// cable may have been in another LAN.
+	Flaps uint32
 }
 
 // Links lists the devices of the namespace but the loopback device.
@@ -26,6 +32,10 @@ func (n *Namespace) Links() ([]Link, error) {
 	list, err := n.link.LinkList()
 	if err != nil {
 		return nil, fmt.Errorf("network namespace %s: links: %w", n.path, err)
+	}
+	flaps, err := n.flaps()
+	if err != nil {
+		return nil, fmt.Errorf("network namespace %s: carrier changes: %w", n.path, err)
 	}
 	var out []Link
 	for _, l := range list {
@@ -38,9 +48,36 @@ func (n *Namespace) Links() ([]Link, error) {
 			Index: a.Index, Name: a.Name, Hardware: a.HardwareAddr,
 			Ethernet: a.EncapType == "ether" && (kind == "device" || kind == "veth"),
 			Carrier:  a.RawFlags&unix.IFF_LOWER_UP != 0,
+			Flaps:    flaps[a.Index],
 		})
 	}
 	return out, nil
+}
+
+// flaps returns the carrier changes of every link by its index; the netlink
+// package does not read them.
+func (n *Namespace) flaps() (map[int]uint32, error) {
+	out := map[int]uint32{}
+	return out, n.do(func() error {
+		req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
+		req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+		messages, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+		if err != nil {
+			return err
+		}
+		for _, m := range messages {
+			attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
+			if err != nil {
+				return err
+			}
+			for _, a := range attrs {
+				if a.Attr.Type == unix.IFLA_CARRIER_CHANGES && len(a.Value) == 4 {
+					out[int(nl.DeserializeIfInfomsg(m).Index)] = binary.NativeEndian.Uint32(a.Value)
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // Watch returns a channel that holds a value whenever a link, address or route
