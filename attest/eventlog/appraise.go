@@ -161,7 +161,7 @@ func (a *appraisal) digests() bool {
 		return false
 	}
 	for i := range a.Events {
-		if e := &a.Events[i]; e.digest(a.Bank) == nil {
+		if e := &a.Events[i]; e.DigestIn(a.Bank) == nil {
 			a.findEvent(attest.SeverityBlock, attest.ReasonLogNoSHA256, e, "it has no %s digest; the log can be judged by %v", a.Bank, a.report.Banks)
 			return false
 		}
@@ -214,7 +214,7 @@ func (a *appraisal) replay() {
 		e := &a.Events[i]
 		p := &a.pcrs[e.PCR]
 		p.events++
-		a.Bank.extend(&p.value, e.digest(a.Bank))
+		a.Bank.extend(&p.value, e.DigestIn(a.Bank))
 	}
 }
 
@@ -233,7 +233,7 @@ func (a *appraisal) from(pcr int, locality byte, more ...[]byte) []byte {
 	value[size-1] = locality
 	for i := range a.Events {
 		if e := &a.Events[i]; e.PCR == pcr {
-			a.Bank.extend(&value, e.digest(a.Bank))
+			a.Bank.extend(&value, e.DigestIn(a.Bank))
 		}
 	}
 	for _, d := range more {

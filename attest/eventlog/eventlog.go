@@ -97,8 +97,8 @@ func (e *Event) setDigest(b Bank, digest []byte) {
 	}
 }
 
-// digest returns the event's digest in a bank, nil if it has none.
-func (e *Event) digest(b Bank) []byte {
+// DigestIn returns the event's digest in a bank, nil if it has none.
+func (e *Event) DigestIn(b Bank) []byte {
 	switch {
 	case b == SHA1 && e.sha1 != nil:
 		return e.sha1[:]
@@ -138,7 +138,7 @@ func (l *Log) Banks() []Bank {
 // has reports whether every event has a digest in bank b.
 func (l *Log) has(b Bank) bool {
 	for i := range l.Events {
-		if l.Events[i].digest(b) == nil {
+		if l.Events[i].DigestIn(b) == nil {
 			return false
 		}
 	}

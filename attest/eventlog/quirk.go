@@ -72,7 +72,7 @@ func (a *appraisal) isHPE() bool {
 		switch {
 		case e.PCR == 0 && e.Type == TypeCRTMVersion:
 			rom = isHPEROM(e.Data)
-		case e.PCR == 7 && e.Type == TypeVariableConfig && bytes.Equal(e.digest(a.Bank), a.Bank.Sum(nil, e.Data)):
+		case e.PCR == 7 && e.Type == TypeVariableConfig && bytes.Equal(e.DigestIn(a.Bank), a.Bank.Sum(nil, e.Data)):
 			v, err := parseVariable(e.Data, 0)
 			if err == nil && v.guid == globalVariable && v.name == "PK" {
 				key = bytes.Contains(v.data, []byte("Hewlett Packard Enterprise"))

@@ -50,7 +50,7 @@ func (a *appraisal) separators() {
 		if e.PCR > 7 {
 			continue
 		}
-		d := e.digest(a.Bank)
+		d := e.DigestIn(a.Bank)
 		switch {
 		case bytes.Equal(d, zeros), bytes.Equal(d, ones):
 			count[e.PCR]++
@@ -110,7 +110,7 @@ func (a *appraisal) rules() {
 				severity, then = attest.SeverityWarn, "do not believe the version that it names"
 			}
 			f := a.findEvent(severity, attest.ReasonLogEventDigest, e, "its digest is not that of its data: %s", then)
-			f.Expected, f.Seen = hex.EncodeToString(e.digest(a.Bank)), hex.EncodeToString(a.Bank.Sum(nil, e.Data))
+			f.Expected, f.Seen = hex.EncodeToString(e.DigestIn(a.Bank)), hex.EncodeToString(a.Bank.Sum(nil, e.Data))
 			continue
 		}
 		switch {
@@ -137,7 +137,7 @@ func sipaTag(e *Event) bool {
 // covers recomputes e's digest if its type says that it is of its data
 // (section 10.4.1). Two forms are allowed where firmware of both is about.
 func (a *appraisal) covers(e *Event) bool {
-	want := e.digest(a.Bank)
+	want := e.DigestIn(a.Bank)
 	is := func(data []byte) bool {
 		var buf [64]byte
 		return bytes.Equal(a.Bank.Sum(buf[:0], data), want)

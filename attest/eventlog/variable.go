@@ -115,7 +115,7 @@ func (l *Log) secureBoot(b Bank) SecureBoot {
 			continue
 		}
 		seen++
-		if separated || len(v.data) != 1 || !bytes.Equal(b.Sum(nil, e.Data), e.digest(b)) {
+		if separated || len(v.data) != 1 || !bytes.Equal(b.Sum(nil, e.Data), e.DigestIn(b)) {
 			return SecureBootUnknown
 		}
 		switch v.data[0] {
