@@ -82,6 +82,7 @@ func words(ja, en, doJA, doEN string) Words {
 const (
 	retryJA, retryEN   = "端末が自動でやり直します。続く場合は通信経路と時刻を確認してください。", "The device tries again by itself; if this goes on, check the clock and the path to the verifier."
 	attackJA, attackEN = "通常の利用では起こりません。端末を隔離し、報告書を保存して調査してください。", "This does not happen in normal use; isolate the device, keep the report and investigate."
+	ticketJA, ticketEN = "新しい登録チケットを発行してください（attestctl enroll create）。", "Make a new enrolment ticket (attestctl enroll create)."
 	firmJA, firmEN     = "ファームウェアを更新してから再起動してください。続く場合はイベントログを添えて機器メーカーに連絡してください。", "Update the firmware and start again; if this goes on, send the event log to the maker."
 )
 
@@ -124,4 +125,22 @@ var reasonWords = map[Reason]Words{
 	ReasonSecureBoot:        words("セキュアブートの設定が承認された値と異なります。", "The Secure Boot settings differ from the approved ones.", "ファームウェア設定でセキュアブートを有効にし、鍵を組織のものに戻してください。", "Turn Secure Boot on in the firmware setup and restore the organisation's keys."),
 	ReasonPolicyRule:        words("組織のポリシーの規則を満たしていません。", "A rule of the organisation's policy is not met.", "規則の理由を確認し、その指示に従ってください。", "Read the rule's reason and do what it says."),
 	ReasonNoPolicy:          words("有効な署名済みポリシーがありません。", "No signed policy is in force.", "ポリシーを署名して公開してください（attestctl policy publish）。", "Sign and publish a policy (attestctl policy publish)."),
+	ReasonTicketUnknown:     words("登録チケットが無効です。", "The enrolment ticket is not one of this organisation's.", ticketJA, ticketEN),
+	ReasonTicketExpired:     words("登録チケットの有効期限が切れています。", "The enrolment ticket has expired.", ticketJA, ticketEN),
+	ReasonTicketUsed:        words("登録チケットは使い切られています。", "The enrolment ticket is used up.", ticketJA, ticketEN),
+	ReasonEKMissing:         words("TPM に使用できる EK 証明書がありません。", "The TPM has no EK certificate that can be used.", "機器メーカーの手順で EK 証明書を書き込むか、購入リストで登録してください。", "Have the maker's tool provision the certificate, or enrol by a purchase list."),
+	ReasonEKUntrusted:       words("EK 証明書が、信頼する TPM メーカーのものと確認できません。", "The EK certificate is not known to be a trusted TPM maker's.", "本物の TPM なら、そのメーカーの CA を確認のうえ固定リストに加えてください。", "If the TPM is genuine, verify its maker's CA and add it to the pinned list."),
+	ReasonEKMismatch:        words("EK 証明書は別の鍵のものです。", "The EK certificate is for another key.", attackJA, attackEN),
+	ReasonEKAttributes:      words("エンドースメント鍵が規定の種類ではありません。", "The endorsement key is not of a kind that can be used.", "TPM 2.0 の規定に合う TPM に交換してください。", "Use a device with a TPM that follows the TPM 2.0 profile."),
+	ReasonAKAttributes:      words("証明鍵が規定の形ではありません。", "The attestation key is not of the required template.", attackJA, attackEN),
+	ReasonChallengeFailed:   words("登録の確認に失敗しました。", "The answer to the enrolment's challenge is wrong.", attackJA, attackEN),
+	ReasonChallengeExpired:  words("登録の確認が時間切れになりました。", "The enrolment's challenge has expired.", retryJA, retryEN),
+	ReasonAlreadyEnrolled:   words("この端末または鍵はすでに登録されています。", "The device or its key is enrolled already.", "再登録には二人が署名した許可が必要です（attestctl permit）。", "To enrol it again, have a permit signed by two persons (attestctl permit)."),
+	ReasonRequestMalformed:  words("要求の形式が正しくありません。", "The request is malformed.", "端末のホスト領域を現在のリリースに更新してください。", "Update the device's host domain to the current release."),
+	ReasonBusy:              words("検証サーバーが混み合っています。", "The verifier is busy.", retryJA, retryEN),
+	ReasonNoTPM:             words("TPM が見つかりません。", "No TPM was found.", "ファームウェア設定で TPM 2.0 を有効にしてください。", "Enable TPM 2.0 in the firmware setup."),
+	ReasonTPMFault:          words("TPM を使用できません。", "The TPM cannot be used.", "電源を切ってから入れ直してください。続く場合は修理が必要です。", "Switch the device off and on; if this goes on, have it repaired."),
+	ReasonNoTicket:          words("端末が登録されておらず、登録チケットもありません。", "The device is not enrolled and has no ticket.", ticketJA, ticketEN),
+	ReasonUnreachable:       words("検証サーバーに接続できません。", "No verifier answers.", retryJA, retryEN),
+	ReasonState:             words("状態パーティションを使用できません。", "The state partition cannot be used.", "ディスクを点検するか、再インストールしてください。", "Check the disk or install the device again."),
 }

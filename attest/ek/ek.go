@@ -144,27 +144,21 @@ type Link struct {
 	NotAfter    time.Time `json:"notAfter"`
 }
 
-// Finding is one thing about a certificate.
-type Finding struct {
-	Code     attest.Reason   `json:"code"`
-	Severity attest.Severity `json:"severity"` // block: refused
-	Sentence string          `json:"sentence"`
-}
-
 // Report is what Judge found. The zero value refuses.
 type Report struct {
-	Accepted bool      `json:"-"`
-	Verdict  string    `json:"verdict"` // "pass" or "refuse"
-	Kind     Kind      `json:"kind"`
-	KeyType  string    `json:"keyType"`
-	Header   bool      `json:"nvHeader"`
-	Rest     int       `json:"trailingBytes"`
-	Chain    []Link    `json:"chain"` // the certificate first, the anchor last
-	Findings []Finding `json:"findings"`
+	Accepted bool            `json:"-"`
+	Verdict  string          `json:"verdict"` // "pass" or "refuse"
+	Kind     Kind            `json:"kind"`
+	KeyType  string          `json:"keyType"`
+	Header   bool            `json:"nvHeader"`
+	Rest     int             `json:"trailingBytes"`
+	Instance *Instance       `json:"instance,omitempty"` // of a virtual TPM of Google's cloud
+	Chain    []Link          `json:"chain"`              // the certificate first, the anchor last
+	Findings []attest.Remark `json:"findings"`
 }
 
-func (r *Report) find(s attest.Severity, code attest.Reason, format string, a ...any) {
-	r.Findings = append(r.Findings, Finding{code, s, fmt.Sprintf(format, a...)})
+func (r *Report) find(s attest.Severity, code attest.Reason, ja, en string, a ...any) {
+	r.Findings = append(r.Findings, attest.NewRemark(s, code, attest.Say(ja, en, a...)))
 }
 
 // Judge judges a certificate by the pinned ones. Accepted proves: the
@@ -173,33 +167,33 @@ func (r *Report) find(s attest.Severity, code attest.Reason, format string, a ..
 // or by one that a pinned certificate signed. Expiry is a warning: makers'
 // certificates expire while their TPMs live on.
 func Judge(c *Certificate, roots *Roots, now time.Time) *Report {
-	r := &Report{Kind: c.Kind(), KeyType: c.KeyType(), Header: c.Header, Rest: c.Rest, Findings: []Finding{}}
+	r := &Report{Kind: c.Kind(), KeyType: c.KeyType(), Header: c.Header, Rest: c.Rest, Instance: c.instance(), Findings: []attest.Remark{}}
 	block, warn := attest.SeverityBlock, attest.SeverityWarn
 	switch {
 	case r.Kind == KindCA:
-		r.find(block, attest.ReasonEKUntrusted, "certificate of %q is a CA's and no endorsement key's", c.Subject)
+		r.find(block, attest.ReasonEKUntrusted, "%q の証明書は CA のもので、エンドースメント鍵のものではありません。", "certificate of %q is a CA's and no endorsement key's", c.Subject)
 	case r.Kind == KindIDevID:
-		r.find(warn, attest.ReasonEKAttributes, "certificate of a device identity with a key of type %s; it is no endorsement key's and no TPM enrols with it", r.KeyType)
+		r.find(warn, attest.ReasonEKAttributes, "種類 %s の鍵を持つ機器識別用の証明書です。エンドースメント鍵のものではなく、TPM の登録には使えません。", "certificate of a device identity with a key of type %s; it is no endorsement key's and no TPM enrols with it", r.KeyType)
 	case c.PublicKey == nil:
-		r.find(block, attest.ReasonEKAttributes, "key of type %s cannot be used; this TPM cannot enrol", r.KeyType)
+		r.find(block, attest.ReasonEKAttributes, "種類 %s の鍵は使用できません。この TPM は登録できません。", "key of type %s cannot be used; this TPM cannot enrol", r.KeyType)
 	case c.KeyUsage != 0 && c.KeyUsage&(x509.KeyUsageKeyEncipherment|x509.KeyUsageKeyAgreement) == 0:
-		r.find(warn, attest.ReasonEKAttributes, "key is for signing, not for endorsement: perhaps an attestation key's certificate")
+		r.find(warn, attest.ReasonEKAttributes, "署名用の鍵で、エンドースメント用ではありません。証明鍵の証明書かもしれません。", "key is for signing, not for endorsement: perhaps an attestation key's certificate")
 	}
 	if now.Before(c.NotBefore) {
-		r.find(block, attest.ReasonEKUntrusted, "certificate is valid from %s; check the clock", c.NotBefore.UTC().Format(time.DateOnly))
+		r.find(block, attest.ReasonEKUntrusted, "証明書の有効期間は %s からです。時計を確認してください。", "certificate is valid from %s; check the clock", c.NotBefore.UTC().Format(time.DateOnly))
 	}
 	if now.After(c.NotAfter) {
-		r.find(warn, attest.ReasonEKUntrusted, "certificate expired on %s", c.NotAfter.UTC().Format(time.DateOnly))
+		r.find(warn, attest.ReasonEKUntrusted, "証明書の有効期限は %s に切れています。", "certificate expired on %s", c.NotAfter.UTC().Format(time.DateOnly))
 	}
 	chain, err := roots.chain(c.Certificate)
 	for i, link := range chain {
 		r.Chain = append(r.Chain, newLink(link))
 		if i > 0 && now.After(link.NotAfter) {
-			r.find(warn, attest.ReasonEKUntrusted, "certificate of its issuer %q expired on %s", link.Subject, link.NotAfter.UTC().Format(time.DateOnly))
+			r.find(warn, attest.ReasonEKUntrusted, "発行者 %q の証明書の有効期限は %s に切れています。", "certificate of its issuer %q expired on %s", link.Subject, link.NotAfter.UTC().Format(time.DateOnly))
 		}
 	}
 	if err != nil {
-		r.find(block, attest.ReasonEKUntrusted, "certificate by %q: %v; add its CA to ek_roots if you trust it", c.Issuer, err)
+		r.find(block, attest.ReasonEKUntrusted, "%q が発行した証明書を検証できません（%v）。信頼するなら CA を ek_roots に加えてください。", "certificate by %q: %v; add its CA to ek_roots if you trust it", c.Issuer, err)
 	}
 	r.Accepted, r.Verdict = true, "pass"
 	for _, f := range r.Findings {
@@ -231,7 +225,7 @@ func Check(key *tpm.Public, raw []byte, roots *Roots, now time.Time) error {
 	}
 	report := Judge(c, roots, now)
 	if report.Kind == KindIDevID {
-		return attest.Refuse(attest.ReasonEKUntrusted, "%s", report.Findings[0].Sentence)
+		return attest.Refuse(attest.ReasonEKUntrusted, "%s", report.Findings[0].Sentence.EN)
 	}
 	public, err := key.Key()
 	if err != nil {
@@ -242,7 +236,7 @@ func Check(key *tpm.Public, raw []byte, roots *Roots, now time.Time) error {
 	}
 	for _, f := range report.Findings {
 		if f.Severity == attest.SeverityBlock {
-			return attest.Refuse(f.Code, "EK %s", f.Sentence)
+			return attest.Refuse(f.Code, "EK %s", f.Sentence.EN)
 		}
 	}
 	return nil

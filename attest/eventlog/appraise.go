@@ -3,7 +3,6 @@ package eventlog
 import (
 	"bytes"
 	"encoding/hex"
-	"fmt"
 
 	"sekisho/attest"
 )
@@ -44,18 +43,6 @@ type PCRReport struct {
 	State    State  `json:"state,omitempty"`
 }
 
-// Finding is one thing that a log does which a good log does not, or which a
-// reader should know.
-type Finding struct {
-	Code     attest.Reason   `json:"code"`
-	Severity attest.Severity `json:"severity"` // block: the log is refused
-	PCR      *int            `json:"pcr,omitempty"`
-	Event    *int            `json:"event,omitempty"` // position in the log, the header being 0
-	Expected string          `json:"expected,omitempty"`
-	Seen     string          `json:"seen,omitempty"`
-	Sentence string          `json:"sentence"`
-}
-
 // Verdict is the outcome of an appraisal. The zero value refuses.
 type Verdict uint8
 
@@ -77,20 +64,20 @@ func (v Verdict) MarshalText() ([]byte, error) { return []byte(v.String()), nil 
 
 // Report is what Appraise found.
 type Report struct {
-	Verdict    Verdict     `json:"verdict"`
-	SecureBoot SecureBoot  `json:"secureBoot"`
-	Format     Format      `json:"format"`
-	Bank       Bank        `json:"bank"`
-	Banks      []Bank      `json:"banks"` // that the log can be judged by
-	Events     int         `json:"events"`
-	Proven     bool        `json:"proven"` // PCR values were given and the verdict is pass
-	PCRs       []PCRReport `json:"pcrs"`
-	Findings   []Finding   `json:"findings"`
+	Verdict    Verdict         `json:"verdict"`
+	SecureBoot SecureBoot      `json:"secureBoot"`
+	Format     Format          `json:"format"`
+	Bank       Bank            `json:"bank"`
+	Banks      []Bank          `json:"banks"` // that the log can be judged by
+	Events     int             `json:"events"`
+	Proven     bool            `json:"proven"` // PCR values were given and the verdict is pass
+	PCRs       []PCRReport     `json:"pcrs"`
+	Findings   []attest.Remark `json:"findings"`
 }
 
 // Unreadable is the report on a log that Read refused with err.
 func Unreadable(err *attest.Refusal) *Report {
-	return &Report{Findings: []Finding{{Code: err.Reason, Sentence: err.Detail}}, PCRs: []PCRReport{}, Banks: []Bank{}}
+	return &Report{Findings: []attest.Remark{err.Remark()}, PCRs: []PCRReport{}, Banks: []Bank{}}
 }
 
 // appraisal is an Appraise under way.
@@ -115,7 +102,7 @@ type pcrState struct {
 // degrade prove what Check lists. Without Complete, the same is proven for PCR
 // 0 to 9 and for every other PCR that has events.
 func (l *Log) Appraise(o Options) *Report {
-	r := &Report{Format: l.Format, Bank: o.Bank, Banks: l.Banks(), Events: l.count, PCRs: []PCRReport{}, Findings: []Finding{}}
+	r := &Report{Format: l.Format, Bank: o.Bank, Banks: l.Banks(), Events: l.count, PCRs: []PCRReport{}, Findings: []attest.Remark{}}
 	a := &appraisal{Log: l, Options: o, report: r}
 	if a.digests() {
 		a.locality()
@@ -135,20 +122,24 @@ func (l *Log) Appraise(o Options) *Report {
 	return r
 }
 
+func say(ja, en string, a ...any) attest.Text { return attest.Say(ja, en, a...) }
+
+func joined(a, b attest.Text) attest.Text { return attest.Text{JA: a.JA + b.JA, EN: a.EN + b.EN} }
+
 // find adds a finding on the whole log.
-func (a *appraisal) find(severity attest.Severity, code attest.Reason, format string, args ...any) *Finding {
-	a.report.Findings = append(a.report.Findings, Finding{Code: code, Severity: severity, Sentence: fmt.Sprintf(format, args...)})
+func (a *appraisal) find(severity attest.Severity, code attest.Reason, what attest.Text) *attest.Remark {
+	a.report.Findings = append(a.report.Findings, attest.NewRemark(severity, code, what))
 	return &a.report.Findings[len(a.report.Findings)-1]
 }
 
-func (a *appraisal) findPCR(severity attest.Severity, code attest.Reason, pcr int, format string, args ...any) *Finding {
-	f := a.find(severity, code, format, args...)
+func (a *appraisal) findPCR(severity attest.Severity, code attest.Reason, pcr int, what attest.Text) *attest.Remark {
+	f := a.find(severity, code, what)
 	f.PCR = &pcr
 	return f
 }
 
-func (a *appraisal) findEvent(severity attest.Severity, code attest.Reason, e *Event, format string, args ...any) *Finding {
-	f := a.findPCR(severity, code, e.PCR, "event %d: %s", e.Number, fmt.Sprintf(format, args...))
+func (a *appraisal) findEvent(severity attest.Severity, code attest.Reason, e *Event, what attest.Text) *attest.Remark {
+	f := a.findPCR(severity, code, e.PCR, joined(say("イベント %d：", "event %d: ", e.Number), what))
 	n := e.Number
 	f.Event = &n
 	return f
@@ -157,20 +148,20 @@ func (a *appraisal) findEvent(severity attest.Severity, code attest.Reason, e *E
 // digests reports whether the log can be replayed in the bank at all.
 func (a *appraisal) digests() bool {
 	if a.Bank.Size() == 0 {
-		a.find(attest.SeverityBlock, attest.ReasonLogNoSHA256, "bank %s cannot be replayed", a.Bank)
+		a.find(attest.SeverityBlock, attest.ReasonLogNoSHA256, say("バンク %s は再現できません。", "bank %s cannot be replayed", a.Bank))
 		return false
 	}
 	for i := range a.Events {
 		if e := &a.Events[i]; e.DigestIn(a.Bank) == nil {
-			a.findEvent(attest.SeverityBlock, attest.ReasonLogNoSHA256, e, "it has no %s digest; the log can be judged by %v", a.Bank, a.report.Banks)
+			a.findEvent(attest.SeverityBlock, attest.ReasonLogNoSHA256, e, say("%s のダイジェストがありません。このログは %v で判定できます。", "it has no %s digest; the log can be judged by %v", a.Bank, a.report.Banks))
 			return false
 		}
 	}
 	if a.Bank == SHA1 {
-		a.find(attest.SeverityWarn, attest.ReasonLogNoSHA256, "SHA-1 can be forged; set the TPM to SHA-256 in the firmware")
+		a.find(attest.SeverityWarn, attest.ReasonLogNoSHA256, say("SHA-1 は偽造できます。", "SHA-1 can be forged")).Action = attest.ReasonLogNoSHA256.Words().Action
 	}
 	if a.PCRs == nil {
-		a.find(attest.SeverityWarn, attest.ReasonPCRSelection, "no PCR values to compare with: the log's form was judged, nothing in it is proven")
+		a.find(attest.SeverityWarn, attest.ReasonPCRSelection, say("比較する PCR の値がありません。形式だけを判定し、内容は何も証明されていません。", "no PCR values to compare with: the log's form was judged, nothing in it is proven")).Action = attest.Text{JA: "証明された PCR の値を -pcrs で指定してください。", EN: "Give the PCR values that a quote proves with -pcrs."}
 	}
 	return true
 }
@@ -195,7 +186,7 @@ func (a *appraisal) locality() {
 			continue
 		}
 		if e.PCR != 0 || e.Number > first || a.pcrs[0].locality || len(e.Data) != len(localityEvent)+1 {
-			a.findEvent(attest.SeverityBlock, attest.ReasonLogOrder, e, "a startup locality may only stand once, for PCR 0, before its first event")
+			a.findEvent(attest.SeverityBlock, attest.ReasonLogOrder, e, say("StartupLocality は PCR 0 の最初のイベントの前に一度だけ置けます。", "a startup locality may only stand once, for PCR 0, before its first event"))
 			continue
 		}
 		switch at := e.Data[len(localityEvent)]; at {
@@ -203,7 +194,7 @@ func (a *appraisal) locality() {
 			a.pcrs[0].locality = true
 			a.pcrs[0].value[a.Bank.Size()-1] = at
 		default:
-			a.findEvent(attest.SeverityBlock, attest.ReasonLogOrder, e, "startup locality %d, want 0, 3 or 4", at)
+			a.findEvent(attest.SeverityBlock, attest.ReasonLogOrder, e, say("StartupLocality が %d です（0、3、4 のいずれか）。", "startup locality %d, want 0, 3 or 4", at))
 		}
 	}
 }
@@ -262,7 +253,7 @@ func (a *appraisal) compare() {
 	}
 	for pcr := range a.PCRs {
 		if pcr < 0 || pcr >= len(a.pcrs) {
-			a.find(attest.SeverityBlock, attest.ReasonPCRSelection, "PCR %d does not exist", pcr)
+			a.find(attest.SeverityBlock, attest.ReasonPCRSelection, say("PCR %d は存在しません。", "PCR %d does not exist", pcr))
 		}
 	}
 }
@@ -270,26 +261,27 @@ func (a *appraisal) compare() {
 func (a *appraisal) judge(pcr int, value, replayed []byte) State {
 	switch p := &a.pcrs[pcr]; {
 	case len(value) != a.Bank.Size():
-		a.findPCR(attest.SeverityBlock, attest.ReasonPCRSelection, pcr, "value of PCR %d has %d bytes, want %d", pcr, len(value), a.Bank.Size())
+		a.findPCR(attest.SeverityBlock, attest.ReasonPCRSelection, pcr, say("PCR %d の値が %d バイトです（%d バイトが必要）。", "value of PCR %d has %d bytes, want %d", pcr, len(value), a.Bank.Size()))
 		return StateMismatch
 	case p.events == 0 && isReset(pcr, value):
 		return StateReset
 	case p.events == 0 && pcr >= 10 && !a.Complete:
-		a.findPCR(attest.SeverityWarn, attest.ReasonLogMissingEvents, pcr, "PCR %d was extended by user space, which a firmware log does not show", pcr)
+		a.findPCR(attest.SeverityWarn, attest.ReasonLogMissingEvents, pcr, say("PCR %d は起動後に拡張されており、ファームウェアのログには現れません。", "PCR %d was extended by user space, which a firmware log does not show", pcr))
 		return StateUserSpace
 	case p.events == 0:
-		a.findPCR(attest.SeverityBlock, attest.ReasonLogMissingEvents, pcr, "PCR %d was extended and the event log does not say by what", pcr)
+		a.findPCR(attest.SeverityBlock, attest.ReasonLogMissingEvents, pcr, say("PCR %d は拡張されていますが、その内容がイベントログにありません。", "PCR %d was extended and the event log does not say by what", pcr))
 		return StateMissing
 	case bytes.Equal(value, replayed):
 		return StateMatch
 	case a.quirk(pcr, value):
 		return StateMatch
 	}
-	severity, why := attest.SeverityBlock, ""
+	severity, why := attest.SeverityBlock, attest.Text{}
 	if pcr == 0 && a.isHPE() {
-		severity, why = attest.SeverityDegrade, ": known of HPE servers, whose logs leave something out; judge PCR 0 by its value"
+		severity = attest.SeverityDegrade
+		why = say("HPE サーバーのログで知られている欠落です。PCR 0 は値で判断してください。", ": known of HPE servers, whose logs leave something out; judge PCR 0 by its value")
 	}
-	f := a.findPCR(severity, attest.ReasonLogReplay, pcr, "the event log does not give the value of PCR %d%s", pcr, why)
+	f := a.findPCR(severity, attest.ReasonLogReplay, pcr, joined(say("イベントログから PCR %d の値を再現できません。", "the event log does not give the value of PCR %d", pcr), why))
 	f.Expected, f.Seen = hex.EncodeToString(value), hex.EncodeToString(replayed)
 	return StateMismatch
 }

@@ -114,6 +114,13 @@ func TestSamples(t *testing.T) {
 		r := appraise(t, s.file)
 		got := firstBlock(r)
 		t.Logf("%-78s expected %-6s %-18s %-7s  got %-6s %-18s %-7s %s", s.file, s.want, s.code, s.secureBoot, r.Verdict, got, r.SecureBoot, s.machine)
+		for _, f := range r.Findings {
+			for _, text := range []string{f.Sentence.JA, f.Sentence.EN, f.Action.JA, f.Action.EN} {
+				if text == "" || strings.Contains(text, "%!") {
+					t.Errorf("%s: %+v is not said in both languages, with what to do", s.file, f)
+				}
+			}
+		}
 		if r.Verdict != s.want || got != s.code || r.SecureBoot != s.secureBoot {
 			t.Errorf("%s: %+v", s.file, r.Findings)
 		}

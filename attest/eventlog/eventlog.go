@@ -1,7 +1,7 @@
 // Package eventlog is a strict reader of TCG firmware event logs (TCG PC Client
-// Platform Firmware Profile 1.06, section 10). google/go-attestation is its
-// second reader in the tests: on real logs and on fuzzed ones, both must read
-// and replay the same.
+// Platform Firmware Profile 1.06, section 10). google/go-attestation is the
+// second reader (attest/eventlog/second): the verifier refuses a log that both
+// do not read the same.
 //
 // A log is written by the firmware, carried by the device and believed by
 // nobody: sizes are capped before anything is parsed, every quoted PCR must
@@ -120,6 +120,19 @@ type Log struct {
 
 	algorithms []algorithm
 	count      int // events, the header among them
+	padding    int // bytes behind the last event
+}
+
+// Padding is how many bytes of padding stood behind the last event.
+func (l *Log) Padding() int { return l.padding }
+
+// Declared lists the algorithms of the log's table, whether its banks can be
+// replayed or not.
+func (l *Log) Declared() (list []Bank) {
+	for _, a := range l.algorithms {
+		list = append(list, a.id)
+	}
+	return list
 }
 
 // Banks lists the banks that can be replayed and that every event of the log
@@ -208,23 +221,28 @@ func Parse(data []byte) (*Log, error) {
 //   - in PCR 4 and 7 there are only event types that belong there;
 //   - where an event's type says that its digest is of its data, it is.
 //
-// Errors are *attest.Refusal.
-func (l *Log) Check(pcrs map[int]attest.Digest) error {
+// Errors are *attest.Refusal, with the findings that refuse.
+func (l *Log) Check(pcrs map[int]attest.Digest) ([]attest.Finding, error) {
 	values := make(map[int][]byte, len(attest.QuotedPCRs))
 	for _, i := range attest.QuotedPCRs {
 		v, ok := pcrs[i]
 		if !ok {
-			return attest.Refuse(attest.ReasonPCRSelection, "no value of PCR %d", i)
+			return nil, attest.Refuse(attest.ReasonPCRSelection, "no value of PCR %d", i)
 		}
 		values[i] = v[:]
 	}
 	r := l.Appraise(Options{Bank: SHA256, PCRs: values, Complete: true})
+	var list []attest.Finding
 	for _, f := range r.Findings {
 		if f.Severity != attest.SeverityWarn {
-			return attest.Refuse(f.Code, "%s", f.Sentence)
+			f.Severity = attest.SeverityBlock // a laptop of ours has no quirk that degrades
+			list = append(list, f.Finding())
 		}
 	}
-	return nil
+	if len(list) == 0 {
+		return nil, nil
+	}
+	return list, attest.Refuse(list[0].Reason, "%s", list[0].Sentence.EN)
 }
 
 // guarded runs f under recover and a time limit. The caps make f finish by

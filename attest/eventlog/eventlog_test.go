@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -40,7 +41,7 @@ func TestCheckAcceptsABoot(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		if err := l.Check(boot.PCRs()); err != nil {
+		if err := check(l, boot.PCRs()); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -83,7 +84,7 @@ func TestCheckRefuses(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v", c.name, err)
 		}
-		if got := reason(t, l.Check(c.pcrs)); got != c.want {
+		if got := reason(t, check(l, c.pcrs)); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
 		}
 	}
@@ -293,7 +294,7 @@ func TestCorpus(t *testing.T) {
 		l, err := eventlog.Parse(readCorpus(t, c.file))
 		if err == nil {
 			pcrs := replayable(t, l, readPCRs(t, c.pcrs))
-			err = l.Check(pcrs)
+			err = check(l, pcrs)
 		}
 		if got := reason(t, err); got != c.want {
 			t.Errorf("%s: got %v (%v), want %v", c.file, got, err, c.want)
@@ -331,11 +332,21 @@ func FuzzParse(f *testing.F) {
 		if len(l.Events) > eventlog.MaxEvents {
 			t.Errorf("%d events", len(l.Events))
 		}
-		if l.Check(pcrs) != nil {
+		if check(l, pcrs) != nil {
 			return
 		}
 		if _, _, err := l.Judge(pcrs, []attest.ReferenceValues{ref}); err != nil {
 			t.Errorf("the right PCR values were refused: %v", err)
 		}
 	})
+}
+
+// check is Check without the findings, which must name what the refusal does.
+func check(l *eventlog.Log, pcrs map[int]attest.Digest) error {
+	findings, err := l.Check(pcrs)
+	var why *attest.Refusal
+	if errors.As(err, &why) && len(findings) > 0 && (findings[0].Reason != why.Reason || findings[0].Sentence.EN != why.Detail || findings[0].Action.JA == "") {
+		return fmt.Errorf("refused as %w, and the first finding is %+v", err, findings[0])
+	}
+	return err
 }

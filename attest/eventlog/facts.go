@@ -6,14 +6,11 @@ import (
 	"encoding/hex"
 	"strings"
 	"unicode"
-
-	"sekisho/attest"
 )
 
 const (
-	typeVersion  uint32 = 0x00000008 // EV_S_CRTM_VERSION, section 10.4.1
-	maxForbidden        = 8192       // entries of a dbx
-	maxText             = 128        // bytes of a text that is shown
+	maxForbidden = 8192 // entries of a dbx
+	maxText      = 128  // bytes of a text that is shown
 )
 
 // GUIDs as UEFI lays them out (UEFI 2.10, section 32.4.1), in hexadecimal.
@@ -84,114 +81,49 @@ func forbidden(b []byte) (list []string, ok bool) {
 // not say.
 func (l *Log) FirmwareVersion() string {
 	for _, e := range l.Events {
-		if e.PCR == 0 && e.Type == typeVersion {
+		if e.PCR == 0 && e.Type == TypeCRTMVersion {
 			return shown(e)
 		}
 	}
 	return ""
 }
 
-// shown is an event's label if people can read it.
+// shown is what an event says it is about, if people can read it: the name of
+// its variable, the file of its application, or its label.
 func shown(e Event) string {
-	s := e.label()
+	s := ""
+	switch e.Type {
+	case TypeVariableConfig, TypeVariableBoot, TypeVariableBoot2, TypeVariableAuth:
+		if v, err := parseVariable(e.Data, maxShimRest); err == nil {
+			s = v.name
+		}
+	case TypeApplication, TypeBootDriver, TypeRuntimeDriver:
+		s = loadedFile(e.Data)
+	default:
+		s = e.label()
+	}
 	if len(s) > maxText || strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		return ""
 	}
 	return s
 }
 
-// Limits of a comparison.
-const (
-	maxDiff  = 64      // changes
-	maxPairs = 4 << 20 // entries of the table of one PCR
-)
-
-// Diff says what an event log has that an older one had not, and the other way
-// round, PCR by PCR in the order of events; at most 64 changes. A log that
-// cannot be read differs in nothing that could be named.
-func Diff(before, after []byte) []attest.Change {
-	old, err := Parse(before)
-	if err != nil {
-		return nil
+// loadedFile finds the file in the device path of a UEFI_IMAGE_LOAD_EVENT
+// (section 10.2.3; UEFI 2.10, section 10.3.5.4), empty if it names none.
+func loadedFile(b []byte) string {
+	const head, node = 4 * 8, 4 // a node: type, subtype, length (2)
+	if len(b) < head {
+		return ""
 	}
-	now, err := Parse(after)
-	if err != nil {
-		return nil
-	}
-	var list []attest.Change
-	for pcr := range 24 {
-		list = append(list, diff(eventsOf(old, pcr), eventsOf(now, pcr))...)
-	}
-	return list[:min(len(list), maxDiff)]
-}
-
-func eventsOf(l *Log, pcr int) (list []Event) {
-	for _, e := range l.Events {
-		if e.PCR == pcr {
-			list = append(list, e)
+	for b = b[head:]; len(b) >= node; {
+		size := int(binary.LittleEndian.Uint16(b[2:]))
+		if size < node || size > len(b) {
+			return ""
 		}
-	}
-	return list
-}
-
-// diff compares by the longest common subsequence of digests. An event that is
-// gone and one that stands in its place are one change.
-func diff(a, b []Event) (list []attest.Change) {
-	for len(a) > 0 && len(b) > 0 && a[0].Digest == b[0].Digest {
-		a, b = a[1:], b[1:]
-	}
-	for len(a) > 0 && len(b) > 0 && a[len(a)-1].Digest == b[len(b)-1].Digest {
-		a, b = a[:len(a)-1], b[:len(b)-1]
-	}
-	keepA, keepB := common(a, b)
-	i, j := 0, 0
-	for i < len(a) || j < len(b) {
-		gone, come := i < len(a) && !keepA[i], j < len(b) && !keepB[j]
-		switch {
-		case gone && come:
-			list = append(list, attest.Change{PCR: b[j].PCR, Number: b[j].Number, Type: b[j].Type, Event: shown(b[j]), Was: a[i].Digest.String(), Is: b[j].Digest.String()})
-			i, j = i+1, j+1
-		case gone:
-			list = append(list, attest.Change{PCR: a[i].PCR, Number: a[i].Number, Type: a[i].Type, Event: shown(a[i]), Was: a[i].Digest.String()})
-			i++
-		case come:
-			list = append(list, attest.Change{PCR: b[j].PCR, Number: b[j].Number, Type: b[j].Type, Event: shown(b[j]), Is: b[j].Digest.String()})
-			j++
-		default:
-			i, j = i+1, j+1
+		if b[0] == 4 && b[1] == 4 { // media device path, file path
+			return text(b[node:size])
 		}
+		b = b[size:]
 	}
-	return list
-}
-
-// common marks the events of a longest common subsequence. Logs so different
-// that the table would be large have nothing in common.
-func common(a, b []Event) (keepA, keepB []bool) {
-	keepA, keepB = make([]bool, len(a)), make([]bool, len(b))
-	if (len(a)+1)*(len(b)+1) > maxPairs {
-		return keepA, keepB
-	}
-	width := len(b) + 1
-	length := make([]uint16, (len(a)+1)*width)
-	for i := len(a) - 1; i >= 0; i-- {
-		for j := len(b) - 1; j >= 0; j-- {
-			if a[i].Digest == b[j].Digest {
-				length[i*width+j] = length[(i+1)*width+j+1] + 1
-			} else {
-				length[i*width+j] = max(length[(i+1)*width+j], length[i*width+j+1])
-			}
-		}
-	}
-	for i, j := 0, 0; i < len(a) && j < len(b); {
-		switch {
-		case a[i].Digest == b[j].Digest:
-			keepA[i], keepB[j] = true, true
-			i, j = i+1, j+1
-		case length[(i+1)*width+j] >= length[i*width+j+1]:
-			i++
-		default:
-			j++
-		}
-	}
-	return keepA, keepB
+	return ""
 }

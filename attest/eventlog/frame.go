@@ -59,7 +59,7 @@ func read(data []byte) (*Log, error) {
 		return nil, malformed("it is empty")
 	}
 	if padding(data) {
-		return &Log{Format: FormatLegacy, algorithms: []algorithm{{SHA1, SHA1.Size()}}}, nil
+		return &Log{Format: FormatLegacy, algorithms: []algorithm{{SHA1, SHA1.Size()}}, padding: len(data)}, nil
 	}
 	first, n, err := legacyEvent(data)
 	if err != nil {
@@ -87,7 +87,11 @@ func read(data []byte) (*Log, error) {
 
 // walk adds the events in data, which next cuts off one by one.
 func (l *Log) walk(data []byte, next func([]byte) (Event, int, error)) error {
-	for len(data) > 0 && !padding(data) {
+	for len(data) > 0 {
+		if padding(data) {
+			l.padding = len(data)
+			return nil
+		}
 		if l.count >= MaxEvents {
 			return attest.Refuse(attest.ReasonLogTooLarge, "event log of over %d events", MaxEvents)
 		}

@@ -24,7 +24,7 @@ func (a *appraisal) quirk(pcr int, value []byte) bool {
 		// The startup locality was left out.
 		for _, at := range []byte{3, 4} {
 			if !a.pcrs[0].locality && bytes.Equal(value, a.from(0, at)) {
-				a.findPCR(attest.SeverityWarn, attest.ReasonLogOrder, 0, "PCR 0 began at locality %d and the event log does not say so", at)
+				a.findPCR(attest.SeverityWarn, attest.ReasonLogOrder, 0, say("PCR 0 はローカリティ %d から始まりましたが、イベントログに記録がありません。", "PCR 0 began at locality %d and the event log does not say so", at))
 				return true
 			}
 		}
@@ -40,7 +40,7 @@ func (a *appraisal) quirk(pcr int, value []byte) bool {
 				more = append(more, a.Bank.Sum(nil, []byte(action)))
 			}
 			if bytes.Equal(value, a.from(5, 0, more...)) {
-				a.findPCR(attest.SeverityWarn, attest.ReasonLogMissingEvents, 5, "the event log leaves out the end of boot services, which PCR 5 has")
+				a.findPCR(attest.SeverityWarn, attest.ReasonLogMissingEvents, 5, say("PCR 5 にあるブートサービスの終了が、イベントログにありません。", "the event log leaves out the end of boot services, which PCR 5 has"))
 				return true
 			}
 		}

@@ -58,9 +58,9 @@ func (a *appraisal) separators() {
 		case len(e.Data) > 0 && len(e.Data) != 4 && padding(e.Data) && bytes.Equal(d, a.Bank.Sum(nil, e.Data)):
 			// Firmware before UEFI wrote one byte (guard-binary_bios_measurements_27).
 			count[e.PCR]++
-			a.findEvent(attest.SeverityDegrade, attest.ReasonLogSeparator, e, "separator of PCR %d of %d bytes, want 4", e.PCR, len(e.Data))
+			a.findEvent(attest.SeverityDegrade, attest.ReasonLogSeparator, e, say("PCR %d の区切りが %d バイトです（4 バイトが正しい）。", "separator of PCR %d of %d bytes, want 4", e.PCR, len(e.Data)))
 		default:
-			a.findEvent(attest.SeverityBlock, attest.ReasonLogSeparator, e, "separator of PCR %d is not a legal one; the firmware reported an error", e.PCR)
+			a.findEvent(attest.SeverityBlock, attest.ReasonLogSeparator, e, say("PCR %d の区切りが正しい値ではありません。ファームウェアがエラーを報告しています。", "separator of PCR %d is not a legal one; the firmware reported an error", e.PCR))
 			count[e.PCR]++
 		}
 	}
@@ -71,19 +71,19 @@ func (a *appraisal) separators() {
 	for pcr, n := range count {
 		switch {
 		case n > 1:
-			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, "PCR %d has %d separators, want 1", pcr, n)
+			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, say("PCR %d に区切りが %d 個あります（1 個が正しい）。", "PCR %d has %d separators, want 1", pcr, n))
 		case n == 1, pcr < 7 && low == 0:
 		case low == 0 && a.PCRs == nil:
 		case a.pcrs[pcr].events == 0 && a.PCRs[pcr] == nil:
-			a.findPCR(attest.SeverityDegrade, attest.ReasonLogSeparator, pcr, "PCR %d has neither a value nor an event: the log is a piece of one", pcr)
+			a.findPCR(attest.SeverityDegrade, attest.ReasonLogSeparator, pcr, say("PCR %d には値もイベントもありません。ログの一部だけです。", "PCR %d has neither a value nor an event: the log is a piece of one", pcr))
 		default:
-			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, "PCR %d has no separator: firmware did not end there as it must", pcr)
+			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, say("PCR %d に区切りがありません。ファームウェアの処理が正しく終わっていません。", "PCR %d has no separator: firmware did not end there as it must", pcr))
 		}
 	}
 	if low == 0 {
 		// A piece of a log; or firmware that separates PCR 7 alone (Google's
 		// first shielded machines, goattestation-sb_cert_eventlog).
-		a.find(attest.SeverityDegrade, attest.ReasonLogSeparator, "none of PCR 0 to 6 has a separator: the log does not tell the firmware from what came after it")
+		a.find(attest.SeverityDegrade, attest.ReasonLogSeparator, say("PCR 0 から 6 のどれにも区切りがありません。ファームウェアとその後の処理を区別できません。", "none of PCR 0 to 6 has a separator: the log does not tell the firmware from what came after it"))
 	}
 }
 
@@ -101,15 +101,15 @@ func (a *appraisal) rules() {
 			if e.PCR == 4 || e.PCR == 7 {
 				severity = attest.SeverityBlock
 			}
-			a.findEvent(severity, attest.ReasonLogEventType, e, "type 0x%08x does not belong into PCR %d", e.Type, e.PCR)
+			a.findEvent(severity, attest.ReasonLogEventType, e, say("種類 %s のイベントは PCR %d にあるはずがありません。", "type %s does not belong into PCR %d", TypeName(e.Type), e.PCR))
 			continue
 		}
 		if !a.covers(e) {
-			severity, then := attest.SeverityBlock, "the data in the log was changed"
+			severity, then := attest.SeverityBlock, say("ログの内容が書き換えられています。", ": the data in the log was changed")
 			if e.Type == TypeCRTMVersion { // Dell and others hash something else
-				severity, then = attest.SeverityWarn, "do not believe the version that it names"
+				severity, then = attest.SeverityWarn, say("記載されたバージョンは信用できません。", ": do not believe the version that it names")
 			}
-			f := a.findEvent(severity, attest.ReasonLogEventDigest, e, "its digest is not that of its data: %s", then)
+			f := a.findEvent(severity, attest.ReasonLogEventDigest, e, joined(say("ダイジェストが内容と一致しません。", "its digest is not that of its data"), then))
 			f.Expected, f.Seen = hex.EncodeToString(e.DigestIn(a.Bank)), hex.EncodeToString(a.Bank.Sum(nil, e.Data))
 			continue
 		}
@@ -120,10 +120,10 @@ func (a *appraisal) rules() {
 			called = true
 		case e.PCR == 4 && e.Type == TypeApplication && !called:
 			called = true // say it once
-			a.findEvent(attest.SeverityWarn, attest.ReasonLogOrder, e, "an application was started before the boot manager said that it calls one")
+			a.findEvent(attest.SeverityWarn, attest.ReasonLogOrder, e, say("ブートマネージャーが宣言する前にアプリケーションが起動されています。", "an application was started before the boot manager said that it calls one"))
 		case e.PCR >= 11 && e.PCR <= 14 && e.Type == TypeTag:
 			if err := checkSIPA(e.Data, 0); sipaTag(e) && err != nil {
-				a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, "Windows' event: %v", err)
+				a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, say("Windows のイベントを読み取れません（%v）。", "Windows' event: %v", err))
 			}
 		}
 	}
@@ -176,20 +176,20 @@ func (a *appraisal) ruleSeven(e *Event) {
 		v, err := parseVariable(e.Data, rest)
 		switch {
 		case err != nil && e.Type == TypeVariableAuth: // no fact is drawn from it
-			a.findEvent(attest.SeverityWarn, attest.ReasonLogMalformed, e, "authority: %v", err)
+			a.findEvent(attest.SeverityWarn, attest.ReasonLogMalformed, e, say("署名者の変数を読み取れません（%v）。", "authority: %v", err))
 			return
 		case err != nil:
-			a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, "%v", err)
+			a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, say("変数を読み取れません（%v）。", "%v", err))
 			return
 		}
 		policy := v.guid == globalVariable && (v.name == "SecureBoot" || v.name == "PK" || v.name == "KEK")
 		database := v.name == "PK" || v.name == "KEK" || v.name == "db" || v.name == "dbx" || v.name == "dbt" || v.name == "dbr"
 		switch {
 		case policy && e.Type == TypeVariableAuth:
-			a.findEvent(attest.SeverityBlock, attest.ReasonLogEventType, e, "variable %s is relabelled: it is policy and was logged as an authority", v.name)
+			a.findEvent(attest.SeverityBlock, attest.ReasonLogEventType, e, say("変数 %s の種類が書き換えられています。ポリシーなのに署名者として記録されています。", "variable %s is relabelled: it is policy and was logged as an authority", v.name))
 		case database && e.Type == TypeVariableConfig:
 			if err := checkSignatureLists(v.data); err != nil {
-				a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, "variable %s: %v", v.name, err)
+				a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, say("変数 %s を読み取れません（%v）。", "variable %s: %v", v.name, err))
 			}
 		}
 	}
@@ -201,16 +201,16 @@ func (a *appraisal) actionSeven(e *Event) {
 	action := string(e.Data)
 	switch {
 	case action == "UEFI Debug Mode":
-		a.findEvent(attest.SeverityDegrade, attest.ReasonSecureBoot, e, "the firmware is in debug mode")
+		a.findEvent(attest.SeverityDegrade, attest.ReasonSecureBoot, e, say("ファームウェアがデバッグモードです。", "the firmware is in debug mode"))
 	case action == "DMA Protection Disabled":
 		// HP EliteBook 830 G6 and others with the IOMMU off before boot.
-		a.findEvent(attest.SeverityWarn, attest.ReasonSecureBoot, e, "protection against DMA is off before the boot; switch it on in the firmware")
+		a.findEvent(attest.SeverityWarn, attest.ReasonSecureBoot, e, say("起動前の DMA 保護が無効です。", "protection against DMA is off before the boot")).Action = attest.Text{JA: "ファームウェア設定で起動前の DMA 保護を有効にしてください。", EN: "Switch on protection against DMA before boot in the firmware setup."}
 	case strings.HasPrefix(action, "Security Level is Downgraded to "):
 		// Thunderbolt firmware of the HP EliteBook 830 G6.
-		a.findEvent(attest.SeverityWarn, attest.ReasonSecureBoot, e, "Thunderbolt's security level was lowered")
+		a.findEvent(attest.SeverityWarn, attest.ReasonSecureBoot, e, say("Thunderbolt のセキュリティレベルが下げられています。", "Thunderbolt's security level was lowered")).Action = attest.Text{JA: "ファームウェア設定で Thunderbolt のセキュリティレベルを上げてください。", EN: "Raise Thunderbolt's security level in the firmware setup."}
 	case strings.ContainsFunc(action, func(r rune) bool { return r < ' ' || r > '~' }):
-		a.findEvent(attest.SeverityBlock, attest.ReasonLogEventType, e, "an action that is no text: another event was relabelled")
+		a.findEvent(attest.SeverityBlock, attest.ReasonLogEventType, e, say("文字列でないアクションです。別のイベントの種類が書き換えられています。", "an action that is no text: another event was relabelled"))
 	default:
-		a.findEvent(attest.SeverityDegrade, attest.ReasonLogEventType, e, "unknown action %.64q", action)
+		a.findEvent(attest.SeverityDegrade, attest.ReasonLogEventType, e, say("未知のアクション %.64q です。", "unknown action %.64q", action))
 	}
 }

@@ -27,7 +27,7 @@ func (s *Service) appraise(data []byte, now time.Time) (*attest.AttestResponse, 
 	if err := s.nonces.Use(e.Nonce, id, s.Now()); err != nil {
 		return refused(id, err), nil
 	}
-	in := verifier.Input{Evidence: e, Verifier: s.Verifier, Now: now}
+	in := verifier.Input{Evidence: e, Verifier: s.Verifier, Now: now, Logs: &s.logs}
 	in.Policy, in.Shadow, in.PolicyNeeded = s.Policies.InForce(now)
 	var device Device
 	enrolled := 0

@@ -15,6 +15,7 @@ import (
 	"sekisho/attest"
 	"sekisho/attest/approval"
 	"sekisho/attest/ek"
+	"sekisho/attest/eventlog/second"
 	"sekisho/attest/tpm"
 	"sekisho/attest/verifier"
 )
@@ -60,6 +61,8 @@ type Service struct {
 	mu      sync.Mutex
 	pending map[string]pending // by session
 	results []attest.Result    // newest last, in memory only
+
+	logs second.Memory
 
 	// Devices whose last evidence was refused for a clock that is not safe.
 	unsafe map[attest.Digest]bool

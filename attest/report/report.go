@@ -145,6 +145,10 @@ func (r *Report) Input(p *policy.Signed) (verifier.Input, error) {
 	return in, nil
 }
 
+// Is reports whether data begins as a report does, a COSE_Sign1 (RFC 9052,
+// section 4.2); an event log does not.
+func Is(data []byte) bool { return len(data) > 0 && data[0] == 0xd2 }
+
 // Parse reads a report. If key is given, the report must be signed by it. The
 // second value is the id of the key in whose name it is signed.
 func Parse(data []byte, key *ecdsa.PublicKey) (*Report, attest.Digest, error) {

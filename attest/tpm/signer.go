@@ -154,18 +154,27 @@ func (s *Signer) ParseSignature(data []byte) (*Signature, error) {
 	if err == nil {
 		return sig, nil
 	}
+	if plain := s.PlainSignature(data, crypto.SHA256); plain != nil {
+		return plain, nil
+	}
+	return nil, err
+}
+
+// PlainSignature reads a signature that does not say how it was made: an RSASSA
+// one as long as the modulus, or an ECDSA one in DER. It is nil for neither.
+func (s *Signer) PlainSignature(data []byte, hash crypto.Hash) *Signature {
 	switch key := s.Key.(type) {
 	case *rsa.PublicKey:
 		if len(data) == key.Size() {
-			return &Signature{Hash: crypto.SHA256, Scheme: "rsassa", rsa: data}, nil
+			return &Signature{Hash: hash, Scheme: "rsassa", rsa: data}
 		}
 	case *ecdsa.PublicKey:
 		var v struct{ R, S *big.Int }
 		if rest, bad := asn1.Unmarshal(data, &v); bad == nil && len(rest) == 0 {
-			return &Signature{Hash: crypto.SHA256, Scheme: "ecdsa", r: v.R, s: v.S}, nil
+			return &Signature{Hash: hash, Scheme: "ecdsa", r: v.R, s: v.S}
 		}
 	}
-	return nil, err
+	return nil
 }
 
 // Verify checks sig over data.

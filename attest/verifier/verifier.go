@@ -12,6 +12,7 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/eventlog"
+	"sekisho/attest/eventlog/second"
 	"sekisho/attest/policy"
 	"sekisho/attest/runlog"
 	"sekisho/attest/tpm"
@@ -35,6 +36,8 @@ type Input struct {
 	References []attest.ReferenceValues // unsigned ones, beside the policy's
 	Verifier   string                   // our name
 	Now        time.Time
+
+	Logs *second.Memory // logs that both readers have read; nil knows none
 
 	Policy       *policy.Signed   // in force; nil: none
 	PolicyNeeded bool             // without a policy nothing is affirmed
@@ -69,7 +72,8 @@ type Outcome struct {
 //     lives in the same TPM and cannot leave it;
 //   - what was extended after the boot is known run-time events, each once,
 //     and nothing else (runlog.AtBoot);
-//   - without them, the event log passes eventlog.Check;
+//   - two readers find the same events in the event log, and without those of
+//     the run time it passes eventlog.Check;
 //   - the PCR values are those of one image of the reference values;
 //   - no rule of the signed policy that blocks or degrades is unmet.
 //
@@ -128,6 +132,7 @@ type appraisal struct {
 	in        Input
 	ak        *tpm.Public
 	statement *tpm.Statement
+	digest    attest.Digest // SHA-256 of the event log
 	extra     attest.Digest
 	values    map[int]attest.Digest // as quoted
 	boot      map[int]attest.Digest // values without the run-time events
@@ -191,9 +196,10 @@ func (a *appraisal) binding() error {
 	if err != nil {
 		return attest.Refuse(attest.ReasonKeyAttributes, "credential key: %v", err)
 	}
+	a.digest = sha256.Sum256(e.EventLog)
 	a.extra, err = attest.Binding{
 		Nonce: e.Nonce, Device: a.in.Device.ID, Verifier: a.in.Verifier, Purpose: e.Purpose,
-		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(e.EventLog), RunLog: e.RunLog,
+		Key: sha256.Sum256(spki), EventLog: a.digest, RunLog: e.RunLog,
 	}.Digest()
 	if err != nil {
 		return err
@@ -283,10 +289,15 @@ func (a *appraisal) runTime() (err error) {
 }
 
 func (a *appraisal) log() (err error) {
-	if a.events, err = eventlog.Parse(a.in.Evidence.EventLog); err != nil {
+	data := a.in.Evidence.EventLog
+	if a.events, err = eventlog.Parse(data); err != nil {
 		return err
 	}
-	return a.events.Check(a.boot)
+	if err := a.in.Logs.Check(a.digest, data, a.events); err != nil {
+		return err
+	}
+	a.findings, err = a.events.Check(a.boot)
+	return err
 }
 
 func (a *appraisal) policy() error {

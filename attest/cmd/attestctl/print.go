@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"os"
 	"strings"
 
 	"sekisho/attest"
@@ -11,35 +12,77 @@ import (
 	"sekisho/attest/quote"
 )
 
-func printLog(w io.Writer, r *eventlog.Report) {
-	fmt.Fprintf(w, "verdict\t%s\nsecure boot\t%s\nformat\t%s, %d events, bank %s of %v\n", r.Verdict, r.SecureBoot, r.Format, r.Events, r.Bank, r.Banks)
-	for _, p := range r.PCRs {
-		state := string(p.State)
-		if state == "" {
-			state = "no value"
-		}
-		shown := p.Replayed
-		if shown == "" {
-			shown = p.Value
-		}
-		fmt.Fprintf(w, "PCR %d\t%d events\t%s\t%s\n", p.PCR, p.Events, state, shown)
+// language is what -lang says or, without it, what the locale does (POSIX,
+// XBD, section 8.2).
+func language(flag string) (string, error) {
+	switch flag {
+	case "ja", "en":
+		return flag, nil
+	case "":
+	default:
+		return "", fmt.Errorf("%w: -lang %.16q: want ja or en", errUsage, flag)
 	}
-	for _, f := range r.Findings {
-		printFinding(w, f.Severity, f.Code, f.Sentence, f.Expected, f.Seen)
+	for _, name := range []string{"LC_ALL", "LC_MESSAGES", "LANG"} {
+		if v := os.Getenv(name); v != "" {
+			if strings.HasPrefix(v, "ja") {
+				return "ja", nil
+			}
+			break
+		}
 	}
+	return "en", nil
 }
 
-func printEK(w io.Writer, r *ek.Report) {
-	fmt.Fprintf(w, "verdict\t%s\nkind\t%s\nkey\t%s\n", r.Verdict, r.Kind, r.KeyType)
+// printer writes reports on samples in one language.
+type printer struct {
+	io.Writer
+	language string
+}
+
+// say writes a line in the printer's language.
+func (p printer) say(ja, en string, a ...any) {
+	fmt.Fprintln(p, attest.Say(ja, en, a...).In(p.language))
+}
+
+// verdict writes a verdict.
+func (p printer) verdict(v string) {
+	ja := map[string]string{"pass": "合格", "refuse": "拒否"}[v]
+	p.say("判定\t%[1]s（%[2]s）", "verdict\t%[2]s", ja, v)
+}
+
+func (p printer) log(r *eventlog.Report) {
+	p.verdict(r.Verdict.String())
+	p.say("セキュアブート\t%s", "secure boot\t%s", r.SecureBoot)
+	p.say("形式\t%s、イベント %d 個、バンク %s（%v のうち）", "format\t%s, %d events, bank %s of %v", r.Format, r.Events, r.Bank, r.Banks)
+	states := map[eventlog.State]attest.Text{
+		eventlog.StateUnjudged: {JA: "値なし", EN: "no value"}, eventlog.StateReset: {JA: "初期値", EN: "reset"},
+		eventlog.StateMatch: {JA: "一致", EN: "match"}, eventlog.StateMismatch: {JA: "不一致", EN: "mismatch"},
+		eventlog.StateMissing: {JA: "イベント欠落", EN: "missing"}, eventlog.StateUserSpace: {JA: "起動後に拡張", EN: "userspace"},
+	}
+	for _, x := range r.PCRs {
+		shown := x.Replayed
+		if shown == "" {
+			shown = x.Value
+		}
+		p.say("PCR %d\tイベント %d 個\t%s\t%s", "PCR %d\t%d events\t%s\t%s", x.PCR, x.Events, states[x.State].In(p.language), shown)
+	}
+	p.findings(r.Findings)
+}
+
+func (p printer) ek(r *ek.Report) {
+	p.verdict(r.Verdict)
+	p.say("種類\t%s", "kind\t%s", r.Kind)
+	p.say("鍵\t%s", "key\t%s", r.KeyType)
 	if r.Header || r.Rest > 0 {
-		fmt.Fprintf(w, "form\tTCG header %t, %d bytes behind the certificate\n", r.Header, r.Rest)
+		p.say("形式\tTCG ヘッダー %t、証明書の後に %d バイト", "form\tTCG header %t, %d bytes behind the certificate", r.Header, r.Rest)
+	}
+	if i := r.Instance; i != nil {
+		fmt.Fprintf(p, "GCE\t%s\n", strings.Map(printable, fmt.Sprintf("%s (%s), %s, %s (%s)", i.Name, i.ID, i.Zone, i.ProjectID, i.ProjectNumber)))
 	}
 	for i, l := range r.Chain {
-		fmt.Fprintf(w, "chain %d\t%s\n\tsha256 %s\n", i, subject(l), l.Fingerprint)
+		p.say("チェーン %d\t%s\n\tsha256 %s", "chain %d\t%s\n\tsha256 %s", i, strings.Map(printable, subject(l)), l.Fingerprint)
 	}
-	for _, f := range r.Findings {
-		printFinding(w, f.Severity, f.Code, f.Sentence, "", "")
-	}
+	p.findings(r.Findings)
 }
 
 // subject is what a certificate is called; those of TPMs often have no name.
@@ -50,31 +93,47 @@ func subject(l ek.Link) string {
 	return l.Subject
 }
 
-func printQuote(w io.Writer, r *quote.Report) {
-	fmt.Fprintf(w, "verdict\t%s\n", r.Verdict)
+func (p printer) quote(r *quote.Report) {
+	p.verdict(r.Verdict.String())
 	if r.Scheme != "" {
-		fmt.Fprintf(w, "signature\t%s, %s\n", r.Scheme, r.Hash)
+		p.say("署名\t%s、%s", "signature\t%s, %s", r.Scheme, r.Hash)
 	}
 	for _, s := range r.Selection {
-		fmt.Fprintf(w, "covers\t%s %v\n", s.Bank, s.PCRs)
+		p.say("対象\t%s %v", "covers\t%s %v", s.Bank, s.PCRs)
 	}
 	if r.Clock != nil {
-		fmt.Fprintf(w, "extra data\t%s\nclock\t%d ms, %d resets, %d restarts\nTPM firmware\t%s\n", r.ExtraData, r.Clock.Clock, r.Clock.ResetCount, r.Clock.RestartCount, r.Firmware)
+		p.say("追加データ\t%s", "extra data\t%s", r.ExtraData)
+		p.say("時計\t%d ms、リセット %d 回、再開 %d 回", "clock\t%d ms, %d resets, %d restarts", r.Clock.Clock, r.Clock.ResetCount, r.Clock.RestartCount)
+		p.say("TPM ファームウェア\t%s", "TPM firmware\t%s", r.Firmware)
 	}
-	for _, f := range r.Findings {
-		printFinding(w, f.Severity, f.Code, f.Sentence, f.Expected, f.Seen)
-	}
+	p.findings(r.Findings)
 	if r.Log != nil {
-		fmt.Fprintln(w, "\nevent log")
-		printLog(w, r.Log)
+		p.say("\nイベントログ", "\nevent log")
+		p.log(r.Log)
 	}
 }
 
-// printFinding prints a finding; what it says may come from a hostile file.
-func printFinding(w io.Writer, s attest.Severity, code attest.Reason, sentence, expected, seen string) {
-	fmt.Fprintf(w, "%s\t%s: %s\n", s, code, strings.Map(printable, sentence))
-	if expected != "" || seen != "" {
-		fmt.Fprintf(w, "\texpected %s\n\tseen     %s\n", expected, seen)
+// embedded prints the judgement of a quote that stands in a log.
+func (p printer) embedded(r *quote.Report) {
+	if r != nil {
+		p.say("\nログの中のクォート", "\nquote in the log")
+		p.quote(r)
+	}
+}
+
+// findings prints remarks; what they say may come from a hostile file.
+func (p printer) findings(list []attest.Remark) {
+	severities := map[attest.Severity]string{attest.SeverityBlock: "拒否", attest.SeverityDegrade: "格下げ", attest.SeverityWarn: "注意"}
+	for _, f := range list {
+		where := ""
+		if f.PCR != nil {
+			where = fmt.Sprintf(" PCR %d", *f.PCR)
+		}
+		p.say("%[1]s\t%[3]s%[4]s: %[5]s", "%[2]s\t%[3]s%[4]s: %[5]s", severities[f.Severity], f.Severity, f.Code, where, strings.Map(printable, f.Sentence.In(p.language)))
+		if f.Expected != "" || f.Seen != "" {
+			p.say("\t期待値 %s\n\t実際　 %s", "\texpected %s\n\tseen     %s", f.Expected, f.Seen)
+		}
+		fmt.Fprintf(p, "\t→ %s\n", f.Action.In(p.language))
 	}
 }
 

@@ -18,7 +18,7 @@ import (
 
 const reportUsage = `usage: attestctl verify REPORT [-key FILE] [-policy-keys A,B [-threshold N]] [-json]
        attestctl explain REPORT [-lang ja|en] [-json]
-       attestctl diff A B [-json]
+       attestctl diff A B [-json]          two reports, or two event logs
 
 check reports of a verifier, without a network
 
@@ -27,7 +27,8 @@ check reports of a verifier, without a network
            the report must be signed (attestctl report key); without it the
            report is only shown to be consistent
   explain  say in words what was found and what to do
-  diff     what the boot of report B measured that the boot of A did not
+  diff     what the boot of B measured that the boot of A did not; A and B are
+           reports, or event logs as firmware writes them
 
 exit status: 0 affirming (diff: no difference), 1 not, 2 could not appraise
 
@@ -52,7 +53,7 @@ func reports(args []string, stdout, stderr io.Writer) (exit int, ok bool) {
 	f.StringVar(&o.key, "key", "", "verifier's public key or certificate, PEM `file`")
 	f.StringVar(&o.keys, "policy-keys", "", "PEM `files`, with commas: who must have signed the policy")
 	f.IntVar(&o.threshold, "threshold", 0, "how many of them; all if 0")
-	f.StringVar(&o.language, "lang", "en", "language of explain: ja or en")
+	f.StringVar(&o.language, "lang", "", "`language`: ja or en (default: the locale's)")
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	f.Usage = func() {
 		fmt.Fprint(stderr, reportUsage)
@@ -69,7 +70,7 @@ func reports(args []string, stdout, stderr io.Writer) (exit int, ok bool) {
 	if args[0] == "diff" {
 		want = 2
 	}
-	if len(words) != want || o.language != "ja" && o.language != "en" {
+	if o.language, err = language(o.language); len(words) != want || err != nil {
 		f.Usage()
 		return exitNone, true
 	}
@@ -210,7 +211,7 @@ func printChanges(w io.Writer, list []attest.Change) {
 		case c.Is == "":
 			mark = "-"
 		}
-		fmt.Fprintf(w, "  %s PCR %-2d event %-3d type 0x%08x %s\n", mark, c.PCR, c.Number, c.Type, c.Event)
+		fmt.Fprintf(w, "  %s PCR %-2d event %-3d %s %s\n", mark, c.PCR, c.Number, eventlog.TypeName(c.Type), c.Event)
 		if c.Was != "" {
 			fmt.Fprintf(w, "      was %s\n", c.Was)
 		}
@@ -223,12 +224,16 @@ func printChanges(w io.Writer, list []attest.Change) {
 func diffReports(o *reportOptions, args []string, w io.Writer) (int, error) {
 	var logs [2][]byte
 	for i, name := range args {
-		if _, err := o.check(name); err != nil {
-			return exitNone, fmt.Errorf("%s: %w", name, err)
-		}
 		data, err := readAtMost(name, report.MaxReport)
 		if err != nil {
 			return exitNone, err
+		}
+		if !report.Is(data) {
+			logs[i] = data
+			continue
+		}
+		if _, err := o.check(name); err != nil {
+			return exitNone, fmt.Errorf("%s: %w", name, err)
 		}
 		r, _, err := report.Parse(data, nil)
 		if err != nil {
@@ -240,7 +245,10 @@ func diffReports(o *reportOptions, args []string, w io.Writer) (int, error) {
 		}
 		logs[i] = e.EventLog
 	}
-	changes := eventlog.Diff(logs[0], logs[1])
+	changes, err := diffLogs(args, logs)
+	if err != nil {
+		return exitNone, err
+	}
 	exit := exitPass
 	if len(changes) > 0 {
 		exit = exitRefuse
@@ -253,6 +261,23 @@ func diffReports(o *reportOptions, args []string, w io.Writer) (int, error) {
 	}
 	printChanges(w, changes)
 	return exit, nil
+}
+
+// diffLogs compares two event logs in the best bank that both have.
+func diffLogs(names []string, data [2][]byte) ([]attest.Change, error) {
+	var logs [2]*eventlog.Log
+	for i := range data {
+		var err error
+		if logs[i], err = eventlog.Read(data[i]); err != nil {
+			return nil, fmt.Errorf("%s: %w", names[i], err)
+		}
+	}
+	for _, b := range logs[0].Banks() {
+		if slices.Contains(logs[1].Banks(), b) {
+			return append([]attest.Change{}, logs[0].Diff(logs[1], b)...), nil
+		}
+	}
+	return nil, fmt.Errorf("no bank that both logs have: %v and %v", logs[0].Banks(), logs[1].Banks())
 }
 
 func writeJSON(w io.Writer, v any) error {

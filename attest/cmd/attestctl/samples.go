@@ -27,17 +27,20 @@ const (
 	exitNone   = 2 // no appraisal took place
 )
 
-const sampleUsage = `usage: attestctl eventlog LOG [LOG ...] [-pcrs PCRS.json] [-bank sha256|sha384|sha512|sha1] [-json]
-       attestctl ek CERT [-roots DIR|FILE] [-json]
+const sampleUsage = `usage: attestctl eventlog LOG [LOG ...] [-pcrs PCRS.json] [-bank sha256|sha384|sha512|sha1] [-ak AK]
+       attestctl ek CERT [-roots DIR|FILE]
        attestctl ek bundle -from DIR -out FILE [-date 2006-01-02]
-       attestctl quote -ak AK -msg M -sig S [-nonce HEX] [-pcrs PCRS.json] [-log LOG] [-json]
+       attestctl quote -ak AK -msg M -sig S [-nonce HEX] [-pcrs PCRS.json] [-log LOG]
+
+with -json, or -lang ja|en (default: the locale's)
 
 judge anyone's samples, without a device or a server
 
   eventlog  firmware event log, TCG 1.2 or crypto-agile; further logs are of the
             same boot. PCRS.json is {"sha256": {"0": "hex", ...}}. Without -bank,
             the best bank that log and values share. Without -pcrs the form is
-            judged and nothing is proven.
+            judged and nothing is proven. With -ak, a quote that Windows wrote
+            into the log must be by that key and of the events before it.
   ek        endorsement key certificate, DER or PEM, as the TPM keeps it; by the
             makers' certificates built into this program, or those in -roots
   quote     AK is a public key as PEM, TPMT_PUBLIC, TPM2B_PUBLIC or Windows key
@@ -53,6 +56,9 @@ type sampleOptions struct {
 	json                                     bool
 	pcrs, bank, roots, from, out, date       string
 	ak, message, signature, nonce, eventlogs string
+	language                                 string
+	nonceGiven                               bool
+	stderr                                   io.Writer
 }
 
 // samples runs the command if it is one that judges samples.
@@ -60,10 +66,11 @@ func samples(args []string, stdout, stderr io.Writer) (exit int, ok bool) {
 	if len(args) == 0 || !slices.Contains([]string{"eventlog", "ek", "quote"}, args[0]) {
 		return 0, false
 	}
-	var o sampleOptions
+	o := sampleOptions{stderr: stderr}
 	f := flag.NewFlagSet("attestctl "+args[0], flag.ContinueOnError)
 	f.SetOutput(stderr)
-	f.BoolVar(&o.json, "json", false, "print JSON")
+	f.BoolVar(&o.json, "json", false, "print JSON, with both languages")
+	f.StringVar(&o.language, "lang", "", "`language`: ja or en (default: the locale's)")
 	f.StringVar(&o.pcrs, "pcrs", "", "PCR values, a JSON `file`")
 	f.StringVar(&o.bank, "bank", "", "PCR bank to judge by")
 	f.StringVar(&o.roots, "roots", "", "pinned certificates, PEM or DER: a `path` of a file or folder")
@@ -86,7 +93,11 @@ func samples(args []string, stdout, stderr io.Writer) (exit int, ok bool) {
 	case err != nil:
 		return exitNone, true
 	}
-	pass, err := o.run(args[0], words, stdout)
+	f.Visit(func(x *flag.Flag) { o.nonceGiven = o.nonceGiven || x.Name == "nonce" })
+	pass := false
+	if o.language, err = language(o.language); err == nil {
+		pass, err = o.run(args[0], words, stdout)
+	}
 	switch {
 	case err != nil:
 		fmt.Fprintln(stderr, "attestctl:", err)
@@ -104,7 +115,7 @@ func (o *sampleOptions) run(command string, words []string, w io.Writer) (pass b
 		if err != nil {
 			return false, err
 		}
-		return r.Verdict == eventlog.VerdictPass, o.print(w, r, func(w io.Writer) { printLog(w, r) })
+		return r.Verdict == eventlog.VerdictPass, o.print(w, r, func(p printer) { p.log(r.Report); p.embedded(r.Quote) })
 	case command == "ek" && len(words) == 1 && words[0] == "bundle":
 		return true, o.bundle(w)
 	case command == "ek" && len(words) == 1:
@@ -112,25 +123,25 @@ func (o *sampleOptions) run(command string, words []string, w io.Writer) (pass b
 		if err != nil {
 			return false, err
 		}
-		return r.Accepted, o.print(w, r, func(w io.Writer) { printEK(w, r) })
+		return r.Accepted, o.print(w, r, func(p printer) { p.ek(r) })
 	case command == "quote" && len(words) == 0:
 		r, err := o.quote()
 		if err != nil {
 			return false, err
 		}
-		return r.Verdict == eventlog.VerdictPass, o.print(w, r, func(w io.Writer) { printQuote(w, r) })
+		return r.Verdict == eventlog.VerdictPass, o.print(w, r, func(p printer) { p.quote(r) })
 	}
 	return false, errUsage
 }
 
-func (o *sampleOptions) print(w io.Writer, v any, human func(io.Writer)) error {
+func (o *sampleOptions) print(w io.Writer, v any, human func(printer)) error {
 	if o.json {
 		e := json.NewEncoder(w)
 		e.SetIndent("", "  ")
 		return e.Encode(v)
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	human(t)
+	human(printer{t, o.language})
 	return t.Flush()
 }
 
@@ -151,7 +162,13 @@ func readCapped(name string, limit int64) ([]byte, error) {
 	return data, nil
 }
 
-func (o *sampleOptions) eventlog(names []string) (*eventlog.Report, error) {
+// logReport is the judgement of a log and, with -ak, of the quote in it.
+type logReport struct {
+	*eventlog.Report
+	Quote *quote.Report `json:"quote,omitempty"`
+}
+
+func (o *sampleOptions) eventlog(names []string) (*logReport, error) {
 	values, err := o.values()
 	if err != nil {
 		return nil, err
@@ -168,7 +185,7 @@ func (o *sampleOptions) eventlog(names []string) (*eventlog.Report, error) {
 	l, err := readLogs(names)
 	var refusal *attest.Refusal
 	if errors.As(err, &refusal) {
-		return eventlog.Unreadable(refusal), nil
+		return &logReport{Report: eventlog.Unreadable(refusal)}, nil
 	}
 	if err != nil {
 		return nil, err
@@ -178,7 +195,21 @@ func (o *sampleOptions) eventlog(names []string) (*eventlog.Report, error) {
 			return nil, fmt.Errorf("%s has no values of a bank that the log has: %v", o.pcrs, l.Banks())
 		}
 	}
-	return l.Appraise(eventlog.Options{Bank: bank, PCRs: values[bank]}), nil
+	r := &logReport{Report: l.Appraise(eventlog.Options{Bank: bank, PCRs: values[bank]})}
+	if o.ak != "" {
+		key, err := readCapped(o.ak, attest.MaxTPMBytes)
+		if err != nil {
+			return nil, err
+		}
+		signer, err := tpm.ParseSigner(key)
+		if err != nil {
+			return nil, err
+		}
+		if r.Quote = quote.JudgeEmbedded(l, signer); r.Quote.Verdict != eventlog.VerdictPass {
+			r.Verdict, r.Proven = eventlog.VerdictRefuse, false
+		}
+	}
+	return r, nil
 }
 
 // readLogs joins the logs of one boot.
@@ -217,13 +248,13 @@ func (o *sampleOptions) ek(name string) (*ek.Report, error) {
 	}
 	cert, err := ek.Parse(raw)
 	if err != nil {
-		return &ek.Report{Verdict: "refuse", Chain: []ek.Link{}, Findings: []ek.Finding{{Code: attest.ReasonEKUntrusted, Sentence: err.Error()}}}, nil
+		return &ek.Report{Verdict: "refuse", Chain: []ek.Link{}, Findings: []attest.Remark{attest.Refuse(attest.ReasonEKUntrusted, "%v", err).Remark()}}, nil
 	}
 	var roots *ek.Roots
 	if o.roots == "" {
 		roots, err = ek.BuiltIn()
 	} else {
-		roots, err = readRoots(o.roots)
+		roots, err = readRoots(o.roots, func(err error) { fmt.Fprintln(o.stderr, "attestctl: left out:", err) })
 	}
 	if err != nil {
 		return nil, err
@@ -232,8 +263,9 @@ func (o *sampleOptions) ek(name string) (*ek.Report, error) {
 }
 
 // readRoots reads the certificates in a file, or in all files of a folder and
-// the folders in it.
-func readRoots(path string) (*ek.Roots, error) {
+// the folders in it. A file of a folder that holds none, such as a TPM's own
+// certificate with its header, is left out and reported to skipped, if given.
+func readRoots(path string, skipped func(error)) (*ek.Roots, error) {
 	roots := ek.NewRoots()
 	err := filepath.WalkDir(path, func(name string, d os.DirEntry, err error) error {
 		ext := filepath.Ext(name)
@@ -245,7 +277,10 @@ func readRoots(path string) (*ek.Roots, error) {
 			return err
 		}
 		if err := roots.Add(data); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+			if err = fmt.Errorf("%s: %w", name, err); skipped == nil || name == path {
+				return err
+			}
+			skipped(err)
 		}
 		return nil
 	})
@@ -266,7 +301,7 @@ func (o *sampleOptions) bundle(w io.Writer) error {
 			return err
 		}
 	}
-	roots, err := readRoots(o.from)
+	roots, err := readRoots(o.from, nil)
 	if err != nil {
 		return err
 	}
@@ -295,7 +330,7 @@ func (o *sampleOptions) quote() (*quote.Report, error) {
 	if in.Signature, err = readCapped(o.signature, attest.MaxTPMBytes); err != nil {
 		return nil, err
 	}
-	if o.nonce != "" {
+	if o.nonceGiven {
 		if in.Nonce, err = hex.DecodeString(o.nonce); err != nil {
 			return nil, fmt.Errorf("nonce: %w", err)
 		}
