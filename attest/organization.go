@@ -12,6 +12,8 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"regexp"
+	"slices"
 )
 
 // OrganizationFile is where the host domain finds its Organization.
@@ -51,6 +53,12 @@ type Organization struct {
 	Gateways   []Endpoint `json:"gateways"`
 	WorkDomain WorkDomain `json:"work_domain"`
 	Office     *Office    `json:"office,omitempty"` // absent: no LAN is ever an office
+	// Uplinks is the order in which laptops prefer their uplinks: the first rule
+	// that fits a link gives its place, and a link that none fits is not used.
+	// Empty means wired, Wi-Fi, USB.
+	Uplinks []UplinkRule `json:"uplinks,omitempty"`
+	// Groups names devices by their ids in hexadecimal, for rules.
+	Groups map[string][]string `json:"groups,omitempty"`
 }
 
 // Beacon is the server that proves a LAN to be one of the organisation's.
@@ -99,6 +107,24 @@ func (o *Office) validate() error {
 	return errors.Join(errs...)
 }
 
+// UplinkRule gives a sort of uplink its place. Every field that is set must fit.
+type UplinkRule struct {
+	Kind string `json:"kind,omitempty"` // "wired", "wifi" or "usb"
+	Name string `json:"name,omitempty"` // the kernel's name of the link, such as "eth0"
+	// Device is a USB device by vendor and product, "12d1:14db": the
+	// organisation's own sticks, whose SIM is in a closed network.
+	Device string `json:"device,omitempty"`
+	// Groups allows the uplink only to laptops in one of these groups.
+	Groups  []string `json:"groups,omitempty"`
+	Metered bool     `json:"metered,omitempty"` // costs by volume; shown to the user
+}
+
+// The kinds that an UplinkRule may name.
+var uplinkKinds = []string{"", "wired", "wifi", "usb"}
+
+// usbID is a USB device's vendor and product as lsusb(8) prints them.
+var usbID = regexp.MustCompile("^[0-9a-f]{4}:[0-9a-f]{4}$")
+
 // ParseOrganization reads and validates an Organization from JSON. Unknown
 // fields, data after the document and documents over 256 KiB are errors.
 func ParseOrganization(data []byte) (*Organization, error) {
@@ -137,6 +163,22 @@ func (o *Organization) Validate() error {
 			}
 			if e.ServerName == "" {
 				fail("%s[%d]: server_name is empty", what, i)
+			}
+		}
+	}
+	if len(o.Uplinks) > 16 {
+		fail("uplinks: %d rules, at most 16", len(o.Uplinks))
+	}
+	for i, r := range o.Uplinks {
+		if !slices.Contains(uplinkKinds, r.Kind) {
+			fail("uplinks[%d]: kind %q: want one of %q", i, r.Kind, uplinkKinds[1:])
+		}
+		if r.Device != "" && !usbID.MatchString(r.Device) {
+			fail("uplinks[%d]: device %q: want vendor and product such as 12d1:14db", i, r.Device)
+		}
+		for _, g := range r.Groups {
+			if _, ok := o.Groups[g]; !ok {
+				fail("uplinks[%d]: group %q is not in groups", i, g)
 			}
 		}
 	}

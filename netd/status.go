@@ -14,6 +14,11 @@ const (
 	ReasonNoCarrier   = "no-carrier"           // no cable, or the far end is off
 	ReasonNoLease     = "no-lease"             // no DHCP server has answered
 	ReasonBadLease    = "bad-lease"            // a DHCP server's answer is absurd
+	ReasonNotAllowed  = "not-allowed"          // the organisation does not allow this uplink
+	ReasonUnserved    = "unserved"             // a network card, but no driver or firmware for it
+	ReasonNoNetwork   = "no-network"           // no saved Wi-Fi network is in reach
+	ReasonWrongSecret = "wrong-secret"         // the network did not accept the passphrase or the certificate
+	ReasonNoRadio     = "no-radio"             // wpa_supplicant does not answer
 	ReasonAttestd     = "attestd-unreachable"  // attestd's socket does not answer
 	ReasonVerifier    = "verifier-unreachable" // attestd cannot reach any verifier
 	ReasonAttestation = "not-affirming"        // attestd gave no code of its own
@@ -23,9 +28,31 @@ const (
 	ReasonRefused     = "gateway-refused" // one side did not accept the other's certificate, or there is no room
 )
 
-// Uplink is what is known of the link in use towards the Internet.
+// Kinds of uplink, as Uplink.Kind has them.
+const (
+	KindWired = "wired"
+	KindWifi  = "wifi"
+	KindUSB   = "usb" // an Ethernet device on USB: dongles, and most LTE sticks
+)
+
+// Health of an uplink, as the probe towards the gateways found it.
+const (
+	HealthUnknown = "" // not probed yet
+	HealthGood    = "good"
+	HealthDead    = "dead" // packets go in and nothing comes back
+)
+
+// Uplink is what is known of a link towards the Internet.
 type Uplink struct {
 	Name    string       `json:"name"` // empty while there is no link
+	Kind    string       `json:"kind,omitempty"`
+	Driver  string       `json:"driver,omitempty"` // the kernel's name of it
+	Metered bool         `json:"metered,omitempty"`
+	Network string       `json:"network,omitempty"` // SSID of the Wi-Fi network it is joined to
+	Signal  int          `json:"signal,omitempty"`  // of Wi-Fi, in dBm
+	Health  string       `json:"health,omitempty"`
+	Losses  int          `json:"losses,omitempty"` // how often it was lost lately
+	Since   time.Time    `json:"since,omitzero"`   // since when it is usable without a break
 	Carrier bool         `json:"carrier"`
 	Address netip.Prefix `json:"address,omitzero"` // zero while there is no sound lease
 	Router  netip.Addr   `json:"router,omitzero"`
@@ -37,6 +64,20 @@ type Uplink struct {
 
 // Usable reports whether the uplink has carrier and a sound lease.
 func (u Uplink) Usable() bool { return u.Carrier && u.Address.IsValid() && u.Reason == "" }
+
+// Unserved is a network device without a link.
+type Unserved struct {
+	Device string `json:"device"`           // "pci 0000:00:14.3", "usb 1-2:1.0"
+	ID     string `json:"id"`               // vendor and product, "8086:a0f0"
+	Driver string `json:"driver,omitempty"` // bound to it, yet without a link: most often firmware is missing
+}
+
+func (u Unserved) String() string {
+	if u.Driver == "" {
+		return fmt.Sprintf("%s (%s) has no driver", u.Device, u.ID)
+	}
+	return fmt.Sprintf("%s (%s): driver %s made no link, its firmware may be missing", u.Device, u.ID, u.Driver)
+}
 
 // Counters count one direction pair of a tunnel session since it opened.
 type Counters struct {
@@ -69,14 +110,17 @@ type Transition struct {
 
 // Status is the answer to GET /v1/status.
 type Status struct {
-	State   State         `json:"state"`
-	Since   time.Time     `json:"since"`
-	Reason  string        `json:"reason"` // code, empty when all is well
-	Detail  string        `json:"detail"` // one sentence
-	Uplink  Uplink        `json:"uplink"`
-	Tunnel  *TunnelStatus `json:"tunnel,omitempty"`
-	Device  string        `json:"device,omitempty"` // device id that attestd reports
-	History []Transition  `json:"history"`          // oldest first, bounded
+	State   State     `json:"state"`
+	Since   time.Time `json:"since"`
+	Reason  string    `json:"reason"`            // code, empty when all is well
+	Detail  string    `json:"detail"`            // one sentence
+	Uplink  Uplink    `json:"uplink"`            // the one in use
+	Uplinks []Uplink  `json:"uplinks,omitempty"` // all there are, the one in use among them
+	// Unserved names network hardware that the kernel makes no link of.
+	Unserved []Unserved    `json:"unserved,omitempty"`
+	Tunnel   *TunnelStatus `json:"tunnel,omitempty"`
+	Device   string        `json:"device,omitempty"` // device id that attestd reports
+	History  []Transition  `json:"history"`          // oldest first, bounded
 }
 
 // Line is the status in one line for the console. It begins with the state and

@@ -47,12 +47,22 @@ type Namespace interface {
 	Watch(context.Context) (<-chan struct{}, error)
 }
 
+// Uplinks is what netd asks of the keeper of its uplinks: uplink.Manager.
+type Uplinks interface {
+	Run(ctx context.Context, links <-chan []uplink.Link)
+	// Doubt says that nothing comes back over an uplink.
+	Doubt(ctx context.Context, name string)
+	SetDevice(ctx context.Context, id string)
+}
+
 // Config is what a Daemon works with. Every field is needed but Notify.
 type Config struct {
 	Organization    *attest.Organization
 	Outside, Inside Namespace
 	Driver          tunnel.Driver
 	Attestation     Attestation
+	// Unserved lists network hardware without a link; it may be nil.
+	Unserved func() []netd.Unserved
 	// Configure hands the work domain's configuration to linkd.
 	Configure func(context.Context, guestlink.Config) error
 	// Notify tells the service manager (sd_notify(3)).
@@ -66,8 +76,8 @@ type Config struct {
 type Daemon struct {
 	Config
 	endpoints []netip.AddrPort
-	// follow keeps the uplink and reports it: uplink.Manager.
-	follow func(context.Context, <-chan []uplink.Link, func(netd.Uplink))
+	// uplinks keeps the links ready and reports them: uplink.Manager.
+	uplinks Uplinks
 
 	wake   chan struct{} // for the loop
 	links  chan []uplink.Link
@@ -83,12 +93,14 @@ type Daemon struct {
 
 // reports is what the parts have seen last.
 type reports struct {
-	uplink  netd.Uplink
-	gate    gate.Status
-	asked   bool      // attestd's last answer was one
-	silent  time.Time // since when it is not
-	trouble trouble   // of the tunnel
-	kernel  bool      // something in the kernel changed
+	candidates []uplink.Candidate // the uplinks there are
+	uplink     netd.Uplink        // the one in use; the loop's choice
+	gate       gate.Status
+	asked      bool      // attestd's last answer was one
+	silent     time.Time // since when it is not
+	trouble    trouble   // of the tunnel
+	kernel     bool      // something in the kernel changed
+	unserved   []netd.Unserved
 }
 
 // trouble is why the tunnel does not open; zero when nothing is known to be wrong.
@@ -110,13 +122,20 @@ func New(c Config) *Daemon {
 	d := &Daemon{
 		Config: c, wake: make(chan struct{}, 1), links: make(chan []uplink.Link, 1),
 		keeper: make(chan struct{}, 1), pusher: make(chan struct{}, 1),
-		follow: func(ctx context.Context, links <-chan []uplink.Link, report func(netd.Uplink)) {
-			uplink.New(report).Run(ctx, links)
-		},
+	}
+	keeper := uplink.Config{
+		Report: d.reportUplinks, Policy: uplink.Policy{Rules: c.Organization.Uplinks, Groups: c.Organization.Groups},
 	}
 	for _, e := range slices.Concat(c.Organization.Verifiers, c.Organization.Gateways) {
 		d.endpoints = append(d.endpoints, e.Address)
+		if !e.Address.Addr().IsPrivate() {
+			keeper.Claims = append(keeper.Claims, e.Address.Addr())
+		}
 	}
+	if probe, err := uplink.Prober(c.Organization, tunnel.BindToLink); err == nil {
+		keeper.Probe = probe
+	} // without roots there is no tunnel either, and its keeper says so
+	d.uplinks = uplink.New(keeper)
 	d.in.silent = time.Now()
 	d.status = netd.Status{Since: time.Now(), Reason: netd.ReasonKernel, Detail: "starting"}
 	if d.Notify == nil {
@@ -136,7 +155,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		parts.Go(func() { d.watch(ctx, ns) })
 	}
 	parts.Go(func() { d.followAttestation(ctx) })
-	parts.Go(func() { d.follow(ctx, d.links, d.reportUplink) })
+	parts.Go(func() { d.uplinks.Run(ctx, d.links) })
 	parts.Go(func() { d.keepTunnel(ctx) })
 	parts.Go(func() { d.pushConfig(ctx) })
 
@@ -193,9 +212,8 @@ func signal(c chan<- struct{}) {
 	}
 }
 
-func (d *Daemon) reportUplink(u netd.Uplink) {
-	d.Log.Info("uplink", "name", u.Name, "address", u.Address, "router", u.Router, "mtu", u.MTU, "reason", u.Reason, "detail", u.Detail)
-	d.update(func(r *reports) { r.uplink = u })
+func (d *Daemon) reportUplinks(list []uplink.Candidate) {
+	d.update(func(r *reports) { r.candidates = list })
 }
 
 // watch wakes the loop with every change in ns.
@@ -231,6 +249,7 @@ func (d *Daemon) followAttestation(ctx context.Context) {
 			continue
 		}
 		version = st.Version
+		d.uplinks.SetDevice(ctx, st.DeviceID)
 		d.update(func(r *reports) { r.gate, r.asked = st, true })
 	}
 }

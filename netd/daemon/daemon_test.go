@@ -123,6 +123,7 @@ type rig struct {
 	attestd         *fakeAttestd
 	d               *Daemon
 	lines           []string
+	doubted         []string // uplinks that were said to be dead
 }
 
 func runRig(t *testing.T, script func(*rig)) {
@@ -141,10 +142,8 @@ func runRig(t *testing.T, script func(*rig)) {
 			Notify:    func(s string) { r.set(func() { r.lines = append(r.lines, s) }) },
 			Log:       slog.New(slog.DiscardHandler),
 		})
-		r.d.follow = func(ctx context.Context, _ <-chan []uplink.Link, report func(netd.Uplink)) {
-			report(netd.Uplink{Name: "eth0", Reason: netd.ReasonNoCarrier, Detail: "no carrier on eth0"})
-			<-ctx.Done()
-		}
+		r.d.uplinks = r
+		r.report(netd.Uplink{Name: "eth0", Reason: netd.ReasonNoCarrier, Detail: "no carrier on eth0"})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- r.d.Run(ctx) }()
@@ -176,8 +175,24 @@ func (r *rig) sessions() (n int) {
 // lease plugs the cable in and reports a lease, as the uplink's manager would.
 func (r *rig) lease(address string) {
 	r.set(func() { r.outside.links[0].Carrier = true })
-	r.d.reportUplink(netd.Uplink{Name: "eth0", Carrier: true, Address: netip.MustParsePrefix(address), Router: netip.MustParseAddr("192.168.50.1"), MTU: 1500})
+	r.report(netd.Uplink{Name: "eth0", Carrier: true, Address: netip.MustParsePrefix(address), Router: netip.MustParseAddr("192.168.50.1"), MTU: 1500})
 }
+
+// report reports uplinks in the organisation's order, as their keeper would.
+func (r *rig) report(list ...netd.Uplink) {
+	var candidates []uplink.Candidate
+	for i, u := range list {
+		candidates = append(candidates, uplink.Candidate{Uplink: u, Index: 2 + i, Place: i})
+	}
+	r.d.reportUplinks(candidates)
+}
+
+// The rig stands in for the keeper of the uplinks too.
+func (r *rig) Run(ctx context.Context, _ <-chan []uplink.Link) { <-ctx.Done() }
+func (r *rig) Doubt(_ context.Context, name string) {
+	r.set(func() { r.doubted = append(r.doubted, name) })
+}
+func (r *rig) SetDevice(context.Context, string) {}
 
 // newCA makes a certificate authority in PEM.
 func newCA(t *testing.T) string {
@@ -353,5 +368,66 @@ func TestWork0ComesLate(t *testing.T) {
 		})
 		sleep(2 * time.Second)
 		r.want(netd.Tunnel, "")
+	})
+}
+
+// TestUplinkIsLostAndAnotherTaken: the state stays Tunnel all the time, and the
+// session moves at once.
+func TestUplinkIsLostAndAnotherTaken(t *testing.T) {
+	runRig(t, func(r *rig) {
+		eth := netd.Uplink{Name: "eth0", Kind: netd.KindWired, Carrier: true, Address: netip.MustParsePrefix("192.168.50.23/24"), Router: netip.MustParseAddr("192.168.50.1"), MTU: 1500, Health: netd.HealthGood}
+		stick := netd.Uplink{Name: "usb0", Kind: netd.KindUSB, Carrier: true, Address: netip.MustParsePrefix("192.168.8.100/24"), Router: netip.MustParseAddr("192.168.8.1"), MTU: 1500, Health: netd.HealthGood}
+		r.set(func() {
+			r.outside.links = append(r.outside.links, kernel.Link{Index: 3, Name: "usb0", Ethernet: true, Carrier: true})
+			r.outside.links[0].Carrier = true
+		})
+		r.report(eth, stick)
+		r.attestd.answers <- affirming(time.Hour)
+		r.want(netd.Tunnel, "")
+		last := func() (to tunnel.Target) { r.set(func() { to = r.driver.ups[len(r.driver.ups)-1] }); return to }
+		if to := last(); to.Link != "eth0" || to.Source.String() != "192.168.50.23" {
+			t.Errorf("session over %s from %s", to.Link, to.Source)
+		}
+		r.set(func() {
+			if n := len(r.outside.held.Addresses); n != 2 {
+				t.Errorf("%d addresses outside, want those of both uplinks: %s", n, r.outside.held)
+			}
+			r.outside.links[0].Carrier = false // and the keeper has not noticed
+		})
+		before := r.d.Status().Since
+		signal(r.d.wake)
+		r.want(netd.Tunnel, "")
+		if to := last(); to.Link != "usb0" || to.Source.String() != "192.168.8.100" {
+			t.Errorf("session over %s from %s after the cable was pulled", to.Link, to.Source)
+		}
+		if s := r.d.Status(); !s.Since.Equal(before) || s.Uplink.Name != "usb0" || len(s.Uplinks) != 2 {
+			t.Errorf("status %+v, want Tunnel all the time", s)
+		}
+
+		// It comes back: not at once, but when it has settled.
+		r.set(func() { r.outside.links[0].Carrier = true })
+		eth.Since = time.Now()
+		stick.Since = eth.Since
+		list := []uplink.Candidate{{Uplink: eth, Index: 2, Settle: 3 * time.Second}, {Uplink: stick, Index: 3, Place: 1}}
+		r.d.reportUplinks(list)
+		r.want(netd.Tunnel, "")
+		if to := last(); to.Link != "usb0" {
+			t.Error("moved to an uplink that has just come back")
+		}
+		sleep(4 * time.Second)
+		r.want(netd.Tunnel, "")
+		if to := last(); to.Link != "eth0" {
+			t.Errorf("session over %s, want the preferred uplink", to.Link)
+		}
+
+		// Silence on the present one is told to the keeper.
+		r.set(func() { r.driver.err = context.DeadlineExceeded })
+		r.driver.Down()
+		sleep(2 * time.Second)
+		r.set(func() {
+			if !slices.Contains(r.doubted, "eth0") {
+				t.Errorf("doubted %q", r.doubted)
+			}
+		})
 	})
 }

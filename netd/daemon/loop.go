@@ -21,6 +21,7 @@ import (
 type loop struct {
 	d       *Daemon
 	in      reports
+	chosen  string // the uplink in use
 	tunnel  tunnel.Status
 	outside []kernel.Link
 	inside  []kernel.Link
@@ -30,6 +31,7 @@ type loop struct {
 	holdOff time.Time // no new attempt to open before this
 	last    plan.Plan
 	checked time.Time
+	looked  time.Time // for hardware without a link
 	line    string
 	pushed  push
 }
@@ -43,7 +45,7 @@ type push struct {
 
 // step goes once from facts to kernel.
 func (l *loop) step(now time.Time) {
-	l.observe()
+	l.observe(now)
 	affirming := l.affirming(now)
 	state := l.state(affirming, now)
 	p := plan.Make(l.situation(state))
@@ -71,9 +73,12 @@ func (l *loop) step(now time.Time) {
 }
 
 // observe takes over what the parts reported.
-func (l *loop) observe() {
+func (l *loop) observe(now time.Time) {
 	d := l.d
 	d.mu.Lock()
+	if d.Unserved != nil && !now.Before(l.looked.Add(checkEvery)) {
+		l.looked, d.in.unserved = now, d.Unserved()
+	}
 	l.in = d.in
 	d.in.kernel = false
 	d.mu.Unlock()
@@ -85,22 +90,50 @@ func (l *loop) observe() {
 		d.Log.Error("cannot list links", "err", err)
 		l.outside, l.inside = nil, nil
 	}
-	var wired []uplink.Link
+	var links []uplink.Link
 	for _, k := range l.outside {
 		if k.Ethernet {
-			wired = append(wired, uplink.Link{Index: k.Index, Name: k.Name, Hardware: k.Hardware, Carrier: k.Carrier})
+			links = append(links, uplink.Link{Index: k.Index, Name: k.Name, Hardware: k.Hardware, Carrier: k.Carrier, Kind: k.Kind, Driver: k.Driver, Device: k.Device})
 		}
 	}
 	select { // the newest list is the only one that counts
 	case <-d.links:
 	default:
 	}
-	d.links <- wired
-	if !slices.ContainsFunc(wired, func(w uplink.Link) bool { return w.Name == l.in.uplink.Name && w.Carrier }) {
-		l.in.uplink.Carrier = false
-		if l.in.uplink.Reason == "" && l.in.uplink.Name != "" { // its manager has not noticed yet
-			l.in.uplink.Reason, l.in.uplink.Detail = netd.ReasonNoCarrier, "no carrier on "+l.in.uplink.Name
+	d.links <- links
+	l.choose(links, now)
+}
+
+// choose picks the uplink in use, by what the kernel says of carriers now: the
+// keeper of the uplinks may not have noticed yet.
+func (l *loop) choose(links []uplink.Link, now time.Time) {
+	l.in.candidates = slices.Clone(l.in.candidates)
+	for i := range l.in.candidates {
+		c := &l.in.candidates[i]
+		if slices.ContainsFunc(links, func(k uplink.Link) bool { return k.Name == c.Name && k.Index == c.Index && k.Carrier }) {
+			continue
 		}
+		c.Carrier = false
+		if c.Reason == "" {
+			c.Reason, c.Detail = netd.ReasonNoCarrier, "no carrier on "+c.Name
+		}
+	}
+	name := uplink.Choose(l.in.candidates, l.chosen, now)
+	i := slices.IndexFunc(l.in.candidates, func(c uplink.Candidate) bool { return c.Name == name })
+	if i < 0 {
+		l.in.uplink = netd.Uplink{Reason: netd.ReasonNoLink, Detail: "no network card"}
+	} else {
+		l.in.uplink = l.in.candidates[i].Uplink
+	}
+	if len(l.in.unserved) > 0 && !l.in.uplink.Carrier { // it may be the one that people wait for
+		if i < 0 {
+			l.in.uplink.Reason = netd.ReasonUnserved
+		}
+		l.in.uplink.Detail += "; " + l.in.unserved[0].String()
+	}
+	if name != l.chosen {
+		l.d.Log.Info("uplink in use", "name", name, "before", l.chosen, "address", l.in.uplink.Address, "reason", l.in.uplink.Reason, "detail", l.in.uplink.Detail)
+		l.chosen = name
 	}
 }
 
@@ -130,6 +163,11 @@ func (l *loop) situation(state netd.State) plan.Situation {
 			s.Links = append(s.Links, k.Name)
 		}
 	}
+	for _, c := range l.in.candidates {
+		if c.Name != l.chosen && c.Usable() {
+			s.Standby = append(s.Standby, c.Uplink)
+		}
+	}
 	return s
 }
 
@@ -157,7 +195,11 @@ func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 		s.History = slices.Delete(s.History, 0, max(0, len(s.History)-historySize))
 		d.Log.Info("state", "state", state, "reason", reason, "detail", detail)
 	}
-	s.Uplink, s.Device = l.in.uplink, l.in.gate.DeviceID
+	s.Uplink, s.Device, s.Unserved = l.in.uplink, l.in.gate.DeviceID, l.in.unserved
+	s.Uplinks = make([]netd.Uplink, 0, len(l.in.candidates))
+	for _, c := range l.in.candidates {
+		s.Uplinks = append(s.Uplinks, c.Uplink)
+	}
 	want := wanted{open: affirming && state >= netd.Attesting, source: l.in.uplink.Address.Addr(), link: l.in.uplink.Name, until: l.in.gate.NotAfter}
 	wish := want != d.want
 	d.want = want

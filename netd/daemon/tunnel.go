@@ -57,6 +57,7 @@ func (d *Daemon) keepTunnel(ctx context.Context) {
 		}
 		if st.Err != nil && have == want { // the session that was open has just ended
 			d.Log.Warn("tunnel closed", "gateway", st.Gateway, "err", st.Err)
+			d.doubt(ctx, have.link, st.Err)
 			have = wanted{}
 			// A gateway's restart meets its laptops spread out.
 			wait(ctx, rand.N(firstPause), nil)
@@ -75,6 +76,7 @@ func (d *Daemon) keepTunnel(ctx context.Context) {
 		}
 		d.Log.Warn("tunnel not opened", "gateway", gateway.Address, "attempt", attempt, "err", err)
 		d.setTrouble(diagnose(gateway.Address, err))
+		d.doubt(ctx, want.link, err)
 		pause := min(firstPause<<min(attempt/len(d.Organization.Gateways), 10), maxPause)
 		attempt++
 		wait(ctx, rand.N(pause), nil)
@@ -93,6 +95,14 @@ func (d *Daemon) open(ctx context.Context, to tunnel.Target) error {
 	to.Credential = cred
 	_, err = d.Driver.Up(ctx, to)
 	return err
+}
+
+// doubt tells the uplinks' keeper when err says that nothing came back over
+// the uplink for a time. A refusal or a reset is an answer.
+func (d *Daemon) doubt(ctx context.Context, link string, err error) {
+	if t, ok := errors.AsType[net.Error](err); link != "" && (ok && t.Timeout() || errors.Is(err, connectip.ErrDead) || errors.Is(err, context.DeadlineExceeded)) {
+		d.uplinks.Doubt(ctx, link)
+	}
 }
 
 // idle waits for a new wish or the end of the session.

@@ -128,12 +128,13 @@ func (n *Namespace) changes(want plan.Namespace) ([]change, error) {
 		}
 		todo = append(todo, c...)
 	}
+	var gone []change
 	for _, link := range present { // after every address: routes may need one
-		c, err := n.routeChanges(link, want.Routes)
+		add, remove, err := n.routeChanges(link, want.Routes)
 		if err != nil {
 			return todo, err
 		}
-		todo = append(todo, c...)
+		todo, gone = append(todo, add...), append(gone, remove...)
 	}
 	if want.Alone {
 		c, err := n.strayChanges(want, present)
@@ -142,7 +143,8 @@ func (n *Namespace) changes(want plan.Namespace) ([]change, error) {
 			return todo, fmt.Errorf("network namespace %s: %w", n.path, err)
 		}
 	}
-	return todo, nil
+	// New routes before old ones go: a connection on either never lacks one.
+	return append(todo, gone...), nil
 }
 
 // sysctlChanges compares in the namespace: /proc/sys/net shows that of the
@@ -199,16 +201,16 @@ func (n *Namespace) addressChanges(link netlink.Link, want []plan.Address) ([]ch
 	return todo, nil
 }
 
-func (n *Namespace) routeChanges(link netlink.Link, want []plan.Route) ([]change, error) {
+// routeChanges returns the routes to add to a link and those to remove.
+func (n *Namespace) routeChanges(link netlink.Link, want []plan.Route) (add, remove []change, err error) {
 	name, index := link.Attrs().Name, link.Attrs().Index
 	have, err := n.link.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{LinkIndex: index, Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
 	if err != nil {
-		return nil, fmt.Errorf("routes of %s: %w", name, err)
+		return nil, nil, fmt.Errorf("routes of %s: %w", name, err)
 	}
-	var todo []change
 	var kept []plan.Route
 	for _, h := range have {
-		r := plan.Route{Destination: prefix(h.Dst), Link: name}
+		r := plan.Route{Destination: prefix(h.Dst), Link: name, Metric: h.Priority}
 		if via, ok := netip.AddrFromSlice(h.Gw); ok {
 			r.Via = via.Unmap()
 		}
@@ -216,19 +218,25 @@ func (n *Namespace) routeChanges(link netlink.Link, want []plan.Route) ([]change
 			kept = append(kept, r)
 			continue
 		}
-		todo = append(todo, change{"remove " + r.String(), func() error { return n.link.RouteDel(&h) }})
+		remove = append(remove, change{"remove " + r.String(), func() error {
+			if err := n.link.RouteDel(&h); !errors.Is(err, unix.ESRCH) { // one that replaced it took it away
+				return err
+			}
+			return nil
+		}})
 	}
 	for _, r := range want {
 		if r.Link != name || slices.Contains(kept, r) {
 			continue
 		}
-		route := &netlink.Route{LinkIndex: index, Dst: ipNet(r.Destination), Protocol: protocol, Scope: netlink.SCOPE_LINK, Table: unix.RT_TABLE_MAIN}
+		route := &netlink.Route{LinkIndex: index, Dst: ipNet(r.Destination), Protocol: protocol, Scope: netlink.SCOPE_LINK, Table: unix.RT_TABLE_MAIN, Priority: r.Metric}
 		if r.Via.IsValid() {
 			route.Gw, route.Scope = r.Via.AsSlice(), netlink.SCOPE_UNIVERSE
 		}
-		todo = append(todo, change{"add " + r.String(), func() error { return n.link.RouteAdd(route) }})
+		// Another link's route of the same metric gives way to this one.
+		add = append(add, change{"add " + r.String(), func() error { return n.link.RouteReplace(route) }})
 	}
-	return todo, nil
+	return add, remove, nil
 }
 
 // prefix converts what netlink reports; nil is the IPv4 default route.

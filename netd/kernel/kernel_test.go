@@ -64,8 +64,8 @@ func TestApplyReadBackAndRepair(t *testing.T) {
 	for _, line := range []string{
 		"type filter hook input priority filter; policy drop;",
 		"type filter hook forward priority filter; policy drop;",
-		`oifname "eth0" ip daddr 203.0.113.20 tcp dport 443 accept`,
-		`iifname "eth0" ip saddr 203.0.113.10 tcp sport 443 ct state established accept`,
+		`oifname "eth0" ip saddr 192.168.50.23 ip daddr 203.0.113.20 tcp dport 443 accept`,
+		`iifname "eth0" ip saddr 203.0.113.10 ip daddr 192.168.50.23 tcp sport 443 ct state established accept`,
 	} {
 		if !strings.Contains(rules, line) {
 			t.Errorf("nft does not show %q in:\n%s", line, rules)

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -20,11 +21,16 @@ type Link struct {
 	Name     string
 	Hardware net.HardwareAddr
 	Ethernet bool // an Ethernet device, real or one end of a veth pair
-	Carrier  bool // the far end is there (IFF_LOWER_UP, netdevice(7)); only known of a link that is up
 	// Flaps is how often the carrier came or went since the device was made
 	// (IFLA_CARRIER_CHANGES, linux/if_link.h): between two looks at Carrier the
 	// cable may have been in another LAN.
 	Flaps uint32
+	// Carrier: the far end is there, and packets may pass (IFF_LOWER_UP and not
+	// IFF_DORMANT, netdevice(7)); only known of a link that is up.
+	Carrier bool
+	Kind    string // of an Ethernet link: netd.KindWired, KindWifi or KindUSB
+	Driver  string // the kernel's name of it
+	Device  string // vendor and product of a USB device, "12d1:14db"
 }
 
 // Links lists the devices of the namespace but the loopback device.
@@ -37,6 +43,15 @@ func (n *Namespace) Links() ([]Link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("network namespace %s: carrier changes: %w", n.path, err)
 	}
+	socket := -1
+	if err := n.do(func() (err error) {
+		socket, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		return err
+	}); err != nil {
+		return nil, fmt.Errorf("network namespace %s: socket: %w", n.path, err)
+	}
+	defer unix.Close(socket)
+	sys := os.DirFS("/sys")
 	var out []Link
 	for _, l := range list {
 		a := l.Attrs()
@@ -44,12 +59,16 @@ func (n *Namespace) Links() ([]Link, error) {
 			continue
 		}
 		kind := l.Type() // "device" is a driver's own, as opposed to bridges, tunnels and the like
-		out = append(out, Link{
+		k := Link{
 			Index: a.Index, Name: a.Name, Hardware: a.HardwareAddr,
 			Ethernet: a.EncapType == "ether" && (kind == "device" || kind == "veth"),
-			Carrier:  a.RawFlags&unix.IFF_LOWER_UP != 0,
+			Carrier:  a.RawFlags&unix.IFF_LOWER_UP != 0 && a.RawFlags&unix.IFF_DORMANT == 0,
 			Flaps:    flaps[a.Index],
-		})
+		}
+		if k.Ethernet {
+			k.describe(socket, sys)
+		}
+		out = append(out, k)
 	}
 	return out, nil
 }

@@ -58,6 +58,7 @@ type Route struct {
 	Destination netip.Prefix
 	Via         netip.Addr
 	Link        string
+	Metric      int // the lower is taken, by whoever is not bound to a link
 }
 
 // Ruleset is one nftables table of family inet, replaced as a whole.
@@ -173,7 +174,11 @@ func (r Route) String() string {
 	if r.Via.IsValid() {
 		s += " via " + r.Via.String()
 	}
-	return s + " dev " + r.Link
+	s += " dev " + r.Link
+	if r.Metric != 0 {
+		s += fmt.Sprintf(" metric %d", r.Metric)
+	}
+	return s
 }
 
 func (r Ruleset) String() string {

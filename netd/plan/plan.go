@@ -5,7 +5,9 @@
 // Everything is closed unless a line of the plan opens it.
 //
 // Outside, the host sends TCP to exactly the configured endpoints, over host
-// routes; there is no default route, no connected route and no forwarding.
+// routes; there is no default route, no connected route and no forwarding. It
+// may do so over every usable uplink: the metric of the routes says which one
+// is in use, and a probe or a session that drains is bound to its own.
 // DHCP needs no rule: netd's packet socket stands before the inet hooks, so
 // no UDP at all passes them. ARP is not IP and is left alone. IPv6 is off on
 // uplinks for now.
@@ -36,8 +38,10 @@ type Situation struct {
 	State netd.State
 	// Links names every Ethernet link outside. All are up, so that their
 	// carrier is seen; only the uplink's has an address.
-	Links  []string
-	Uplink netd.Uplink
+	Links []string
+	// Uplink is the one in use. Standby are the others that are usable.
+	Uplink  netd.Uplink
+	Standby []netd.Uplink
 	// Endpoints are the verifiers and gateways: all that the host may talk to.
 	Endpoints []netip.AddrPort
 	// Inner is the inner address that the gateway assigned, MTU that of the
@@ -75,7 +79,11 @@ func Make(in Situation) Plan {
 // quiet lists the settings of both namespaces: no IPv6 address of its own
 // making, and no redirect or source route obeyed (kernel
 // Documentation/networking/ip-sysctl.rst).
-func quiet(forward string) []Sysctl {
+//
+// filter is rp_filter: 1 wants the best route to a packet's source to be that
+// of the link it came by, 2 takes any route, for where there are several
+// uplinks; what may come in over which link is then the ruleset's to say.
+func quiet(forward, filter string) []Sysctl {
 	// First, because the kernel resets others of these when it changes.
 	s := []Sysctl{{"net/ipv4/ip_forward", forward}}
 	for _, where := range []string{"all", "default"} {
@@ -84,7 +92,7 @@ func quiet(forward string) []Sysctl {
 			Sysctl{v6 + "/disable_ipv6", "1"},
 			Sysctl{v6 + "/accept_ra", "0"},
 			Sysctl{v6 + "/autoconf", "0"},
-			Sysctl{v4 + "/rp_filter", "1"},
+			Sysctl{v4 + "/rp_filter", filter},
 			Sysctl{v4 + "/accept_redirects", "0"},
 			Sysctl{v4 + "/send_redirects", "0"},
 			Sysctl{v4 + "/accept_source_route", "0"},
@@ -102,50 +110,66 @@ func outside(in Situation) Namespace {
 	}
 	n := Namespace{
 		Alone:   true,
-		Sysctls: append(quiet(forward), Sysctl{"net/ipv4/tcp_mtu_probing", "1"}),
+		Sysctls: append(quiet(forward, "2"), Sysctl{"net/ipv4/tcp_mtu_probing", "1"}),
 		Ruleset: closed(),
 	}
-	up := in.Uplink
-	for _, name := range slices.Sorted(slices.Values(in.Links)) {
+	usable := slices.DeleteFunc(append([]netd.Uplink{in.Uplink}, in.Standby...), func(u netd.Uplink) bool { return !u.Usable() })
+	if in.State == netd.Dark || !in.Uplink.Usable() {
+		usable = nil
+	}
+	links := slices.Sorted(slices.Values(in.Links))
+	for _, name := range links {
 		l := Link{Name: name, Up: true}
-		if name == up.Name {
-			l.MTU = up.MTU
+		if i := slices.IndexFunc(usable, func(u netd.Uplink) bool { return u.Name == name }); i >= 0 {
+			l.MTU = usable[i].MTU
 		}
 		n.Links = append(n.Links, l)
 	}
 	if in.Pipe {
 		n.Links = append(n.Links, Link{Name: netd.OfficeOuterLink, Up: in.office(), MTU: in.MTU})
 	}
-	if in.State == netd.Dark || !up.Usable() {
-		return n
+	for i, up := range usable {
+		metric := inUse
+		if i > 0 {
+			metric += 1 + slices.Index(links, up.Name) // stays while others come and go
+		}
+		n.open(up, in.endpoints(i == 0), metric)
 	}
-	n.Addresses = []Address{{up.Name, up.Address}}
+	if in.office() {
+		officeOutside(in, in.endpoints(true), &n)
+	}
+	return n
+}
+
+// inUse is the metric of the routes of the uplink in use.
+const inUse = 1
+
+// open lets the host talk to the endpoints over up.
+func (n *Namespace) open(up netd.Uplink, endpoints []netip.AddrPort, metric int) {
+	self := host(up.Address.Addr())
+	n.Addresses = append(n.Addresses, Address{up.Name, up.Address})
 	if up.Router.IsValid() {
-		n.Routes = append(n.Routes, Route{Destination: host(up.Router), Link: up.Name})
+		n.Routes = append(n.Routes, Route{Destination: host(up.Router), Link: up.Name, Metric: metric})
 	}
 	input, output := &n.Ruleset.Chains[0], &n.Ruleset.Chains[1]
-	input.Rules = []Rule{{In: up.Name, Protocol: ICMP, Tracked: Related, Verdict: Accept}}
-	endpoints := in.endpoints()
+	input.Rules = append(input.Rules, Rule{In: up.Name, Destination: self, Protocol: ICMP, Tracked: Related, Verdict: Accept})
 	for _, e := range endpoints {
 		to := host(e.Addr())
-		r := Route{Destination: to, Via: up.Router, Link: up.Name}
+		r := Route{Destination: to, Via: up.Router, Link: up.Name, Metric: metric}
 		if up.Address.Contains(e.Addr()) {
 			r.Via = netip.Addr{}
 		}
 		if (r.Via.IsValid() || up.Address.Contains(e.Addr())) && e.Addr() != up.Router && !slices.Contains(n.Routes, r) {
 			n.Routes = append(n.Routes, r)
 		}
-		output.Rules = append(output.Rules, Rule{Out: up.Name, Destination: to, Protocol: TCP, DestinationPort: e.Port(), Verdict: Accept})
-		input.Rules = append(input.Rules, Rule{In: up.Name, Source: to, Protocol: TCP, SourcePort: e.Port(), Tracked: Established, Verdict: Accept})
+		output.Rules = append(output.Rules, Rule{Out: up.Name, Source: self, Destination: to, Protocol: TCP, DestinationPort: e.Port(), Verdict: Accept})
+		input.Rules = append(input.Rules, Rule{In: up.Name, Source: to, Destination: self, Protocol: TCP, SourcePort: e.Port(), Tracked: Established, Verdict: Accept})
 	}
-	if in.office() {
-		officeOutside(in, endpoints, &n)
-	}
-	return n
 }
 
-// endpoints are all that the host may talk to on the present uplink, in order.
-func (in Situation) endpoints() []netip.AddrPort {
+// endpoints are all that the host may talk to on an uplink, in order: the
+// beacons only on the one in use.
+func (in Situation) endpoints(present bool) []netip.AddrPort {
 	var out []netip.AddrPort
 	for _, e := range in.Endpoints {
 		if e.Addr().Is4() { // uplinks have no IPv6 yet
@@ -153,7 +177,7 @@ func (in Situation) endpoints() []netip.AddrPort {
 		}
 	}
 	for _, b := range in.Beacons {
-		if b.Addr().Is4() && in.Uplink.Address.Contains(b.Addr()) && b.Addr() != in.Uplink.Address.Addr() {
+		if present && b.Addr().Is4() && in.Uplink.Address.Contains(b.Addr()) && b.Addr() != in.Uplink.Address.Addr() {
 			out = append(out, b)
 		}
 	}
@@ -183,11 +207,11 @@ func officeOutside(in Situation, endpoints []netip.AddrPort, n *Namespace) {
 	pre.Rules = append(pre.Rules, Rule{In: up.Name, Protocol: UDP, DestinationPort: 68, Verdict: Accept})
 	n.Routes = append(n.Routes, Route{Destination: inner, Link: pipe})
 	for _, net := range in.networks() {
-		r := Route{Destination: net, Via: up.Router, Link: up.Name}
+		r := Route{Destination: net, Via: up.Router, Link: up.Name, Metric: inUse}
 		if up.Address.Contains(net.Addr()) && net.Bits() >= up.Address.Bits() {
 			r.Via = netip.Addr{}
 		} else if local := up.Address.Masked(); net.Contains(local.Addr()) && !slices.Contains(in.Networks, local) {
-			n.Routes = append(n.Routes, Route{Destination: local, Link: up.Name})
+			n.Routes = append(n.Routes, Route{Destination: local, Link: up.Name, Metric: inUse})
 		}
 		if (r.Via.IsValid() || up.Address.Contains(net.Addr())) && !slices.Contains(n.Routes, r) {
 			n.Routes = append(n.Routes, r)
@@ -209,7 +233,7 @@ func inside(in Situation) Namespace {
 	}
 	n := Namespace{
 		Alone:   true,
-		Sysctls: quiet(forward),
+		Sysctls: quiet(forward, "1"),
 		Ruleset: closed(),
 		Links: []Link{
 			{Name: netd.TunnelLink, Up: in.tunnel(), MTU: in.MTU, Maybe: !in.Tun},

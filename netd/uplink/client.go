@@ -23,10 +23,9 @@ const (
 	minRetry  = 5 * time.Second  // between attempts to renew one
 )
 
-// New returns a Manager that calls report with every change. report must not
-// block; it is called by one goroutine at a time.
-func New(report func(netd.Uplink)) *Manager {
-	return &Manager{report: report, lease: client{}.keep}
+// New returns a Manager. Run it once.
+func New(c Config) *Manager {
+	return &Manager{Config: c, lease: client{}.keep, now: time.Now, events: make(chan func()), known: map[string]*record{}}
 }
 
 // client is the DHCPv4 client. Its packet socket is open only during an

@@ -1,8 +1,3 @@
-// Package uplink chooses the wired link towards the Internet and keeps a DHCPv4
-// lease on it (RFC 2131). Of what a server says it takes address, mask, router,
-// lease times, server identifier and MTU, and only if they make sense. Routes
-// (options 33, 121, 249), proxies (252), captive portals (114), vendor options
-// (43), host and resolver names are never looked at. IPv6 is off on uplinks for now.
 package uplink
 
 import (

@@ -101,27 +101,3 @@ func FuzzAccept(f *testing.F) {
 		}
 	})
 }
-
-func TestChoose(t *testing.T) {
-	a, b := Link{Index: 2, Name: "eth0"}, Link{Index: 3, Name: "eth1"}
-	up := func(l Link) Link { l.Carrier = true; return l }
-	for name, c := range map[string]struct {
-		links   []Link
-		present string
-		want    string
-	}{
-		"none":                  {nil, "", ""},
-		"one dead":              {[]Link{a}, "", "eth0"},
-		"carrier wins":          {[]Link{a, up(b)}, "", "eth1"},
-		"lowest index":          {[]Link{up(b), up(a)}, "", "eth0"},
-		"present stays":         {[]Link{up(a), up(b)}, "eth1", "eth1"},
-		"present lost carrier":  {[]Link{up(a), b}, "eth1", "eth0"},
-		"present is gone":       {[]Link{a}, "eth9", "eth0"},
-		"all dead, lowest wins": {[]Link{b, a}, "eth1", "eth0"},
-	} {
-		l, ok := Choose(c.links, c.present)
-		if l.Name != c.want || ok != (c.want != "") {
-			t.Errorf("%s: %q, %v, want %q", name, l.Name, ok, c.want)
-		}
-	}
-}

@@ -62,6 +62,7 @@ func run(ctx context.Context, o options) error {
 		Configure:   func(ctx context.Context, c guestlink.Config) error { return configure(ctx, o.linkd, c) },
 		Notify:      func(s string) { notify.SdNotify(false, s) },
 		Watchdog:    watchdog > 0,
+		Unserved:    func() []netd.Unserved { return kernel.Unserved(os.DirFS("/sys")) },
 		Log:         log,
 	})
 	stopped := ctx

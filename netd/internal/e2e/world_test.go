@@ -112,6 +112,7 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 		Name: "Test City", CA: w.ca.pem(),
 		Verifiers:  []attest.Endpoint{{Address: netip.MustParseAddrPort(verifierAddr), ServerName: "verifier.test"}},
 		Gateways:   []attest.Endpoint{{Address: netip.MustParseAddrPort(gatewayAddr), ServerName: "gateway.test"}},
+		Uplinks:    []attest.UplinkRule{{Name: "eth0"}, {Kind: netd.KindWired}},
 		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareUEFI},
 	})
 	chain, key := w.ca.server(t, "gateway.test")

@@ -1,0 +1,261 @@
+// Package uplink keeps the links towards the Internet ready: a lease on each
+// that has carrier, and of each the knowledge how well it works. Choose says
+// which of them to use. Addresses come by DHCPv4 (RFC 2131). Of what a server
+// says it takes address, mask, router, lease times, server identifier and MTU,
+// and only if they make sense. Routes (options 33, 121, 249), proxies (252),
+// captive portals (114), vendor options (43), host and resolver names are never
+// looked at.
+package uplink
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"sekisho/netd"
+)
+
+const (
+	// settle is the least time that a better uplink has to be sound before it
+	// takes over. Every loss of it doubles that, up to maxDoublings times.
+	settle       = 3 * time.Second
+	maxDoublings = 5
+	// forgive is how long an uplink has to be sound until its losses are forgotten.
+	forgive = 10 * time.Minute
+)
+
+// Config is what a Manager works with.
+type Config struct {
+	// Report is called with all candidates, ordered by index, after every
+	// change. It must not block; it is called by one goroutine at a time.
+	Report func([]Candidate)
+	// Probe tries to reach a gateway over an uplink. Nil counts every lease as good.
+	Probe func(context.Context, netd.Uplink) error
+	// Claims are addresses that no local network may claim as its own: those of the organisation's servers on the
+	// Internet. A lease whose prefix holds one is bad.
+	Claims []netip.Addr
+	Policy Policy
+}
+
+// Manager keeps every link's lease and health. Make one with New.
+type Manager struct {
+	Config
+	lease  leaser
+	now    func() time.Time
+	events chan func() // for Run's goroutine, which alone touches records
+	known  map[string]*record
+}
+
+// leaser keeps a lease on a link and reports it until ctx is done.
+type leaser func(ctx context.Context, l Link, previous netip.Addr, report func(netd.Uplink))
+
+// record is what is known of one link.
+type record struct {
+	link   Link
+	uplink netd.Uplink // the lease's part of it
+	health string
+	since  time.Time // since when it is sound; zero while it is not
+	losses int
+	last   netip.Addr // the last address had, to ask for again
+
+	stopLease, stopProbe func()
+	doubt                chan struct{} // for its prober
+}
+
+// Run follows the links that arrive on links until ctx is done.
+func (m *Manager) Run(ctx context.Context, links <-chan []Link) {
+	defer func() {
+		for _, r := range m.known {
+			m.stop(ctx, r)
+		}
+	}()
+	m.report()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case list := <-links:
+			if m.follow(ctx, list) {
+				m.report()
+			}
+		case do := <-m.events:
+			do()
+			m.report()
+		}
+	}
+}
+
+// post hands f to Run's goroutine.
+func (m *Manager) post(ctx context.Context, f func()) {
+	select {
+	case m.events <- f:
+	case <-ctx.Done():
+	}
+}
+
+// Doubt says that nothing comes back over the named uplink, as whoever talks
+// over it has noticed. It counts as dead until a probe has reached a gateway.
+func (m *Manager) Doubt(ctx context.Context, name string) {
+	m.post(ctx, func() {
+		if r := m.known[name]; r != nil && r.doubt != nil {
+			m.setHealth(r, netd.HealthDead)
+			select {
+			case r.doubt <- struct{}{}:
+			default:
+			}
+		}
+	})
+}
+
+// Renew starts over with the named link's lease: it has just been let into
+// another network.
+func (m *Manager) Renew(ctx context.Context, name string) {
+	m.post(ctx, func() {
+		if r := m.known[name]; r != nil && r.link.Carrier {
+			m.stop(ctx, r)
+			m.start(ctx, r)
+		}
+	})
+}
+
+// SetDevice tells which laptop this is, for the groups of the policy.
+func (m *Manager) SetDevice(ctx context.Context, id string) {
+	m.post(ctx, func() { m.Policy.Device = id })
+}
+
+// follow takes over the list of links and reports whether anything changed.
+func (m *Manager) follow(ctx context.Context, list []Link) (changed bool) {
+	for name, r := range m.known {
+		i := slices.IndexFunc(list, func(l Link) bool { return l.Name == name && l.Index == r.link.Index })
+		if i < 0 {
+			m.stop(ctx, r)
+			delete(m.known, name)
+			changed = true
+		}
+	}
+	for _, l := range list {
+		r := m.known[l.Name]
+		if r == nil {
+			r = &record{uplink: netd.Uplink{Name: l.Name}}
+			m.known[l.Name] = r
+		} else if r.link.Carrier == l.Carrier {
+			continue
+		}
+		r.link, changed = l, true
+		m.stop(ctx, r)
+		if l.Carrier {
+			m.start(ctx, r)
+		}
+	}
+	return changed
+}
+
+// start gets a lease on r, which has carrier.
+func (m *Manager) start(ctx context.Context, r *record) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	link, previous := r.link, r.last
+	go func() {
+		defer close(done)
+		m.lease(ctx, link, previous, func(u netd.Uplink) {
+			m.post(ctx, func() {
+				if ctx.Err() == nil { // reported before r was stopped, and not of an older lease
+					m.leased(ctx, r, u)
+				}
+			})
+		})
+	}()
+	r.stopLease = func() { cancel(); <-done }
+}
+
+// stop ends what goes on for r. It has no lease after that.
+func (m *Manager) stop(ctx context.Context, r *record) {
+	if r.stopLease != nil {
+		r.stopLease()
+	}
+	r.stopLease = nil
+	m.leased(ctx, r, netd.Uplink{Name: r.link.Name, Reason: netd.ReasonNoCarrier, Detail: "no carrier on " + r.link.Name})
+}
+
+// leased takes over what a lease's keeper reports.
+func (m *Manager) leased(ctx context.Context, r *record, u netd.Uplink) {
+	if u.Usable() {
+		if i := slices.IndexFunc(m.Claims, u.Address.Contains); i >= 0 {
+			u = netd.Uplink{Name: u.Name, Carrier: true, Reason: netd.ReasonBadLease,
+				Detail: fmt.Sprintf("the network on %s claims %s, which holds the organisation's server %s", u.Name, u.Address.Masked(), m.Claims[i])}
+		}
+	}
+	same := u.Address == r.uplink.Address && u.Router == r.uplink.Router
+	r.uplink = u
+	if same && (u.Usable() || r.stopProbe == nil) {
+		return
+	}
+	if r.stopProbe != nil {
+		r.stopProbe()
+		r.stopProbe, r.doubt = nil, nil
+	}
+	if !u.Usable() {
+		m.setHealth(r, netd.HealthUnknown)
+		return
+	}
+	r.last = u.Address.Addr()
+	if m.Probe == nil {
+		m.setHealth(r, netd.HealthGood)
+		return
+	}
+	m.setHealth(r, netd.HealthUnknown)
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	r.doubt = make(chan struct{}, 1)
+	doubt := r.doubt
+	go func() {
+		defer close(done)
+		watch(ctx, func(ctx context.Context) error { return m.Probe(ctx, u) }, doubt, func(health string) {
+			m.post(ctx, func() {
+				if ctx.Err() == nil {
+					m.setHealth(r, health)
+				}
+			})
+		})
+	}()
+	r.stopProbe = func() { cancel(); <-done }
+}
+
+// setHealth notes the health, and with it since when r is sound, or that it
+// was lost once more.
+func (m *Manager) setHealth(r *record, health string) {
+	r.health = health
+	now := m.now()
+	isSound := r.uplink.Usable() && health != netd.HealthDead
+	switch {
+	case isSound && r.since.IsZero():
+		r.since = now
+	case !isSound && !r.since.IsZero():
+		if now.Sub(r.since) >= forgive {
+			r.losses = 0
+		}
+		r.losses++
+		r.since = time.Time{}
+	}
+}
+
+// report tells all candidates.
+func (m *Manager) report() {
+	list := make([]Candidate, 0, len(m.known))
+	for _, r := range slices.SortedFunc(maps.Values(m.known), func(a, b *record) int { return cmp.Compare(a.link.Index, b.link.Index) }) {
+		u := r.uplink
+		u.Carrier, u.Kind, u.Driver = r.link.Carrier, r.link.Kind, r.link.Driver
+		u.Health, u.Losses, u.Since = r.health, r.losses, r.since
+		place, metered, allowed := m.Policy.Place(r.link)
+		u.Metered = metered
+		if !allowed {
+			u.Reason, u.Detail = netd.ReasonNotAllowed, "the organisation does not allow "+u.Name+" ("+u.Kind+")"
+		}
+		list = append(list, Candidate{Uplink: u, Index: r.link.Index, Place: place, Settle: settle << min(r.losses, maxDoublings)})
+	}
+	m.Config.Report(list)
+}

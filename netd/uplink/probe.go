@@ -1,0 +1,116 @@
+package uplink
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"sekisho/attest"
+	"sekisho/attest/cryptrec"
+	"sekisho/netd"
+)
+
+const (
+	probeTimeout = 2 * time.Second
+	probeEvery   = 5 * time.Minute // an uplink that is good; a gateway has many laptops
+	firstPause   = time.Second     // after a failed probe; doubled up to maxPause
+	deadAfter    = 3               // probes in a row
+	// localPause follows a probe that never left the laptop: the rules for a
+	// new lease are not in force yet.
+	localPause = 100 * time.Millisecond
+)
+
+// watch probes again and again, at once when in doubt, until ctx is done.
+func watch(ctx context.Context, probe func(context.Context) error, doubt <-chan struct{}, set func(health string)) {
+	for failed, pause := 0, firstPause; ; {
+		err := func() error {
+			ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+			defer cancel()
+			return probe(ctx)
+		}()
+		next := pause
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
+			set(netd.HealthGood)
+			failed, pause, next = 0, firstPause, probeEvery/2+rand.N(probeEvery)
+		case local(err):
+			next = localPause
+		default:
+			if failed++; failed >= deadAfter {
+				set(netd.HealthDead)
+			}
+			pause = min(2*pause, maxPause)
+		}
+		timer := time.NewTimer(next)
+		select {
+		case <-ctx.Done():
+		case <-doubt:
+			failed, pause = deadAfter, firstPause // one more failure confirms it
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// local reports whether err says that no packet was sent.
+func local(err error) bool {
+	return errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.ENODEV)
+}
+
+// control makes a net.Dialer's Control that binds to a link: tunnel.BindToLink.
+type control = func(link string) func(network, address string, c syscall.RawConn) error
+
+// Prober returns a Probe that reaches a gateway: a TLS handshake, over the
+// uplink alone, with a server whose certificate the organisation's CA signed.
+// No captive portal and no local network can answer it.
+func Prober(org *attest.Organization, bind control) (func(context.Context, netd.Uplink) error, error) {
+	roots, err := org.Roots()
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, u netd.Uplink) error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		results, n := make(chan error), 0
+		for _, g := range org.Gateways {
+			source := u.Address.Addr()
+			if source.Is4() != g.Address.Addr().Is4() {
+				continue
+			}
+			n++
+			go func() {
+				d := net.Dialer{KeepAlive: -1, Control: bind(u.Name), LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
+				config := cryptrec.Config()
+				config.ServerName, config.RootCAs = g.ServerName, roots
+				conn, err := (&tls.Dialer{NetDialer: &d, Config: config}).DialContext(ctx, "tcp", g.Address.String())
+				if err == nil {
+					conn.Close()
+				}
+				results <- err
+			}()
+		}
+		err := fmt.Errorf("no gateway has an address of the family of %s", u.Address)
+		reached := false
+		for i := range n { // the goroutines end with this function
+			e := <-results
+			if reached = reached || e == nil; reached {
+				cancel()
+			}
+			if i == 0 || local(err) {
+				err = e
+			}
+		}
+		if reached {
+			return nil
+		}
+		return err
+	}, nil
+}
