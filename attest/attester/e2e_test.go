@@ -29,6 +29,7 @@ import (
 	"sekisho/attest/eventlog/logtest"
 	"sekisho/attest/fleet"
 	"sekisho/attest/gate"
+	"sekisho/attest/store"
 	"sekisho/attest/tpm"
 	"sekisho/attest/tpm/faketpm"
 	"sekisho/attest/tpm/tpmtest"
@@ -97,7 +98,7 @@ type site struct {
 	servers  ca
 	devices  ca
 	service  *fleet.Service
-	store    *fleet.FileStore
+	store    *store.Store
 	storeDir string
 	address  string
 	stop     func()
@@ -118,14 +119,15 @@ func newSite(t *testing.T, roots string, lifetime time.Duration, refs ...attest.
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.store, err = fleet.OpenFileStore(s.storeDir); err != nil {
+	if s.store, err = store.Open(t.Context(), store.Config{Dir: s.storeDir}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.store.Close() })
-	s.service, err = fleet.NewService(fleet.Config{Verifier: name, Store: s.store, Issuer: issuer, EKRoots: pool, References: refs, Now: time.Now})
+	s.service, err = fleet.NewService(t.Context(), fleet.Config{Verifier: name, Organization: "Test City", Lifetime: lifetime, Store: s.store, Issuer: issuer, EKRoots: pool, References: refs, Now: time.Now})
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(s.service.Close)
 	s.start("127.0.0.1:0")
 	t.Cleanup(func() { s.stop() })
 	return s
@@ -149,9 +151,18 @@ func (s *site) start(address string) {
 	}
 }
 
+func (s *site) enrolled() []fleet.Device {
+	s.t.Helper()
+	list, err := s.service.Devices(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return list
+}
+
 func (s *site) ticket() attest.Ticket {
 	s.t.Helper()
-	ticket, _, err := s.service.CreateTicket(1, time.Hour)
+	ticket, _, err := s.service.CreateTicket(s.t.Context(), 1, time.Hour)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -421,18 +432,12 @@ func tampered(t *testing.T, m machine, evil logtest.Image) {
 	if _, err := p.client.Credential(t.Context()); !errors.Is(err, gate.ErrNoCredential) {
 		t.Errorf("credential: %v", err)
 	}
-	s.store.View(func(r *fleet.Registry) error {
-		for _, d := range r.Devices {
-			if d.Clock != nil || !d.Affirmed.IsZero() {
-				t.Errorf("a refusal was stored: %+v", d)
-			}
+	for _, d := range s.enrolled() {
+		if d.Clock != nil || !d.Affirmed.IsZero() || d.Reason != attest.ReasonImageMismatch {
+			t.Errorf("device after a refusal: %+v", d)
 		}
-		return nil
-	})
-	if err := s.store.Update(func(r *fleet.Registry) error {
-		r.References["x"] = evil.Reference("sekisho", "2")
-		return nil
-	}); err != nil {
+	}
+	if err := s.service.AddReference(t.Context(), evil.Reference("sekisho", "2")); err != nil {
 		t.Fatal(err)
 	}
 	p.untilState(gate.StateAffirming)
@@ -484,12 +489,9 @@ func enrolmentRefused(t *testing.T, m machine) {
 			t.Errorf("%s: %+v, want %v", c.name, st, c.want)
 		}
 		p.stop()
-		s.store.View(func(r *fleet.Registry) error {
-			if len(r.Devices) != 0 {
-				t.Errorf("%s: a device was enrolled", c.name)
-			}
-			return nil
-		})
+		if len(s.enrolled()) != 0 {
+			t.Errorf("%s: a device was enrolled", c.name)
+		}
 	}
 }
 

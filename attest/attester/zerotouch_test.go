@@ -27,7 +27,7 @@ func TestZeroTouch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.service.AddPurchase([]attest.Digest{attest.DeviceID(ek.Name())}, "delivery"); err != nil {
+	if _, err := s.service.AddPurchase(t.Context(), []attest.Digest{attest.DeviceID(ek.Name())}, "delivery"); err != nil {
 		t.Fatal(err)
 	}
 	p.untilState(gate.StateAffirming)

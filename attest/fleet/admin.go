@@ -7,11 +7,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -21,7 +19,7 @@ import (
 // Paths of the admin API, on a unix socket that only its owner can open.
 const (
 	AdminTickets    = "/admin/v1/tickets"    // POST TicketRequest → TicketResponse
-	AdminDevices    = "/admin/v1/devices"    // GET → []Device; /{id} → Device
+	AdminDevices    = "/admin/v1/devices"    // GET → []Device; /{id} → Device; DELETE /{id}?reason= → Former
 	AdminResults    = "/admin/v1/results"    // GET → []attest.Result, oldest first
 	AdminReferences = "/admin/v1/references" // GET → []Reference; POST values; DELETE ?id=
 )
@@ -87,6 +85,7 @@ func AdminHandler(s *Service, log *slog.Logger) http.Handler {
 	mux.HandleFunc("POST "+AdminTickets, a.createTicket)
 	mux.HandleFunc("GET "+AdminDevices, a.devices)
 	mux.HandleFunc("GET "+AdminDevices+"/{id}", a.device)
+	mux.HandleFunc("DELETE "+AdminDevices+"/{id}", a.retireDevice)
 	mux.HandleFunc("GET "+AdminResults, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, s.Results()) })
 	mux.HandleFunc("GET "+AdminReferences, a.references)
 	mux.HandleFunc("POST "+AdminReferences, a.addReference)
@@ -118,7 +117,7 @@ func (a *admin) createTicket(w http.ResponseWriter, r *http.Request) {
 		a.fail(w, http.StatusBadRequest, err)
 		return
 	}
-	text, t, err := a.CreateTicket(req.Uses, time.Duration(req.Seconds)*time.Second)
+	text, t, err := a.CreateTicket(r.Context(), req.Uses, time.Duration(req.Seconds)*time.Second)
 	if err != nil {
 		a.fail(w, http.StatusBadRequest, err)
 		return
@@ -127,42 +126,58 @@ func (a *admin) createTicket(w http.ResponseWriter, r *http.Request) {
 	reply(w, http.StatusOK, TicketResponse{text.Reveal(), t.ID, t.Uses, t.Expires})
 }
 
-func (a *admin) devices(w http.ResponseWriter, _ *http.Request) {
-	list := []Device{}
-	err := a.Store.View(func(r *Registry) error {
-		for _, d := range r.Devices {
-			list = append(list, d)
-		}
-		return nil
-	})
+func (a *admin) devices(w http.ResponseWriter, r *http.Request) {
+	list, err := a.Devices(r.Context())
+	answer(a, w, list, err)
+}
+
+// answer sends v, or err if there is one.
+func answer[T any](a *admin, w http.ResponseWriter, v T, err error) {
 	if err != nil {
 		a.fail(w, http.StatusInternalServerError, err)
 		return
 	}
-	slices.SortFunc(list, func(x, y Device) int { return strings.Compare(x.ID.String(), y.ID.String()) })
-	reply(w, http.StatusOK, list)
+	reply(w, http.StatusOK, v)
+}
+
+// id reads a device id.
+func (a *admin) id(w http.ResponseWriter, text string) (id attest.Digest, ok bool) {
+	if err := id.UnmarshalText([]byte(text)); err != nil {
+		a.fail(w, http.StatusBadRequest, fmt.Errorf("device id: %w", err))
+		return id, false
+	}
+	return id, true
 }
 
 func (a *admin) device(w http.ResponseWriter, r *http.Request) {
-	var id attest.Digest
-	if err := id.UnmarshalText([]byte(r.PathValue("id"))); err != nil {
-		a.fail(w, http.StatusBadRequest, fmt.Errorf("device id: %w", err))
+	id, ok := a.id(w, r.PathValue("id"))
+	if !ok {
 		return
 	}
-	var d Device
-	found := false
-	if err := a.Store.View(func(reg *Registry) error {
-		d, found = reg.Devices[id]
-		return nil
-	}); err != nil {
-		a.fail(w, http.StatusInternalServerError, err)
-		return
-	}
-	if !found {
+	d, found, err := a.Device(r.Context(), id)
+	if err == nil && !found {
 		a.fail(w, http.StatusNotFound, fmt.Errorf("device %s is not enrolled", id))
 		return
 	}
-	reply(w, http.StatusOK, d)
+	answer(a, w, d, err)
+}
+
+// retireDevice is DELETE of a device: its record moves to the former ones.
+func (a *admin) retireDevice(w http.ResponseWriter, r *http.Request) {
+	id, ok := a.id(w, r.PathValue("id"))
+	if !ok {
+		return
+	}
+	f, err := a.Retire(r.Context(), id, r.URL.Query().Get("reason"))
+	switch {
+	case errors.Is(err, errUnknownDevice):
+		a.fail(w, http.StatusNotFound, err)
+	case err != nil:
+		a.fail(w, http.StatusBadRequest, err)
+	default:
+		a.log.Warn("device retired", "device", id, "reason", f.Reason)
+		reply(w, http.StatusOK, f)
+	}
 }
 
 func (a *admin) references(w http.ResponseWriter, _ *http.Request) {
@@ -170,14 +185,8 @@ func (a *admin) references(w http.ResponseWriter, _ *http.Request) {
 	for _, v := range a.References {
 		list = append(list, Reference{ReferenceID(v), "configuration", v.PCRs, v})
 	}
-	if err := a.Store.View(func(r *Registry) error {
-		for _, id := range slices.Sorted(maps.Keys(r.References)) {
-			list = append(list, Reference{id, "registry", r.References[id].PCRs, r.References[id]})
-		}
-		return nil
-	}); err != nil {
-		a.fail(w, http.StatusInternalServerError, err)
-		return
+	for _, v := range a.added() {
+		list = append(list, Reference{ReferenceID(v), "registry", v.PCRs, v})
 	}
 	reply(w, http.StatusOK, list)
 }
@@ -197,10 +206,7 @@ func (a *admin) addReference(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	id := ReferenceID(*v)
-	if err := a.Store.Update(func(reg *Registry) error {
-		reg.References[id] = *v
-		return nil
-	}); err != nil {
+	if err := a.AddReference(r.Context(), *v); err != nil {
 		a.fail(w, http.StatusInternalServerError, err)
 		return
 	}
@@ -210,12 +216,8 @@ func (a *admin) addReference(w http.ResponseWriter, r *http.Request) {
 
 func (a *admin) removeReference(w http.ResponseWriter, r *http.Request) {
 	id := r.URL.Query().Get("id")
-	found := false
-	if err := a.Store.Update(func(reg *Registry) error {
-		_, found = reg.References[id]
-		delete(reg.References, id)
-		return nil
-	}); err != nil {
+	found, err := a.RemoveReference(r.Context(), id)
+	if err != nil {
 		a.fail(w, http.StatusInternalServerError, err)
 		return
 	}

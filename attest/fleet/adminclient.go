@@ -16,7 +16,7 @@ import (
 )
 
 // maxAdminAnswer bounds an answer of the admin API in bytes.
-const maxAdminAnswer = maxRegistry
+const maxAdminAnswer = 256 << 20
 
 // Admin is a client of the admin API.
 type Admin struct {
@@ -48,6 +48,11 @@ func (a *Admin) Devices(ctx context.Context) (list []Device, err error) {
 // Device shows one device.
 func (a *Admin) Device(ctx context.Context, id string) (d Device, err error) {
 	return d, a.do(ctx, http.MethodGet, AdminDevices+"/"+url.PathEscape(id), nil, &d)
+}
+
+// Retire ends a device.
+func (a *Admin) Retire(ctx context.Context, id, reason string) (f Former, err error) {
+	return f, a.do(ctx, http.MethodDelete, AdminDevices+"/"+url.PathEscape(id)+"?reason="+url.QueryEscape(reason), nil, &f)
 }
 
 // Results lists the last results, oldest first.

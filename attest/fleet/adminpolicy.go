@@ -8,10 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"net/url"
-	"slices"
 
 	"sekisho/attest"
 	"sekisho/attest/policy"
@@ -46,10 +44,10 @@ type ReportKey struct {
 func (a *admin) policyRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("GET "+AdminPolicies, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Policies.Status(a.Now())) })
 	mux.HandleFunc("POST "+AdminPolicies, a.publish)
-	mux.HandleFunc("DELETE "+AdminShadow, func(w http.ResponseWriter, _ *http.Request) {
-		a.done(w, "shadow policy ended", a.Policies.DropShadow())
+	mux.HandleFunc("DELETE "+AdminShadow, func(w http.ResponseWriter, r *http.Request) {
+		a.done(w, "shadow policy ended", a.DropShadow(r.Context()))
 	})
-	mux.HandleFunc("DELETE "+AdminHold, func(w http.ResponseWriter, _ *http.Request) { a.done(w, "hold released", a.Policies.Release()) })
+	mux.HandleFunc("DELETE "+AdminHold, func(w http.ResponseWriter, r *http.Request) { a.done(w, "hold released", a.Release(r.Context())) })
 	mux.HandleFunc("POST "+AdminSimulate, a.simulatePolicy)
 	mux.HandleFunc("GET "+AdminReports, a.reports)
 	mux.HandleFunc("GET "+AdminReports+"/{id}", a.report)
@@ -83,7 +81,7 @@ func (a *admin) publish(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	q := r.URL.Query()
-	i, err := a.Publish(data, q.Has("shadow"), q.Has("force"))
+	i, err := a.Publish(r.Context(), data, q.Has("shadow"), q.Has("force"))
 	switch {
 	case errors.Is(err, errLocksOut):
 		a.fail(w, http.StatusConflict, err)
@@ -99,7 +97,7 @@ func (a *admin) simulatePolicy(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	s, err := a.Simulate(data)
+	s, err := a.Simulate(r.Context(), data)
 	if err != nil {
 		a.fail(w, http.StatusBadRequest, err)
 		return
@@ -133,10 +131,7 @@ func (a *admin) report(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var devices []attest.Digest
-	if err := a.Store.View(func(reg *Registry) error {
-		devices = slices.Collect(maps.Keys(reg.Devices))
-		return nil
-	}); err != nil {
+	if err := scan(r.Context(), a.Service, "device", func(d Device) { devices = append(devices, d.ID) }); err != nil {
 		a.fail(w, http.StatusInternalServerError, err)
 		return
 	}
@@ -177,7 +172,7 @@ func (a *admin) importFirmware(w http.ResponseWriter, r *http.Request) {
 	var s FirmwareSummary
 	err := json.Unmarshal(data, &s)
 	if err == nil {
-		err = a.Commons.Import(s)
+		err = a.ImportFirmware(r.Context(), s)
 	}
 	if err != nil {
 		a.fail(w, http.StatusBadRequest, err)

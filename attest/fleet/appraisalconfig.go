@@ -28,9 +28,6 @@ func (c *ServerConfig) openAppraisal(to *Config) (err error) {
 	if to.Reports, err = OpenReports(filepath.Join(c.Store, "reports"), key); err != nil {
 		return err
 	}
-	if to.Commons, err = OpenCommons(filepath.Join(c.Store, "firmware.json"), c.Organization); err != nil {
-		return err
-	}
 	percent := c.MassRefusalPercent
 	if percent == 0 {
 		percent = defaultPercent
@@ -55,10 +52,8 @@ func (c *ServerConfig) openAppraisal(to *Config) (err error) {
 	if threshold == 0 {
 		threshold = len(keys)
 	}
-	ring, err := policy.NewKeyring(threshold, keys...)
-	if err != nil {
+	if to.PolicyKeys, err = policy.NewKeyring(threshold, keys...); err != nil {
 		return fmt.Errorf("policy_keys: %w", err)
 	}
-	to.Policies, err = OpenPolicies(inStore(c.PolicyDir, "policies"), filepath.Join(c.Store, "policies.json"), c.Organization, ring)
-	return err
+	return nil
 }

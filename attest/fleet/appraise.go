@@ -2,21 +2,66 @@ package fleet
 
 import (
 	"bytes"
+	"context"
+	"encoding/json"
 	"errors"
-	"maps"
-	"slices"
+	"fmt"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"sekisho/attest"
 	"sekisho/attest/report"
+	"sekisho/attest/store"
 	"sekisho/attest/verifier"
 )
 
+// attempts is how often evidence is appraised anew because the record of its
+// device changed meanwhile.
+const attempts = 4
+
+// record is what the store says of a device, and in which revisions: 0 if
+// there is none.
+type record struct {
+	device             Device
+	seen               Seen
+	deviceRev, seenRev int64
+}
+
+// record reads the record of a device. A serializable read may be a moment
+// old; what was concluded from it is committed only if it still holds.
+func (s *Service) record(ctx context.Context, id attest.Digest, serializable bool) (r record, err error) {
+	var opts []clientv3.OpOption
+	if serializable {
+		opts = append(opts, clientv3.WithSerializable())
+	}
+	resp, err := s.Store.Client().Txn(ctx).Then(
+		clientv3.OpGet(s.keys.device(id), opts...), clientv3.OpGet(s.keys.seen(id), opts...)).Commit()
+	if err != nil {
+		return r, fmt.Errorf("store: %w", err)
+	}
+	for i, x := range []struct {
+		to  any
+		rev *int64
+	}{{&r.device, &r.deviceRev}, {&r.seen, &r.seenRev}} {
+		for _, kv := range resp.Responses[i].GetResponseRange().Kvs {
+			if err := json.Unmarshal(kv.Value, x.to); err != nil {
+				return r, fmt.Errorf("store: %s: %w", kv.Key, err)
+			}
+			*x.rev = kv.ModRevision
+		}
+	}
+	return r, nil
+}
+
 // appraise judges encoded evidence and, if it is affirmed, issues a
 // certificate.
-func (s *Service) appraise(data []byte, now time.Time) (*attest.AttestResponse, error) {
+func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*attest.AttestResponse, error) {
 	refused := func(id attest.Digest, err error) *attest.AttestResponse {
 		return &attest.AttestResponse{Result: verifier.Refused(s.Verifier, id, now, err)}
+	}
+	if err := s.shared.err(); err != nil {
+		return nil, err
 	}
 	e, err := attest.ParseEvidence(data)
 	if err != nil {
@@ -24,144 +69,147 @@ func (s *Service) appraise(data []byte, now time.Time) (*attest.AttestResponse, 
 	}
 	id := e.DeviceID()
 	// The nonce's age is judged by the exact time.
-	if err := s.nonces.Use(e.Nonce, id, s.Now()); err != nil {
+	nonce, err := s.nonces.Check(e.Nonce, id, s.Now())
+	if err != nil {
 		return refused(id, err), nil
 	}
-	in := verifier.Input{Evidence: e, Verifier: s.Verifier, Now: now, Logs: &s.logs}
-	in.Policy, in.Shadow, in.PolicyNeeded = s.Policies.InForce(now)
-	var device Device
-	enrolled := 0
-	err = s.Store.View(func(r *Registry) error {
-		var known bool
-		if device, known = r.Devices[id]; known {
-			in.Device = &verifier.Device{ID: device.ID, AK: device.AK, Clock: device.Clock, Retried: s.retried(id)}
+	for try := range attempts {
+		rec, err := s.record(ctx, id, try == 0)
+		if err != nil {
+			return nil, err
 		}
-		enrolled = len(r.Devices)
-		in.References = s.unsigned(r)
-		return nil
-	})
-	if err != nil {
-		return nil, err
+		if err := rec.seen.unused(nonce); err != nil {
+			return refused(id, err), nil
+		}
+		in, out, err := s.judge(e, rec, now)
+		if err != nil {
+			return nil, err
+		}
+		if !fresh(out.Result) { // anyone can make such evidence: it leaves no trace
+			return &attest.AttestResponse{Result: out.Result}, nil
+		}
+		ok, err := s.commit(ctx, id, rec, nonce, in, out, now)
+		var why *attest.Refusal
+		switch {
+		case errors.As(err, &why):
+			return refused(id, why), nil
+		case err != nil:
+			return nil, err
+		case ok:
+			return s.conclude(ctx, in, out, rec.device)
+		}
+	}
+	return nil, attest.Refuse(attest.ReasonBusy, "the record of device %s changes all the time; try again", id)
+}
+
+// judge appraises evidence by what is in force now.
+func (s *Service) judge(e *attest.Evidence, rec record, now time.Time) (in verifier.Input, out verifier.Outcome, err error) {
+	id := e.DeviceID()
+	in = verifier.Input{Evidence: e, Verifier: s.Verifier, Now: now, Logs: &s.logs, References: s.unsigned()}
+	in.Policy, in.Shadow, in.PolicyNeeded = s.Policies.InForce(now)
+	if rec.deviceRev != 0 {
+		in.Device = &verifier.Device{ID: rec.device.ID, AK: rec.device.AK, Clock: rec.seen.Clock, Retried: rec.seen.Unsafe}
 	}
 	in.Firmware = s.Commons.Count(id, verifier.FirmwareDigest(e.PCRs))
-	out := verifier.Appraise(in)
-	if out.Result.Status != attest.StatusAffirming && authentic(out.Result) && s.Reports != nil {
+	out = verifier.Appraise(in)
+	if out.Result.Status != attest.StatusAffirming && fresh(out.Result) && s.Reports != nil {
 		// Once more, now with what changed since the last good boot.
 		if in.LastGood, err = s.Reports.LastGood(id); err != nil {
-			return nil, err
+			return in, out, err
 		}
 		out = verifier.Appraise(in)
 	}
-	resp := &attest.AttestResponse{Result: out.Result}
-	if out.Result.Status == attest.StatusAffirming {
-		if resp.Chain, err = s.admit(id, out, now); err != nil {
-			var why *attest.Refusal
-			if errors.As(err, &why) {
-				return refused(id, why), nil
-			}
+	return in, out, nil
+}
+
+// fresh reports whether a result is of evidence that the device's own TPM has
+// signed for this very nonce: all else anyone on the network can make, and it
+// neither fills the archive nor uses up nonces nor pulls the brake.
+func fresh(r attest.Result) bool {
+	return r.Status == attest.StatusAffirming || r.Reason > attest.ReasonBindingMismatch
+}
+
+// commit records an appraisal if the device's record is still what it was
+// judged by: this is what makes a nonce good for one use, with any verifier.
+func (s *Service) commit(ctx context.Context, id attest.Digest, rec record, nonce verifier.Nonce, in verifier.Input, out verifier.Outcome, now time.Time) (bool, error) {
+	next := rec.seen
+	if err := next.use(nonce, now); err != nil {
+		return false, err
+	}
+	r := out.Result
+	next.Last, next.Status, next.Reason, next.Unsafe = now.UTC(), r.Status, r.Reason, r.Reason == attest.ReasonClockUnsafe
+	if r.Status == attest.StatusAffirming {
+		next.Clock, next.Firmware, next.Image, next.Affirmed = &out.Clock, out.Firmware, r.Image, now.UTC()
+	}
+	data, err := json.Marshal(next)
+	if err != nil {
+		return false, fmt.Errorf("store: %w", err)
+	}
+	device, seen := s.keys.device(id), s.keys.seen(id)
+	c := store.Change{
+		Key: seen,
+		If: []clientv3.Cmp{
+			clientv3.Compare(clientv3.ModRevision(device), "=", rec.deviceRev),
+			clientv3.Compare(clientv3.ModRevision(seen), "=", rec.seenRev),
+		},
+		Then: []clientv3.Op{clientv3.OpPut(seen, string(data))},
+	}
+	if f := verifier.FirmwareDigest(in.Evidence.PCRs); r.Status == attest.StatusAffirming && !s.Commons.learned(id, f) {
+		c.Then = append(c.Then, clientv3.OpPut(s.keys.firmware(id), f.String()))
+	}
+	return s.Store.Commit(ctx, c)
+}
+
+// conclude draws the consequences of an appraisal that was recorded: the
+// certificate, the brake, the report.
+func (s *Service) conclude(ctx context.Context, in verifier.Input, out verifier.Outcome, d Device) (*attest.AttestResponse, error) {
+	r := out.Result
+	resp := &attest.AttestResponse{Result: r}
+	if r.Status == attest.StatusAffirming {
+		cert, err := s.Issuer.Issue(r.Device, out.Key, in.Now)
+		if err != nil {
 			return nil, err
 		}
+		resp.Chain = [][]byte{cert.Raw}
+		if ca := s.Issuer.CA(); !bytes.Equal(ca.RawSubject, ca.RawIssuer) {
+			resp.Chain = append(resp.Chain, ca.Raw)
+		}
 	}
-	if err := s.conclude(in, out, device, enrolled, resp); err != nil {
+	if err := s.brake(ctx, r); err != nil {
 		return nil, err
-	}
-	return resp, nil
-}
-
-// unsigned are the reference values of the configuration and, where no policy
-// keys are configured, those that attestctl added.
-func (s *Service) unsigned(r *Registry) []attest.ReferenceValues {
-	list := append([]attest.ReferenceValues(nil), s.References...)
-	if s.Policies != nil {
-		return list
-	}
-	for _, id := range sortedKeys(r.References) {
-		list = append(list, r.References[id])
-	}
-	return list
-}
-
-// admit issues the certificate of an affirming outcome and records it.
-func (s *Service) admit(id attest.Digest, out verifier.Outcome, now time.Time) ([][]byte, error) {
-	cert, err := s.Issuer.Issue(id, out.Key, now)
-	if err != nil {
-		return nil, err
-	}
-	err = s.Store.Update(func(r *Registry) error {
-		d, ok := r.Devices[id]
-		if !ok {
-			return attest.Refuse(attest.ReasonDeviceUnknown, "device %s was removed", id)
-		}
-		if c := d.Clock; c != nil && (out.Clock.ResetCount < c.ResetCount || out.Clock.ResetCount == c.ResetCount && out.Clock.Clock <= c.Clock) {
-			return attest.Refuse(attest.ReasonClockReversed, "newer evidence of device %s came in between", id)
-		}
-		d.Clock, d.Firmware, d.Image, d.Affirmed = &out.Clock, out.Firmware, out.Result.Image, now.UTC()
-		r.Devices[id] = d
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	chain := [][]byte{cert.Raw}
-	if ca := s.Issuer.CA(); !bytes.Equal(ca.RawSubject, ca.RawIssuer) {
-		chain = append(chain, ca.Raw)
-	}
-	return chain, nil
-}
-
-// authentic reports whether a result is of evidence that the device's own TPM
-// has signed: all else anyone on the network can make, and it neither fills
-// the archive nor pulls the brake.
-func authentic(r attest.Result) bool {
-	return r.Status == attest.StatusAffirming || r.Reason > attest.ReasonSignatureInvalid
-}
-
-// conclude keeps the report of an appraisal and draws its consequences.
-func (s *Service) conclude(in verifier.Input, out verifier.Outcome, d Device, enrolled int, resp *attest.AttestResponse) error {
-	r := out.Result
-	if !authentic(r) {
-		return nil
-	}
-	s.mu.Lock()
-	if r.Reason == attest.ReasonClockUnsafe {
-		s.unsafe[r.Device] = true
-	} else {
-		delete(s.unsafe, r.Device)
-	}
-	s.mu.Unlock()
-	if h := s.Brake.Note(r, enrolled, s.Now()); h != nil {
-		s.Log.Error("mass refusal: the roll-out of policies is held; see attestctl policy status", "refused", h.Refused, "enrolled", h.Devices, "reasons", h.Reasons)
-		if err := s.Policies.Hold(*h); err != nil {
-			return err
-		}
-	}
-	if r.Status == attest.StatusAffirming {
-		if err := s.Commons.Learn(r.Device, verifier.FirmwareDigest(in.Evidence.PCRs)); err != nil {
-			return err
-		}
 	}
 	if s.Reports == nil {
-		return nil
+		return resp, nil
 	}
 	rec := report.Record{
 		ID: d.ID[:], EK: d.EK, EKCertificate: d.EKCertificate, AK: d.AK, Clock: in.Device.Clock, Retried: in.Device.Retried,
 	}
 	data, token, err := report.Make(in, out, rec, s.Organization, s.Lifetime, s.Reports.key)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	evidence, err := in.Evidence.Encode()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	resp.Token, resp.Result.Report = token, report.ID(evidence)
-	return s.Reports.Save(r.Device, s.Now(), r.Status == attest.StatusAffirming, resp.Result.Report, data)
+	return resp, s.Reports.Save(r.Device, s.Now(), r.Status == attest.StatusAffirming, resp.Result.Report, data)
 }
 
-func (s *Service) retried(id attest.Digest) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.unsafe[id]
+// brake tells the brake of a result and holds the roll-out of policies if it
+// was one too many.
+func (s *Service) brake(ctx context.Context, r attest.Result) error {
+	n := 0
+	if r.Status != attest.StatusAffirming {
+		var err error
+		if n, err = s.enrolled(ctx); err != nil {
+			return err
+		}
+	}
+	h := s.Brake.Note(r, n, s.Now())
+	if h == nil {
+		return nil
+	}
+	s.Log.Error("mass refusal: the roll-out of policies is held; see attestctl policy status", "refused", h.Refused, "enrolled", h.Devices, "reasons", h.Reasons)
+	return s.holdPolicies(ctx, *h)
 }
-
-func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

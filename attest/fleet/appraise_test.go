@@ -39,30 +39,26 @@ func (b *bench) full(withPolicies bool) signers {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	c := &b.service.Config
-	c.Organization, c.Lifetime, c.Brake = org, 10*time.Minute, NewBrake(10)
+	c := b.service.Config
+	c.Brake = NewBrake(10)
 	if c.Reports, err = OpenReports(filepath.Join(b.dir, "reports"), key); err != nil {
 		b.t.Fatal(err)
 	}
 	b.t.Cleanup(func() { c.Reports.Close() })
-	if c.Commons, err = OpenCommons(filepath.Join(b.dir, "firmware.json"), org); err != nil {
-		b.t.Fatal(err)
-	}
 	if withPolicies {
-		c.References = nil
-		if c.Policies, err = b.policies(s); err != nil {
-			b.t.Fatal(err)
-		}
+		c.References, c.PolicyKeys = nil, s.ring(b.t)
 	}
+	b.use(c)
 	return s
 }
 
-func (b *bench) policies(s signers) (*Policies, error) {
+func (s signers) ring(t *testing.T) *policy.Keyring {
+	t.Helper()
 	ring, err := policy.NewKeyring(2, &s[0].PublicKey, &s[1].PublicKey)
 	if err != nil {
-		b.t.Fatal(err)
+		t.Fatal(err)
 	}
-	return OpenPolicies(filepath.Join(b.dir, "policies"), filepath.Join(b.dir, "policies.json"), org, ring)
+	return ring
 }
 
 // sign makes a signed policy that accepts images.
@@ -116,7 +112,7 @@ func TestUpdateLocksNobodyOut(t *testing.T) {
 		t.Fatalf("without a policy: %v", r.Reason)
 	}
 	one, digest := s.sign(t, 1, attest.Digest{}, nil, image)
-	if _, err := b.service.Publish(one, false, false); err != nil {
+	if _, err := b.service.Publish(t.Context(), one, false, false); err != nil {
 		t.Fatal(err)
 	}
 	r := b.boot(d, id, image)
@@ -125,16 +121,16 @@ func TestUpdateLocksNobodyOut(t *testing.T) {
 	}
 	// A policy that drops the image which is running would lock it out.
 	bad, _ := s.sign(t, 2, digest, nil, image2)
-	if _, err := b.service.Publish(bad, false, false); !errors.Is(err, errLocksOut) {
+	if _, err := b.service.Publish(t.Context(), bad, false, false); !errors.Is(err, errLocksOut) {
 		t.Fatalf("a policy that locks out: %v", err)
 	}
-	sim, err := b.service.Simulate(bad)
+	sim, err := b.service.Simulate(t.Context(), bad)
 	if err != nil || sim.Devices != 1 || sim.Refused != 1 || sim.Verdicts[0].Reason != attest.ReasonImageMismatch || len(sim.Verdicts[0].Findings) == 0 {
 		t.Errorf("simulation: %+v %v", sim, err)
 	}
 	// The next image is approved before it is rolled out; both are valid.
 	two, digest := s.sign(t, 2, digest, nil, image, image2)
-	if _, err := b.service.Publish(two, false, false); err != nil {
+	if _, err := b.service.Publish(t.Context(), two, false, false); err != nil {
 		t.Fatal(err)
 	}
 	for _, i := range []logtest.Image{image, image2, image} {
@@ -145,7 +141,7 @@ func TestUpdateLocksNobodyOut(t *testing.T) {
 	// The one after it ends the old image, an hour from now.
 	b.boot(d, id, image2)
 	three, _ := s.sign(t, 3, digest, func(p *policy.Bundle) { p.NotBefore = b.now.Add(time.Hour).Unix() }, image2)
-	if _, err := b.service.Publish(three, false, false); err != nil {
+	if _, err := b.service.Publish(t.Context(), three, false, false); err != nil {
 		t.Fatal(err)
 	}
 	if r := b.boot(d, id, image).Result; r.Status != attest.StatusAffirming {
@@ -163,31 +159,34 @@ func TestPolicyRollback(t *testing.T) {
 	one, digest := s.sign(t, 1, attest.Digest{}, nil, image)
 	two, _ := s.sign(t, 2, digest, nil, image2)
 	for _, p := range [][]byte{one, two} {
-		if _, err := b.service.Policies.Publish(p, false); err != nil {
+		if _, err := b.service.publish(t.Context(), p, false); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := b.service.Policies.Publish(one, false); err == nil {
+	if _, err := b.service.publish(t.Context(), one, false); err == nil {
 		t.Error("an old version was published again")
 	}
-	if p, err := b.policies(s); err != nil || len(p.Status(b.now).Policies) != 2 {
-		t.Errorf("after a restart: %v", err)
+	b.restart()
+	if list := b.service.Policies.Status(b.now).Policies; len(list) != 2 || list[1].Version != 2 {
+		t.Errorf("after a restart: %+v", list)
 	}
-	names, err := filepath.Glob(filepath.Join(b.dir, "policies", policyPattern))
-	if err != nil || len(names) != 2 {
-		t.Fatal(names, err)
-	}
-	if err := os.Remove(names[1]); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := b.policies(s); err == nil {
-		t.Error("a deleted version brought the one before back")
-	}
-	if err := os.WriteFile(names[1], one, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := b.policies(s); err == nil {
-		t.Error("the old version stood in for the new")
+	// Whoever can write to the store can neither take a version away nor
+	// put another in its place.
+	client := b.store.Client()
+	for what, tamper := range map[string]func() error{
+		"removed": func() error { _, err := client.Delete(t.Context(), b.service.keys.policyVersion(2)); return err },
+		"old for new": func() error {
+			_, err := client.Put(t.Context(), b.service.keys.policyVersion(2), string(one))
+			return err
+		},
+	} {
+		if err := tamper(); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := NewService(t.Context(), b.service.Config); err == nil {
+			s.Close()
+			t.Errorf("%s: the verifier started", what)
+		}
 	}
 }
 
@@ -196,10 +195,10 @@ func TestShadowPolicy(t *testing.T) {
 	s := b.full(true)
 	one, digest := s.sign(t, 1, attest.Digest{}, nil, image)
 	two, _ := s.sign(t, 2, digest, nil, image2)
-	if _, err := b.service.Publish(one, false, false); err != nil {
+	if _, err := b.service.Publish(t.Context(), one, false, false); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.service.Publish(two, true, false); err != nil {
+	if _, err := b.service.Publish(t.Context(), two, true, false); err != nil {
 		t.Fatal(err)
 	}
 	d, id := b.enrolled()
@@ -207,7 +206,7 @@ func TestShadowPolicy(t *testing.T) {
 	if r.Status != attest.StatusAffirming || r.Shadow == nil || r.Shadow.Reason != attest.ReasonImageMismatch || r.Shadow.Policy.Version != 2 {
 		t.Errorf("%+v", r)
 	}
-	if err := b.service.Policies.DropShadow(); err != nil {
+	if err := b.service.DropShadow(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if r := b.boot(d, id, image).Result; r.Shadow != nil {
@@ -219,11 +218,11 @@ func TestMassRefusalHolds(t *testing.T) {
 	b := newBench(t)
 	s := b.full(true)
 	one, digest := s.sign(t, 1, attest.Digest{}, nil, image)
-	if _, err := b.service.Publish(one, false, false); err != nil {
+	if _, err := b.service.Publish(t.Context(), one, false, false); err != nil {
 		t.Fatal(err)
 	}
 	pending, next := s.sign(t, 2, digest, func(p *policy.Bundle) { p.NotBefore = b.now.Add(time.Hour).Unix() }, image, image2)
-	if _, err := b.service.Publish(pending, false, false); err != nil {
+	if _, err := b.service.Publish(t.Context(), pending, false, false); err != nil {
 		t.Fatal(err)
 	}
 	type laptop struct {
@@ -255,17 +254,15 @@ func TestMassRefusalHolds(t *testing.T) {
 		t.Errorf("a good device while held: %v", r.Reason)
 	}
 	three, _ := s.sign(t, 3, next, func(p *policy.Bundle) { p.NotBefore = b.now.Add(time.Hour).Unix() }, image2)
-	if _, err := b.service.Publish(three, false, true); err == nil {
+	if _, err := b.service.Publish(t.Context(), three, false, true); err == nil {
 		t.Error("published while held")
 	}
-	p, err := b.policies(s)
-	if err != nil {
-		t.Fatal(err)
-	}
+	b.restart()
+	p := b.service.Policies
 	if v, _, _ := p.InForce(b.now.Add(2 * time.Hour)); v.Bundle.Version != 1 {
 		t.Errorf("version %d came into force while held", v.Bundle.Version)
 	}
-	if err := p.Release(); err != nil {
+	if err := b.service.Release(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if v, _, _ := p.InForce(b.now.Add(2 * time.Hour)); v.Bundle.Version != 2 {
@@ -277,7 +274,7 @@ func TestReportOfEachAppraisal(t *testing.T) {
 	b := newBench(t)
 	s := b.full(true)
 	one, _ := s.sign(t, 1, attest.Digest{}, nil, image)
-	if _, err := b.service.Publish(one, false, false); err != nil {
+	if _, err := b.service.Publish(t.Context(), one, false, false); err != nil {
 		t.Fatal(err)
 	}
 	d, id := b.enrolled()
@@ -286,10 +283,7 @@ func TestReportOfEachAppraisal(t *testing.T) {
 	if r := bad.Result; r.LastGood == nil || len(r.Changes) == 0 {
 		t.Errorf("no difference to the last good boot: %+v", r)
 	}
-	ring, err := policy.NewKeyring(2, &s[0].PublicKey, &s[1].PublicKey)
-	if err != nil {
-		t.Fatal(err)
-	}
+	ring := s.ring(t)
 	for _, r := range []*attest.AttestResponse{good, bad} {
 		data, err := b.service.Reports.Get(r.Result.Report, []attest.Digest{id})
 		if err != nil {
@@ -365,23 +359,19 @@ func TestCommons(t *testing.T) {
 	if last == nil || last.Devices != 2 || last.Organizations != 1 {
 		t.Fatalf("%+v", last)
 	}
-	c := b.service.Commons
-	sum := c.Summary()
+	sum := b.service.Commons.Summary()
 	if sum.Firmware[last.Digest] != 3 {
 		t.Errorf("%+v", sum)
 	}
-	if err := c.Import(sum); err == nil {
+	if err := b.service.ImportFirmware(t.Context(), sum); err == nil {
 		t.Error("our own summary was imported")
 	}
 	sum.Organization = "Other City"
-	if err := c.Import(sum); err != nil {
+	if err := b.service.ImportFirmware(t.Context(), sum); err != nil {
 		t.Fatal(err)
 	}
-	again, err := OpenCommons(filepath.Join(b.dir, "firmware.json"), org)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if f := again.Count(attest.Digest{}, last.Digest); f.Devices != 6 || f.Organizations != 2 {
+	b.restart()
+	if f := b.service.Commons.Count(attest.Digest{}, last.Digest); f.Devices != 6 || f.Organizations != 2 {
 		t.Errorf("%+v", f)
 	}
 }

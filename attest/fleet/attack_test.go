@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -22,47 +23,59 @@ import (
 	"sekisho/attest/tpm/faketpm"
 )
 
-// TestAttackNonceOnSecondVerifier takes evidence, and a nonce, of one verifier
-// to a second one of the same organisation, which has the same key.
-func TestAttackNonceOnSecondVerifier(t *testing.T) {
-	b := newBench(t)
-	c := b.service.Config
-	c.Verifier = "second.test"
-	second, err := NewService(c)
+// ask has a service appraise evidence.
+func ask(t *testing.T, s *Service, e *attest.Evidence) attest.Result {
+	t.Helper()
+	data, err := e.Encode()
 	if err != nil {
 		t.Fatal(err)
 	}
+	r, err := s.Attest(t.Context(), data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Result.Status != attest.StatusAffirming && (r.Chain != nil || r.Token != nil && r.Result.Status == attest.StatusNone) {
+		t.Error("it entitled to something")
+	}
+	return r.Result
+}
+
+// second is another verifier of the bench's organisation, on the same store.
+func (b *bench) second(name string) *Service {
+	b.t.Helper()
+	c := b.service.Config
+	c.Verifier = name
+	s, err := NewService(b.t.Context(), c)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.t.Cleanup(s.Close)
+	return s
+}
+
+// TestAttackNonceOnSecondVerifier takes evidence, and a nonce, of one verifier
+// to a second one of the same organisation, which has the same key and another
+// name.
+func TestAttackNonceOnSecondVerifier(t *testing.T) {
+	b := newBench(t)
+	second := b.second("second.test")
 	d, id := b.enrolled()
 	nonce := b.nonce(id)
 	if !second.nonces.Authentic(nonce, name, id) || second.nonces.Authentic(nonce, "second.test", id) {
 		t.Error("the second verifier cannot tell whose nonce it is")
 	}
 	e := b.evidence(d, id, nonce)
-	ask := func(e *attest.Evidence) attest.Result {
-		data, err := e.Encode()
-		if err != nil {
-			t.Fatal(err)
-		}
-		r, err := second.Attest(data)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if r.Chain != nil || r.Token != nil {
-			t.Error("it entitled to something")
-		}
-		return r.Result
-	}
-	if r := ask(e); r.Reason != attest.ReasonVerifierMismatch {
+	if r := ask(t, second, e); r.Reason != attest.ReasonVerifierMismatch {
 		t.Errorf("evidence for the first: %v", r.Reason)
 	}
 	renamed := *e
 	renamed.Verifier = "second.test"
-	if r := ask(&renamed); r.Reason != attest.ReasonVerifierMismatch {
+	if r := ask(t, second, &renamed); r.Reason != attest.ReasonVerifierMismatch {
 		t.Errorf("renamed: %v", r.Reason)
 	}
 	// With a nonce of its own the second refuses what names the first.
 	other := b.evidence(d, id, second.Challenge(attest.ChallengeRequest{Device: id}).Nonce)
-	if r := ask(other); r.Reason != attest.ReasonVerifierMismatch {
+	if r := ask(t, second, other); r.Reason != attest.ReasonVerifierMismatch {
 		t.Errorf("its nonce, the first one's name: %v", r.Reason)
 	}
 	if r := b.attest(e).Result; r.Status != attest.StatusAffirming {
@@ -70,6 +83,140 @@ func TestAttackNonceOnSecondVerifier(t *testing.T) {
 	}
 	if r := b.attest(e).Result; r.Reason != attest.ReasonNonceReused {
 		t.Errorf("at the first, again: %v", r.Reason)
+	}
+}
+
+// TestAttackNonceReusedBehindBalancer: several verifiers answer to one name,
+// as behind a balancer. A challenge of one may be answered to any, once: also
+// if the answers come at the same moment, or after a restart.
+func TestAttackNonceReusedBehindBalancer(t *testing.T) {
+	b := newBench(t)
+	verifiers := []*Service{b.service, b.second(name), b.second(name)}
+	d, id := b.enrolled()
+	e := b.evidence(d, id, b.nonce(id))
+	if r := ask(t, verifiers[1], e); r.Status != attest.StatusAffirming {
+		t.Errorf("at the second: %v", r.Reason)
+	}
+	for i, v := range verifiers {
+		if r := ask(t, v, e); r.Reason != attest.ReasonNonceReused {
+			t.Errorf("again at %d: %v %v", i, r.Status, r.Reason)
+		}
+	}
+	e = b.evidence(d, id, b.nonce(id))
+	results := make(chan attest.Result, 30)
+	var wg sync.WaitGroup
+	for i := range cap(results) {
+		wg.Go(func() { results <- ask(t, verifiers[i%len(verifiers)], e) })
+	}
+	wg.Wait()
+	affirmed := 0
+	for range cap(results) {
+		switch r := <-results; {
+		case r.Status == attest.StatusAffirming:
+			affirmed++
+		case r.Reason != attest.ReasonNonceReused:
+			t.Errorf("%v %s", r.Reason, r.Detail)
+		}
+	}
+	if affirmed != 1 {
+		t.Errorf("affirmed %d times", affirmed)
+	}
+	b.restart()
+	if r := b.attest(e).Result; r.Reason != attest.ReasonNonceReused {
+		t.Errorf("after a restart: %v", r.Reason)
+	}
+}
+
+// TestAttackAttestsAllTheTime: a device that never stops attesting is told to
+// wait, and no used nonce is forgotten for it.
+func TestAttackAttestsAllTheTime(t *testing.T) {
+	b := newBench(t)
+	d, id := b.enrolled()
+	first := b.evidence(d, id, b.nonce(id))
+	for i := range maxUsed {
+		e := first
+		if i > 0 {
+			e = b.evidence(d, id, b.nonce(id))
+		}
+		if r := b.attest(e).Result; r.Status != attest.StatusAffirming {
+			t.Fatal(i, r.Reason)
+		}
+	}
+	if r := b.attest(b.evidence(d, id, b.nonce(id))).Result; r.Reason != attest.ReasonBusy {
+		t.Errorf("one too many: %v", r.Reason)
+	}
+	if r := b.attest(first).Result; r.Reason != attest.ReasonNonceReused {
+		t.Errorf("the first again: %v", r.Reason)
+	}
+	b.now = b.now.Add(usedFor + time.Second)
+	if r := b.attest(b.evidence(d, id, b.nonce(id))).Result; r.Status != attest.StatusAffirming {
+		t.Errorf("later: %v", r.Reason)
+	}
+}
+
+// TestEnrolmentOnSecondVerifier begins with one verifier and ends with
+// another, and answers once.
+func TestEnrolmentOnSecondVerifier(t *testing.T) {
+	b := newBench(t)
+	second := b.second(name)
+	d := b.device()
+	r := request(d, b.ticket(1))
+	c, err := b.service.Begin(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := d.Activate(c.Credential, c.Secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proof, err := attest.EnrolProof(secret, r, *c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := attest.EnrolAnswer{Session: c.Session, Proof: proof}
+	if _, err := second.Finish(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.service.Finish(t.Context(), a); refusal(t, err) != attest.ReasonChallengeExpired {
+		t.Errorf("answered twice: %v", err)
+	}
+}
+
+// TestRetire ends a device while two verifiers serve it: neither affirms it
+// from then on, not even evidence that was made before, and it comes back by
+// a permit alone.
+func TestRetire(t *testing.T) {
+	b := newBench(t)
+	second := b.second(name)
+	k := b.approvers()
+	d, id := b.enrolled()
+	e := b.evidence(d, id, b.nonce(id))
+	if _, err := b.service.Retire(t.Context(), id, ""); err == nil {
+		t.Error("retired without a reason")
+	}
+	f, err := b.service.Retire(t.Context(), id, "lost on a train")
+	if err != nil || f.ID != id || f.Reason != "lost on a train" {
+		t.Fatal(f, err)
+	}
+	for i, v := range []*Service{b.service, second} {
+		if r := ask(t, v, e); r.Reason != attest.ReasonDeviceUnknown {
+			t.Errorf("verifier %d: %v", i, r.Reason)
+		}
+	}
+	if _, err := b.service.Retire(t.Context(), id, "again"); !errors.Is(err, errUnknownDevice) {
+		t.Errorf("retired twice: %v", err)
+	}
+	if _, err := b.enrol(d, b.ticket(1), nil); refusal(t, err) != attest.ReasonAlreadyEnrolled {
+		t.Errorf("back by a ticket: %v", err)
+	}
+	if _, err := b.service.AddPermit(t.Context(), b.permit(PermitRequest{Device: id, Reason: "found"}, k...)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.enrol(d, b.ticket(1), nil); err != nil {
+		t.Errorf("back by a permit: %v", err)
+	}
+	if r := b.attest(b.evidence(d, id, b.nonce(id))).Result; r.Status != attest.StatusAffirming {
+		t.Errorf("back: %v", r.Reason)
 	}
 }
 
@@ -161,34 +308,23 @@ func TestAttackVerifierRestarted(t *testing.T) {
 	if life := cert.NotAfter.Sub(b.now); life > 10*time.Minute {
 		t.Errorf("certificate for %v", life)
 	}
-	unanswered := b.nonce(id)
-	e := b.evidence(d, id, b.nonce(id))
+	used := b.evidence(d, id, b.nonce(id))
+	b.attest(used)
+	unanswered := b.evidence(d, id, b.nonce(id))
 	b.now = b.now.Add(time.Second)
-	if err := b.store.Close(); err != nil {
-		t.Fatal(err)
-	}
-	store, err := OpenFileStore(b.dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
-	c := b.service.Config // with the nonce key, as from its file
-	c.Store = store
-	if b.service, err = NewService(c); err != nil {
-		t.Fatal(err)
-	}
-	if r := b.attest(e); r.Result.Reason != attest.ReasonNonceExpired || r.Chain != nil {
+	b.restart() // with the nonce key, as from its file
+	if r := b.attest(used); r.Result.Reason != attest.ReasonNonceReused || r.Chain != nil {
 		t.Errorf("evidence from before: %v", r.Result.Reason)
 	}
-	if r := b.attest(b.evidence(d, id, unanswered)); r.Result.Reason != attest.ReasonNonceExpired || r.Chain != nil {
-		t.Errorf("nonce from before: %v", r.Result.Reason)
+	if r := b.attest(unanswered).Result; r.Status != attest.StatusAffirming {
+		t.Errorf("answer to a challenge from before: %v", r.Reason)
 	}
 	if len(b.service.Results()) != 2 {
 		t.Error("results outlived the restart")
 	}
 	after := cert.NotAfter.Add(time.Second)
 	roots := x509.NewCertPool()
-	roots.AddCert(c.Issuer.CA())
+	roots.AddCert(b.service.Issuer.CA())
 	if _, err := cert.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: after, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err == nil {
 		t.Error("the certificate outlived its end")
 	}
@@ -210,7 +346,7 @@ func TestAttackRoutesWithoutCredentials(t *testing.T) {
 		h.ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
 		return w
 	}
-	before := b.onDisk()
+	before := b.stored()
 	for _, path := range admin {
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"} {
 			if w := ask(method, path, "{}"); w.Code != http.StatusNotFound {
@@ -227,7 +363,7 @@ func TestAttackRoutesWithoutCredentials(t *testing.T) {
 			t.Errorf("POST %s: %d %s", path, w.Code, w.Body)
 		}
 	}
-	if b.onDisk() != before {
+	if b.stored() != before {
 		t.Error("something was stored")
 	}
 }

@@ -1,32 +1,79 @@
 package fleet
 
 import (
+	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
-	"os"
+	"strings"
 	"sync"
+
+	"go.etcd.io/etcd/client/v3/concurrency"
 
 	"sekisho/attest"
 )
 
 // Commons counts how common firmware measurements (PCR 0 to 3) are: learned
 // from the devices affirmed here and from the summaries of other
-// organisations. It reports and never decides by itself. It is safe for
-// concurrent use.
+// organisations. It reports and never decides by itself. It follows the store,
+// and is safe for concurrent use.
 type Commons struct {
-	path         string
 	organization string
 
-	mu    sync.Mutex
-	known commons
-	count map[attest.Digest]int // devices here, by firmware
+	mu      sync.Mutex
+	devices map[attest.Digest]attest.Digest  // firmware of each device
+	others  map[string]map[attest.Digest]int // by organisation and firmware
+	count   map[attest.Digest]int            // devices here, by firmware
 }
 
-type commons struct {
-	Devices map[attest.Digest]attest.Digest  `json:"devices"` // firmware of each device
-	Others  map[string]map[attest.Digest]int `json:"others"`  // by organisation and firmware
+func newCommons(organization string) *Commons { return &Commons{organization: organization} }
+
+func (c *Commons) reset() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.devices, c.count = make(map[attest.Digest]attest.Digest), make(map[attest.Digest]int)
+	c.others = make(map[string]map[attest.Digest]int)
+}
+
+// apply takes in one record of the store; value is nil if it was removed.
+func (c *Commons) apply(key string, value []byte) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if name, ok := strings.CutPrefix(key, "organization/"); ok {
+		var counts map[attest.Digest]int
+		if err := json.Unmarshal(value, &counts); err != nil {
+			return err
+		}
+		c.others[name] = counts
+		return nil
+	}
+	var id, firmware attest.Digest
+	if err := id.UnmarshalText([]byte(strings.TrimPrefix(key, "device/"))); err != nil {
+		return err
+	}
+	if old, ok := c.devices[id]; ok {
+		if c.count[old]--; c.count[old] == 0 {
+			delete(c.count, old)
+		}
+		delete(c.devices, id)
+	}
+	if value == nil {
+		return nil
+	}
+	if err := firmware.UnmarshalText(value); err != nil {
+		return err
+	}
+	c.devices[id] = firmware
+	c.count[firmware]++
+	return nil
+}
+
+// learned reports whether the firmware of a device is known already.
+func (c *Commons) learned(device, firmware attest.Digest) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	old, ok := c.devices[device]
+	return ok && old == firmware
 }
 
 // FirmwareSummary is what an organisation tells others: no device in it.
@@ -36,78 +83,23 @@ type FirmwareSummary struct {
 }
 
 const (
-	maxSummary       = 1 << 16 // firmware values of one organisation
+	maxSummary       = 1 << 14 // firmware values of one organisation
 	maxOrganizations = 4096
 )
-
-// OpenCommons reads the counts from a file, which need not exist.
-func OpenCommons(path, organization string) (*Commons, error) {
-	c := &Commons{path: path, organization: organization, count: make(map[attest.Digest]int)}
-	data, err := os.ReadFile(path)
-	if err == nil {
-		err = json.Unmarshal(data, &c.known)
-	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("firmware counts: %w", err)
-	}
-	if c.known.Devices == nil {
-		c.known.Devices = make(map[attest.Digest]attest.Digest)
-	}
-	if c.known.Others == nil {
-		c.known.Others = make(map[string]map[attest.Digest]int)
-	}
-	for _, f := range c.known.Devices {
-		c.count[f]++
-	}
-	return c, nil
-}
-
-// Learn notes the firmware of a device that was affirmed.
-func (c *Commons) Learn(device, firmware attest.Digest) error {
-	if c == nil {
-		return nil
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	old, ok := c.known.Devices[device]
-	if ok && old == firmware {
-		return nil
-	}
-	if ok {
-		c.count[old]--
-	}
-	c.known.Devices[device] = firmware
-	c.count[firmware]++
-	return c.save()
-}
-
-func (c *Commons) save() error {
-	data, err := json.Marshal(c.known)
-	if err == nil {
-		err = replace(c.path, data)
-	}
-	if err != nil {
-		return fmt.Errorf("firmware counts: %w", err)
-	}
-	return nil
-}
 
 // Count says on how many other devices, of how many organisations, this
 // firmware was seen.
 func (c *Commons) Count(device, firmware attest.Digest) *attest.Firmware {
-	if c == nil {
-		return nil
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	f := &attest.Firmware{Digest: firmware, Devices: c.count[firmware]}
-	if c.known.Devices[device] == firmware {
+	if c.devices[device] == firmware {
 		f.Devices--
 	}
 	if f.Devices > 0 {
 		f.Organizations = 1
 	}
-	for _, other := range c.known.Others {
+	for _, other := range c.others {
 		if n := other[firmware]; n > 0 {
 			f.Devices += n
 			f.Organizations++
@@ -119,37 +111,34 @@ func (c *Commons) Count(device, firmware attest.Digest) *attest.Firmware {
 // Summary is what this organisation can tell others.
 func (c *Commons) Summary() FirmwareSummary {
 	s := FirmwareSummary{Firmware: make(map[attest.Digest]int)}
-	if c == nil {
-		return s
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s.Organization = c.organization
 	maps.Copy(s.Firmware, c.count)
-	maps.DeleteFunc(s.Firmware, func(_ attest.Digest, n int) bool { return n == 0 })
 	return s
 }
 
-// Import takes in another organisation's summary, in place of its last one.
-func (c *Commons) Import(s FirmwareSummary) error {
+// ImportFirmware takes in another organisation's summary, in place of its last
+// one.
+func (s *Service) ImportFirmware(ctx context.Context, sum FirmwareSummary) error {
 	switch {
-	case c == nil:
-		return errors.New("this verifier counts no firmware")
-	case s.Organization == "" || len(s.Organization) > attest.MaxName || s.Organization == c.organization:
-		return fmt.Errorf("summary of organisation %.64q: want another one's", s.Organization)
-	case len(s.Firmware) > maxSummary:
-		return fmt.Errorf("summary of %d firmware values, at most %d", len(s.Firmware), maxSummary)
+	case sum.Organization == "" || len(sum.Organization) > attest.MaxName || sum.Organization == s.Organization:
+		return fmt.Errorf("summary of organisation %.64q: want another one's", sum.Organization)
+	case len(sum.Firmware) > maxSummary:
+		return fmt.Errorf("summary of %d firmware values, at most %d", len(sum.Firmware), maxSummary)
 	}
-	for f, n := range s.Firmware {
+	for f, n := range sum.Firmware {
 		if n < 0 {
 			return fmt.Errorf("firmware %s on %d devices", f, n)
 		}
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if _, ok := c.known.Others[s.Organization]; !ok && len(c.known.Others) >= maxOrganizations {
+	key := s.keys.otherFirmware(sum.Organization)
+	s.Commons.mu.Lock()
+	_, known := s.Commons.others[strings.TrimPrefix(key, s.keys.otherFirmware(""))]
+	n := len(s.Commons.others)
+	s.Commons.mu.Unlock()
+	if !known && n >= maxOrganizations {
 		return fmt.Errorf("summaries of %d organisations are here already", maxOrganizations)
 	}
-	c.known.Others[s.Organization] = maps.Clone(s.Firmware)
-	return c.save()
+	return s.change(ctx, func(t concurrency.STM) error { return write(t, key, sum.Firmware) })
 }

@@ -2,18 +2,25 @@ package fleet
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
+	"path/filepath"
+	"slices"
 	"time"
 
 	"sekisho/attest"
 	"sekisho/attest/approval"
+	"sekisho/attest/cryptrec"
 	"sekisho/attest/ek"
+	"sekisho/attest/store"
 	"sekisho/attest/verifier"
 )
 
@@ -30,25 +37,25 @@ const defaultLifetime = 10 * time.Minute
 // ServerConfig is the configuration file of the verifier. Paths are relative
 // to the working directory.
 type ServerConfig struct {
-	Listen              string   `json:"listen"`               // address and port; not used with LISTEN_FDS
-	ID                  string   `json:"id"`                   // our name; the server certificate must be valid for it
-	Organization        string   `json:"organization"`         // in the certificates that we issue
-	Certificate         string   `json:"certificate"`          // PEM file: server certificate and chain
-	Key                 string   `json:"key"`                  // PEM file
-	CACertificate       string   `json:"ca_certificate"`       // PEM file: CA of the devices' certificates
-	CAKey               string   `json:"ca_key"`               // PEM file
-	Store               string   `json:"store"`                // directory
-	EKRoots             []string `json:"ek_roots"`             // PEM files, or "built-in": whose TPMs may enrol
-	ReferenceValues     []string `json:"reference_values"`     // JSON files; more by attestctl
-	CertificateLifetime string   `json:"certificate_lifetime"` // such as "10m"
-	Approvers           string   `json:"approvers"`            // PEM file: public keys of those who sign permits, two of them each
-	AdminSocket         string   `json:"admin_socket"`         // unix socket for attestctl
+	Listen              string      `json:"listen"`               // address and port; not used with LISTEN_FDS
+	ID                  string      `json:"id"`                   // our name; the server certificate must be valid for it
+	Organization        string      `json:"organization"`         // in the certificates that we issue
+	Certificate         string      `json:"certificate"`          // PEM file: server certificate and chain
+	Key                 string      `json:"key"`                  // PEM file
+	CACertificate       string      `json:"ca_certificate"`       // PEM file: CA of the devices' certificates
+	CAKey               string      `json:"ca_key"`               // PEM file
+	Store               string      `json:"store"`                // directory: of the embedded etcd, reports, and keys
+	Etcd                *EtcdConfig `json:"etcd"`                 // an external cluster, in place of the embedded one
+	EKRoots             []string    `json:"ek_roots"`             // PEM files, or "built-in": whose TPMs may enrol
+	ReferenceValues     []string    `json:"reference_values"`     // JSON files; more by attestctl
+	CertificateLifetime string      `json:"certificate_lifetime"` // such as "10m"
+	Approvers           string      `json:"approvers"`            // PEM file: public keys of those who sign permits, two of them each
+	AdminSocket         string      `json:"admin_socket"`         // unix socket for attestctl
 
 	NonceKey           string   `json:"nonce_key"`            // file, shared by the organisation's verifiers; made on first use
 	ReportKey          string   `json:"report_key"`           // PEM file that signs results and reports; made on first use
 	PolicyKeys         []string `json:"policy_keys"`          // PEM files: whose policies are accepted; given: nothing is affirmed without a policy
 	PolicyThreshold    int      `json:"policy_threshold"`     // how many of them must sign; all, if absent
-	PolicyDir          string   `json:"policy_dir"`           // directory of published policies
 	MassRefusalPercent int      `json:"mass_refusal_percent"` // of enrolled devices within a minute; 5, if absent
 }
 
@@ -84,8 +91,11 @@ func ParseServerConfig(data []byte) (*ServerConfig, error) {
 	if c.MassRefusalPercent < 0 || c.MassRefusalPercent > 100 {
 		errs = append(errs, fmt.Errorf("configuration: mass_refusal_percent %d: want 0 to 100", c.MassRefusalPercent))
 	}
-	if len(c.PolicyKeys) == 0 && (c.PolicyDir != "" || c.PolicyThreshold != 0) {
-		errs = append(errs, errors.New("configuration: policy_dir and policy_threshold need policy_keys"))
+	if len(c.PolicyKeys) == 0 && c.PolicyThreshold != 0 {
+		errs = append(errs, errors.New("configuration: policy_threshold needs policy_keys"))
+	}
+	if c.Etcd != nil && len(c.Etcd.Endpoints) == 0 {
+		errs = append(errs, errors.New("configuration: etcd without endpoints"))
 	}
 	return &c, errors.Join(errs...)
 }
@@ -101,70 +111,123 @@ func (c *ServerConfig) lifetime() (time.Duration, error) {
 	return d, nil
 }
 
-// Open reads the files that c names and opens the store. The caller closes the
-// store.
-func (c *ServerConfig) Open(now func() time.Time) (*Service, tls.Certificate, *FileStore, error) {
-	s, cert, store, err := c.open(now)
-	if err != nil && store != nil {
-		err = errors.Join(err, store.Close())
-	}
-	return s, cert, store, err
+// EtcdConfig names an external etcd cluster. Beyond loopback it is reached by
+// TLS, with a client certificate.
+type EtcdConfig struct {
+	Endpoints   []string `json:"endpoints"`   // such as https://192.0.2.1:2379
+	CA          string   `json:"ca"`          // PEM file: whose server certificates
+	Certificate string   `json:"certificate"` // PEM file: ours, as a client
+	Key         string   `json:"key"`         // PEM file
 }
 
-func (c *ServerConfig) open(now func() time.Time) (*Service, tls.Certificate, *FileStore, error) {
-	fail := func(store *FileStore, err error) (*Service, tls.Certificate, *FileStore, error) {
-		return nil, tls.Certificate{}, store, fmt.Errorf("configuration: %w", err)
+// storeDir is the directory of the embedded member within the store.
+const storeDir = "etcd"
+
+// OpenStore opens the store that c names. The caller closes it.
+func (c *ServerConfig) OpenStore(ctx context.Context, log *slog.Logger) (*store.Store, error) {
+	to := store.Config{Dir: filepath.Join(c.Store, storeDir), Log: log}
+	if c.Etcd != nil {
+		to.Endpoints = c.Etcd.Endpoints
+		if c.Etcd.CA != "" {
+			t, err := c.Etcd.tls()
+			if err != nil {
+				return nil, fmt.Errorf("etcd: %w", err)
+			}
+			to.TLS = t
+		}
 	}
+	return store.Open(ctx, to)
+}
+
+func (e *EtcdConfig) tls() (*tls.Config, error) {
+	data, err := readFile(e.CA)
+	if err != nil {
+		return nil, err
+	}
+	t := cryptrec.Config()
+	t.RootCAs = x509.NewCertPool()
+	if !t.RootCAs.AppendCertsFromPEM(data) {
+		return nil, fmt.Errorf("%s: no certificate in it", e.CA)
+	}
+	cert, err := tls.LoadX509KeyPair(e.Certificate, e.Key)
+	if err != nil {
+		return nil, err
+	}
+	t.Certificates = []tls.Certificate{cert}
+	return t, nil
+}
+
+// Server is an open verifier.
+type Server struct {
+	*Service
+	Certificate tls.Certificate // of the API
+	closers     []func() error
+}
+
+// Close closes the service, its store and its archive.
+func (x *Server) Close() error {
+	var errs []error
+	for _, f := range slices.Backward(x.closers) {
+		errs = append(errs, f())
+	}
+	x.closers = nil
+	return errors.Join(errs...)
+}
+
+// Open reads the files that c names and opens the store. The caller closes the
+// server.
+func (c *ServerConfig) Open(ctx context.Context, now func() time.Time, log *slog.Logger) (*Server, error) {
+	fail := func(err error) (*Server, error) { return nil, fmt.Errorf("configuration: %w", err) }
 	cert, err := tls.LoadX509KeyPair(c.Certificate, c.Key)
 	if err != nil {
-		return fail(nil, err)
+		return fail(err)
 	}
 	if err := cert.Leaf.VerifyHostname(c.ID); err != nil {
-		return fail(nil, fmt.Errorf("id %q: devices know the verifier by the name in its certificate: %w", c.ID, err))
+		return fail(fmt.Errorf("id %q: devices know the verifier by the name in its certificate: %w", c.ID, err))
 	}
 	ca, err := tls.LoadX509KeyPair(c.CACertificate, c.CAKey)
 	if err != nil {
-		return fail(nil, err)
+		return fail(err)
 	}
 	caKey, ok := ca.PrivateKey.(crypto.Signer)
 	if !ok {
-		return fail(nil, fmt.Errorf("ca_key of type %T cannot sign", ca.PrivateKey))
+		return fail(fmt.Errorf("ca_key of type %T cannot sign", ca.PrivateKey))
 	}
 	lifetime, err := c.lifetime()
 	if err != nil {
-		return fail(nil, err)
+		return fail(err)
 	}
 	issuer, err := verifier.NewIssuer(ca.Leaf, caKey, c.Organization, lifetime)
 	if err != nil {
-		return fail(nil, err)
+		return fail(err)
 	}
 	roots := ek.NewRoots()
 	for _, name := range c.EKRoots {
 		if name == builtInRoots {
 			built, err := ek.BuiltIn()
 			if err != nil {
-				return fail(nil, fmt.Errorf("ek_roots: %s: %w", name, err))
+				return fail(fmt.Errorf("ek_roots: %s: %w", name, err))
 			}
 			roots.AddAll(built)
 			continue
 		}
 		data, err := readFile(name)
 		if err != nil {
-			return fail(nil, err)
+			return fail(err)
 		}
 		if err := roots.AddPEM(data); err != nil {
-			return fail(nil, fmt.Errorf("ek_roots: %s: %w", name, err))
+			return fail(fmt.Errorf("ek_roots: %s: %w", name, err))
 		}
 	}
 	var refs []attest.ReferenceValues
 	for _, name := range c.ReferenceValues {
 		data, err := readFile(name)
 		if err != nil {
-			return fail(nil, err)
+			return fail(err)
 		}
 		v, err := attest.ParseReferenceValues(data)
 		if err != nil {
-			return fail(nil, fmt.Errorf("%s: %w", name, err))
+			return fail(fmt.Errorf("%s: %w", name, err))
 		}
 		refs = append(refs, *v)
 	}
@@ -172,26 +235,28 @@ func (c *ServerConfig) open(now func() time.Time) (*Service, tls.Certificate, *F
 	if c.Approvers != "" {
 		data, err := readFile(c.Approvers)
 		if err != nil {
-			return fail(nil, err)
+			return fail(err)
 		}
 		if approvers, err = approval.ParseApprovers(data, 2); err != nil {
-			return fail(nil, fmt.Errorf("%s: %w", c.Approvers, err))
+			return fail(fmt.Errorf("%s: %w", c.Approvers, err))
 		}
 	}
-	store, err := OpenFileStore(c.Store)
-	if err != nil {
-		return fail(nil, err)
-	}
-	config := Config{Verifier: c.ID, Store: store, Issuer: issuer, EKRoots: roots, References: refs, Approvers: approvers, Now: now}
+	config := Config{Verifier: c.ID, Log: log, Issuer: issuer, EKRoots: roots, References: refs, Approvers: approvers, Now: now}
 	config.Organization, config.Lifetime = c.Organization, lifetime
 	if err := c.openAppraisal(&config); err != nil {
-		return fail(store, err)
+		return fail(err)
 	}
-	s, err := NewService(config)
-	if err != nil {
-		return fail(store, err)
+	x := &Server{Certificate: cert}
+	x.closers = append(x.closers, config.Reports.Close)
+	if config.Store, err = c.OpenStore(ctx, log); err != nil {
+		return fail(errors.Join(err, x.Close()))
 	}
-	return s, cert, store, nil
+	x.closers = append(x.closers, config.Store.Close)
+	if x.Service, err = NewService(ctx, config); err != nil {
+		return fail(errors.Join(err, x.Close()))
+	}
+	x.closers = append(x.closers, func() error { x.Service.Close(); return nil })
+	return x, nil
 }
 
 func readFile(name string) ([]byte, error) {

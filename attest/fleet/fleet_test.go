@@ -9,15 +9,20 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"fmt"
+	"log/slog"
 	"math/big"
-	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
 
 	"sekisho/attest"
 	"sekisho/attest/ek"
 	"sekisho/attest/eventlog/logtest"
+	"sekisho/attest/store"
 	"sekisho/attest/tpm"
 	"sekisho/attest/tpm/faketpm"
 	"sekisho/attest/verifier"
@@ -34,7 +39,7 @@ var (
 type bench struct {
 	t       *testing.T
 	service *Service
-	store   *FileStore
+	store   *store.Store
 	dir     string
 	now     time.Time
 	maker   *x509.Certificate
@@ -72,18 +77,50 @@ func newBench(t *testing.T) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if b.store, err = OpenFileStore(b.dir); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { b.store.Close() })
-	b.service, err = NewService(Config{
-		Verifier: name, Store: b.store, Issuer: issuer, EKRoots: roots,
+	b.store = openStore(t, filepath.Join(b.dir, storeDir))
+	b.use(Config{
+		Organization: org, Lifetime: 10 * time.Minute, Verifier: name, Store: b.store, Issuer: issuer, EKRoots: roots,
 		References: []attest.ReferenceValues{image.Reference("sekisho", "1")}, Now: func() time.Time { return b.now },
 	})
+	return b
+}
+
+// openStore opens an embedded store until the end of the test.
+func openStore(t *testing.T, dir string) *store.Store {
+	t.Helper()
+	s, err := store.Open(t.Context(), store.Config{Dir: dir, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return b
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// use makes the service of the bench anew, as a restart of the verifier does.
+func (b *bench) use(c Config) {
+	b.t.Helper()
+	if b.service != nil {
+		b.service.Close()
+	}
+	s, err := NewService(b.t.Context(), c)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.service = s
+	b.t.Cleanup(s.Close)
+}
+
+// restart closes the store too, and opens it again.
+func (b *bench) restart() {
+	b.t.Helper()
+	b.service.Close()
+	if err := b.store.Close(); err != nil {
+		b.t.Fatal(err)
+	}
+	b.store = openStore(b.t, filepath.Join(b.dir, storeDir))
+	c := b.service.Config
+	c.Store = b.store
+	b.use(c)
 }
 
 // device is a TPM of the trusted maker that has booted the image.
@@ -99,7 +136,7 @@ func (b *bench) device() *faketpm.TPM {
 
 func (b *bench) ticket(uses int) string {
 	b.t.Helper()
-	ticket, _, err := b.service.CreateTicket(uses, time.Hour)
+	ticket, _, err := b.service.CreateTicket(b.t.Context(), uses, time.Hour)
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -119,7 +156,7 @@ func (b *bench) enrol(d *faketpm.TPM, ticket string, change func(*attest.EnrolRe
 	}
 	r := request(d, ticket)
 	change(&r, &attest.EnrolAnswer{})
-	c, err := b.service.Begin(r)
+	c, err := b.service.Begin(b.t.Context(), r)
 	if err != nil {
 		return nil, err
 	}
@@ -133,7 +170,7 @@ func (b *bench) enrol(d *faketpm.TPM, ticket string, change func(*attest.EnrolRe
 	}
 	a := attest.EnrolAnswer{Session: c.Session, Proof: proof}
 	change(&attest.EnrolRequest{}, &a)
-	return b.service.Finish(a)
+	return b.service.Finish(b.t.Context(), a)
 }
 
 // evidence answers a challenge for device id with TPM d.
@@ -186,21 +223,45 @@ func (b *bench) attest(e *attest.Evidence) *attest.AttestResponse {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	r, err := b.service.Attest(data)
+	r, err := b.service.Attest(b.t.Context(), data)
 	if err != nil {
 		b.t.Fatal(err)
 	}
 	return r
 }
 
-// onDisk is the store's content.
-func (b *bench) onDisk() string {
+// stored is all that the store holds, but what an authentic refusal may leave
+// (Seen) and enrolments under way, which lapse.
+func (b *bench) stored() string {
 	b.t.Helper()
-	data, err := os.ReadFile(filepath.Join(b.dir, registryFile))
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	var all strings.Builder
+	if _, err := b.store.Scan(b.t.Context(), "/", 0, func(kv *mvccpb.KeyValue) error {
+		if k := strings.TrimPrefix(string(kv.Key), string(b.service.keys)); !strings.HasPrefix(k, "seen/") && !strings.HasPrefix(k, "enrolment/") {
+			fmt.Fprintf(&all, "%s %s\n", kv.Key, kv.Value)
+		}
+		return nil
+	}); err != nil {
 		b.t.Fatal(err)
 	}
-	return string(data)
+	return all.String()
+}
+
+func (b *bench) devices() []Device {
+	b.t.Helper()
+	list, err := b.service.Devices(b.t.Context())
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return list
+}
+
+func (b *bench) tickets() []Ticket {
+	b.t.Helper()
+	list, err := b.service.Tickets(b.t.Context())
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return list
 }
 
 func refusal(t *testing.T, err error) attest.Reason {
@@ -239,18 +300,10 @@ func TestEnrolAndAttest(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	// What was stored survives a restart of the verifier.
-	b.store.Close()
-	s, err := OpenFileStore(b.dir)
-	if err != nil {
-		t.Fatal(err)
+	b.restart()
+	if list := b.devices(); len(list) != 1 || list[0].Clock == nil || list[0].Image != "sekisho 1" || list[0].Status != attest.StatusAffirming || len(b.tickets()) != 1 {
+		t.Errorf("devices: %+v", list)
 	}
-	defer s.Close()
-	s.View(func(reg *Registry) error {
-		if got := reg.Devices[e.Device]; got.Clock == nil || got.Image != "sekisho 1" || len(reg.Tickets) != 1 {
-			t.Errorf("registry: %+v", reg)
-		}
-		return nil
-	})
 }
 
 func TestEnrolRefuses(t *testing.T) {
@@ -338,17 +391,14 @@ func TestEnrolRefuses(t *testing.T) {
 		if got := refusal(t, err); got != c.want {
 			t.Errorf("%s: %v (%v), want %v", c.name, got, err, c.want)
 		}
-		b.store.View(func(r *Registry) error {
-			for _, ticket := range r.Tickets {
-				if ticket.Uses != 1 {
-					t.Errorf("%s: the ticket was used", c.name)
-				}
+		for _, ticket := range b.tickets() {
+			if ticket.Uses != 1 {
+				t.Errorf("%s: the ticket was used", c.name)
 			}
-			if len(r.Devices) != 0 {
-				t.Errorf("%s: a device was stored", c.name)
-			}
-			return nil
-		})
+		}
+		if len(b.devices()) != 0 {
+			t.Errorf("%s: a device was stored", c.name)
+		}
 	}
 }
 
@@ -363,7 +413,7 @@ func TestTicketIsUsedUp(t *testing.T) {
 	if _, err := b.enrol(b.device(), ticket, nil); refusal(t, err) != attest.ReasonTicketUsed {
 		t.Errorf("third use of two: %v", err)
 	}
-	if bytes.Contains([]byte(b.onDisk()), []byte(ticket)) {
+	if bytes.Contains([]byte(b.stored()), []byte(ticket)) {
 		t.Error("the ticket is stored in the clear")
 	}
 }
@@ -393,12 +443,12 @@ func TestTakeover(t *testing.T) {
 		t.Fatal(err)
 	}
 	ticket := b.ticket(1)
-	before := b.onDisk()
+	before := b.stored()
 	d.Renew()
 	if _, err := b.enrol(d, ticket, nil); refusal(t, err) != attest.ReasonAlreadyEnrolled {
 		t.Errorf("takeover: %v", err)
 	}
-	if b.onDisk() != before {
+	if b.stored() != before {
 		t.Error("a refusal changed the store")
 	}
 }
@@ -473,12 +523,12 @@ func TestAttacks(t *testing.T) {
 			t.Fatal(err)
 		}
 		e := c.attack(b, d, enrolled.Device)
-		before := b.onDisk()
+		before := b.stored()
 		r := b.attest(e)
 		if r.Result.Status != attest.StatusContraindicated || r.Result.Reason != c.want || r.Chain != nil {
 			t.Errorf("%s: %v %v (%s), want %v", c.name, r.Result.Status, r.Result.Reason, r.Result.Detail, c.want)
 		}
-		if b.onDisk() != before {
+		if b.stored() != before {
 			t.Errorf("%s: a refusal changed the store", c.name)
 		}
 	}
@@ -490,13 +540,13 @@ func TestMalformedEvidence(t *testing.T) {
 		attest.ReasonEvidenceMalformed: []byte("rubbish"),
 		attest.ReasonEvidenceTooLarge:  make([]byte, attest.MaxEvidence+1),
 	} {
-		r, err := b.service.Attest(data)
+		r, err := b.service.Attest(b.t.Context(), data)
 		if err != nil || r.Result.Reason != want || r.Result.Status != attest.StatusContraindicated {
 			t.Errorf("%v: %+v, %v", want, r, err)
 		}
 	}
 	for range maxResults + 10 {
-		if _, err := b.service.Attest(nil); err != nil {
+		if _, err := b.service.Attest(b.t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -2,24 +2,21 @@ package fleet
 
 import (
 	"bytes"
+	"context"
+	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
+
+	"go.etcd.io/etcd/client/v3/concurrency"
 
 	"sekisho/attest"
 	"sekisho/attest/approval"
 	"sekisho/attest/tpm"
 )
-
-// Identities is what the registry remembers of identities beside the devices
-// of today. Nothing of it is ever removed: it is the audit trail.
-type Identities struct {
-	Permits  map[attest.Digest]Permit   `json:"permits,omitempty"`  // by ID; used ones stay
-	Former   []Former                   `json:"former,omitempty"`   // oldest first
-	Purchase map[attest.Digest]Purchase `json:"purchase,omitempty"` // by EK digest
-}
 
 // ApprovePermit is the type of a permit's approval.
 const ApprovePermit = "permit"
@@ -59,17 +56,21 @@ func (p Permit) subject() attest.Digest {
 	return p.Device
 }
 
-// Former is a device's record as it was until a permit replaced it.
+// Former is a device's record as it was until a permit replaced it or an
+// administrator retired it. Nothing of it is ever removed: it is the audit
+// trail.
 type Former struct {
 	Device
 	Ended      time.Time     `json:"ended"`
-	Permit     attest.Digest `json:"permit"`
-	ReplacedBy attest.Digest `json:"replaced_by"` // the device itself, if only its key was renewed
+	Reason     string        `json:"ended_because,omitempty"` // of an administrator
+	Permit     attest.Digest `json:"permit,omitzero"`
+	ReplacedBy attest.Digest `json:"replaced_by,omitzero"` // the device itself, if only its key was renewed
 }
 
 // Purchase is an endorsement key that the organisation has bought: a TPM that
 // has it enrols once without a ticket.
 type Purchase struct {
+	EK     attest.Digest `json:"ek"`
 	Source string        `json:"source"` // such as the delivery note
 	Added  time.Time     `json:"added"`
 	Device attest.Digest `json:"device_id,omitzero"` // that has enrolled by it
@@ -78,7 +79,7 @@ type Purchase struct {
 // AddPermit accepts a permit. A nil error proves: enough different approvers
 // have signed it, it has not expired, it was never presented before, and its
 // device is known here.
-func (s *Service) AddPermit(signed *approval.Signed) (Permit, error) {
+func (s *Service) AddPermit(ctx context.Context, signed *approval.Signed) (Permit, error) {
 	payload, who, err := s.Approvers.Verify(ApprovePermit, signed)
 	if err != nil {
 		return Permit{}, fmt.Errorf("permit: %w", err)
@@ -100,80 +101,147 @@ func (s *Service) AddPermit(signed *approval.Signed) (Permit, error) {
 	case p.Replacement != nil && *p.Replacement == p.Device:
 		return Permit{}, errors.New("permit: the replacement is the device itself")
 	}
-	return p, s.Store.Update(func(r *Registry) error {
-		if old, ok := r.Permits[p.ID]; ok {
-			return fmt.Errorf("permit: was presented at %s already; have a new one signed", old.Added.Format(time.RFC3339))
+	_, err = s.Store.Update(ctx, func(t concurrency.STM) error {
+		list, _, err := read[[]Permit](t, s.keys.permits(p.subject()))
+		if err != nil {
+			return err
 		}
-		if _, ok := r.Devices[p.Device]; !ok && !r.retired(p.Device) {
+		if i := slices.IndexFunc(list, func(old Permit) bool { return old.ID == p.ID }); i >= 0 {
+			return fmt.Errorf("permit: was presented at %s already; have a new one signed", list[i].Added.Format(time.RFC3339))
+		}
+		if t.Get(s.keys.device(p.Device)) == "" && t.Get(s.keys.former(p.Device)) == "" {
 			return fmt.Errorf("permit: device %s is not known here", p.Device)
 		}
-		if r.Permits == nil {
-			r.Permits = make(map[attest.Digest]Permit)
-		}
-		r.Permits[p.ID] = p
-		return nil
+		return write(t, s.keys.permits(p.subject()), append(list, p))
 	})
+	return p, err
 }
 
-// permit finds the permit by which d may enrol now. Of several, the one that
-// expires first.
-func (i *Identities) permit(id attest.Digest, now time.Time) (found Permit, ok bool) {
-	for _, p := range i.Permits {
-		if p.subject() == id && p.Used.IsZero() && now.Before(p.Expires) && (!ok || p.Expires.Before(found.Expires)) {
-			found, ok = p, true
+// valid finds the permit by which its subject may enrol now, -1 if there is
+// none. Of several, the one that expires first.
+func valid(permits []Permit, now time.Time) int {
+	found := -1
+	for i, p := range permits {
+		if p.Used.IsZero() && now.Before(p.Expires) && (found < 0 || p.Expires.Before(permits[found].Expires)) {
+			found = i
 		}
 	}
-	return found, ok
-}
-
-// retired reports whether a permit has ended this device.
-func (i *Identities) retired(id attest.Digest) bool {
-	for _, f := range i.Former {
-		if f.ID == id {
-			return true
-		}
-	}
-	return false
+	return found
 }
 
 // mayTake judges whether d may take an identity that someone has or had: its
 // own with another key, that of a device that was retired, or an attestation
 // key of another device.
-func (r *Registry) mayTake(d Device, now time.Time) error {
-	_, enrolled := r.Devices[d.ID]
-	if _, permitted := r.permit(d.ID, now); !permitted {
-		if enrolled {
+func (s *Service) mayTake(t concurrency.STM, d Device, now time.Time) error {
+	permits, _, err := read[[]Permit](t, s.keys.permits(d.ID))
+	if err != nil {
+		return err
+	}
+	if valid(permits, now) < 0 {
+		if t.Get(s.keys.device(d.ID)) != "" {
 			return attest.Refuse(attest.ReasonAlreadyEnrolled, "device %s is enrolled with another attestation key; it needs a permit with two signatures", d.ID)
 		}
-		if r.retired(d.ID) {
+		if t.Get(s.keys.former(d.ID)) != "" {
 			return attest.Refuse(attest.ReasonAlreadyEnrolled, "device %s was retired; it needs a permit with two signatures to come back", d.ID)
 		}
 	}
-	for _, other := range r.Devices {
-		if other.ID != d.ID && bytes.Equal(other.AK, d.AK) {
-			return attest.Refuse(attest.ReasonAlreadyEnrolled, "attestation key belongs to device %s", other.ID)
-		}
+	owner, taken, err := read[attest.Digest](t, s.keys.ak(sha256.Sum256(d.AK)))
+	if err != nil {
+		return err
 	}
-	for _, f := range r.Former {
-		if f.ID != d.ID && bytes.Equal(f.AK, d.AK) {
-			return attest.Refuse(attest.ReasonAlreadyEnrolled, "attestation key belonged to device %s", f.ID)
-		}
+	if taken && owner != d.ID {
+		return attest.Refuse(attest.ReasonAlreadyEnrolled, "attestation key belongs or belonged to device %s", owner)
 	}
 	return nil
 }
 
 // take puts d into the registry, uses up its permit if there is one, and keeps
 // the record that d replaces. mayTake must have passed.
-func (r *Registry) take(d Device, now time.Time) {
-	if p, ok := r.permit(d.ID, now); ok {
-		if old, ok := r.Devices[p.Device]; ok {
-			r.Former = append(r.Former, Former{old, now, p.ID, d.ID})
-			delete(r.Devices, p.Device)
+func (s *Service) take(t concurrency.STM, d Device, now time.Time) error {
+	permits, _, err := read[[]Permit](t, s.keys.permits(d.ID))
+	if err != nil {
+		return err
+	}
+	if i := valid(permits, now); i >= 0 {
+		p := &permits[i]
+		if err := s.end(t, p.Device, Former{Ended: now, Permit: p.ID, ReplacedBy: d.ID}); err != nil && !errors.Is(err, errUnknownDevice) {
+			return err
 		}
 		p.Used = now
-		r.Permits[p.ID] = p
+		if err := write(t, s.keys.permits(d.ID), permits); err != nil {
+			return err
+		}
 	}
-	r.Devices[d.ID] = d
+	t.Del(s.keys.seen(d.ID))
+	return errors.Join(write(t, s.keys.ak(sha256.Sum256(d.AK)), d.ID), write(t, s.keys.device(d.ID), d))
+}
+
+// errUnknownDevice says that no such device is enrolled.
+var errUnknownDevice = errors.New("no such device is enrolled")
+
+// end takes a device out of the registry; f is kept, with its record.
+func (s *Service) end(t concurrency.STM, id attest.Digest, f Former) error {
+	d, ok, err := read[Device](t, s.keys.device(id))
+	if err == nil && !ok {
+		err = fmt.Errorf("device %s: %w", id, errUnknownDevice)
+	}
+	if err != nil {
+		return err
+	}
+	seen, _, err := read[Seen](t, s.keys.seen(id))
+	if err != nil {
+		return err
+	}
+	list, _, err := read[[]Former](t, s.keys.former(id))
+	if err != nil {
+		return err
+	}
+	f.Device = d.with(seen)
+	t.Del(s.keys.device(id))
+	t.Del(s.keys.seen(id))
+	t.Del(s.keys.firmware(id))
+	return write(t, s.keys.former(id), append(list, f))
+}
+
+// Retire ends a device: it is affirmed no more, and comes back only by a
+// permit. Its record is kept. When Retire has returned, that holds also after
+// a crash.
+func (s *Service) Retire(ctx context.Context, id attest.Digest, reason string) (Former, error) {
+	if reason == "" || len(reason) > attest.MaxName {
+		return Former{}, fmt.Errorf("retire device %s: reason of %d bytes, want 1 to %d", id, len(reason), attest.MaxName)
+	}
+	f := Former{Ended: s.Now().UTC().Truncate(time.Second), Reason: reason}
+	_, err := s.Store.Update(ctx, func(t concurrency.STM) error { return s.end(t, id, f) })
+	if err != nil {
+		return Former{}, err
+	}
+	list, err := s.Former(ctx, id)
+	if err != nil || len(list) == 0 {
+		return Former{}, errors.Join(err, errUnknownDevice)
+	}
+	return list[len(list)-1], nil
+}
+
+// Former lists the records of a device that were ended, oldest first; those of
+// all devices for the zero id.
+func (s *Service) Former(ctx context.Context, id attest.Digest) ([]Former, error) {
+	list := []Former{}
+	if err := scan(ctx, s, "former", func(f []Former) { list = append(list, f...) }); err != nil {
+		return nil, err
+	}
+	if id != (attest.Digest{}) {
+		list = slices.DeleteFunc(list, func(f Former) bool { return f.ID != id && f.ReplacedBy != id })
+	}
+	slices.SortStableFunc(list, func(a, b Former) int { return a.Ended.Compare(b.Ended) })
+	return list, nil
+}
+
+// Permits lists the permits that were accepted, used ones too, oldest first.
+func (s *Service) Permits(ctx context.Context) ([]Permit, error) {
+	list := []Permit{}
+	err := scan(ctx, s, "permits", func(p []Permit) { list = append(list, p...) })
+	slices.SortStableFunc(list, func(a, b Permit) int { return a.Added.Compare(b.Added) })
+	return list, err
 }
 
 // purchased is the ticket id of devices that enrolled by the purchase list.
@@ -181,90 +249,114 @@ const purchased = "purchase"
 
 // bought finds d on the purchase list: by its device id, or by the SHA-256 of
 // its EK's SubjectPublicKeyInfo, which is what makers deliver.
-func (r *Registry) bought(d Device) (key attest.Digest, err error) {
-	if _, ok := r.Purchase[d.ID]; ok {
-		return d.ID, nil
+func (s *Service) bought(t concurrency.STM, d Device) (p Purchase, key string, err error) {
+	key = s.keys.purchase(d.ID)
+	p, ok, err := read[Purchase](t, key)
+	if ok || err != nil {
+		return p, key, err
 	}
 	ek, err := tpm.ParsePublic(d.EK)
 	if err != nil {
-		return key, attest.Refuse(attest.ReasonEKAttributes, "endorsement key: %v", err)
+		return p, key, attest.Refuse(attest.ReasonEKAttributes, "endorsement key: %v", err)
 	}
 	spki, err := ek.SPKI()
 	if err != nil {
-		return key, attest.Refuse(attest.ReasonEKAttributes, "endorsement key: %v", err)
+		return p, key, attest.Refuse(attest.ReasonEKAttributes, "endorsement key: %v", err)
 	}
-	key = sha256.Sum256(spki)
-	if _, ok := r.Purchase[key]; !ok {
-		return key, attest.Refuse(attest.ReasonTicketUnknown, "no ticket, and device %s is not on a purchase list; ask for a ticket", d.ID)
+	key = s.keys.purchase(sha256.Sum256(spki))
+	if p, ok, err = read[Purchase](t, key); err == nil && !ok {
+		err = attest.Refuse(attest.ReasonTicketUnknown, "no ticket, and device %s is not on a purchase list; ask for a ticket", d.ID)
 	}
-	return key, nil
+	return p, key, err
 }
 
 // entry is what a device enrols by.
 type entry struct {
 	valid func(now time.Time) error // whether it is still good
-	use   func()                    // uses it up, in a registry that may be changed
+	use   func() error              // uses it up, in the transaction
 }
 
 // entry finds what d enrols by: its place on the purchase list or its ticket.
-func (r *Registry) entry(d Device, ticket attest.Digest) (entry, error) {
+func (s *Service) entry(t concurrency.STM, d Device, ticket attest.Digest) (entry, error) {
 	if d.TicketID != purchased {
-		t, err := findTicket(r, ticket)
+		key := s.keys.ticket(ticketID(ticket))
+		k, ok, err := read[Ticket](t, key)
 		if err != nil {
 			return entry{}, err
 		}
-		return entry{t.valid, func() {
-			t.Uses--
-			r.Tickets[t.ID] = t
+		if !ok || !hmac.Equal(k.Digest[:], ticket[:]) {
+			return entry{}, attest.Refuse(attest.ReasonTicketUnknown, "ticket is not known here; ask for a new one")
+		}
+		return entry{k.valid, func() error {
+			k.Uses--
+			return write(t, key, k)
 		}}, nil
 	}
-	key, err := r.bought(d)
+	p, key, err := s.bought(t, d)
 	if err != nil {
 		return entry{}, err
 	}
-	p := r.Purchase[key]
 	return entry{func(time.Time) error {
 		if p.Device != (attest.Digest{}) {
 			return attest.Refuse(attest.ReasonTicketUsed, "device %s has enrolled by the purchase list already; ask for a ticket", p.Device)
 		}
 		return nil
-	}, func() {
+	}, func() error {
 		p.Device = d.ID
-		r.Purchase[key] = p
+		return write(t, key, p)
 	}}, nil
 }
 
+// purchaseBatch is how many entries are added in one transaction.
+const purchaseBatch = 50
+
 // AddPurchase puts endorsement keys on the purchase list: device ids, or
 // SHA-256 digests of SubjectPublicKeyInfo. Those that stand there stay as they
-// are. It returns how many are new.
-func (s *Service) AddPurchase(keys []attest.Digest, source string) (added int, err error) {
-	if len(keys) == 0 || len(keys) > maxPurchase {
-		return 0, fmt.Errorf("purchase list of %d keys: want 1 to %d", len(keys), maxPurchase)
+// are. It returns how many are new; after an error the rest can be added by
+// presenting the same list again.
+func (s *Service) AddPurchase(ctx context.Context, list []attest.Digest, source string) (added int, err error) {
+	if len(list) == 0 || len(list) > maxPurchase {
+		return 0, fmt.Errorf("purchase list of %d keys: want 1 to %d", len(list), maxPurchase)
 	}
 	now := s.Now().UTC().Truncate(time.Second)
-	return added, s.Store.Update(func(r *Registry) error {
-		added = 0
-		if r.Purchase == nil {
-			r.Purchase = make(map[attest.Digest]Purchase)
-		}
-		for _, k := range keys {
-			if _, ok := r.Purchase[k]; !ok {
-				r.Purchase[k] = Purchase{Source: source, Added: now}
-				added++
+	for part := range slices.Chunk(list, purchaseBatch) {
+		n := 0
+		if _, err := s.Store.Update(ctx, func(t concurrency.STM) error {
+			n = 0
+			for _, d := range part {
+				key := s.keys.purchase(d)
+				if t.Get(key) != "" {
+					continue
+				}
+				if err := write(t, key, Purchase{EK: d, Source: source, Added: now}); err != nil {
+					return err
+				}
+				n++
 			}
+			return nil
+		}); err != nil {
+			return added, err
 		}
-		return nil
-	})
+		added += n
+	}
+	return added, nil
+}
+
+// Purchase returns the purchase list.
+func (s *Service) Purchase(ctx context.Context) (map[attest.Digest]Purchase, error) {
+	list := make(map[attest.Digest]Purchase)
+	return list, scan(ctx, s, "purchase", func(p Purchase) { list[p.EK] = p })
 }
 
 // RevokeTicket makes a ticket worthless at once, also for enrolments under
 // way.
-func (s *Service) RevokeTicket(id string) error {
-	return s.Store.Update(func(r *Registry) error {
-		if _, ok := r.Tickets[id]; !ok {
+func (s *Service) RevokeTicket(ctx context.Context, id string) error {
+	_, err := s.Store.Update(ctx, func(t concurrency.STM) error {
+		if t.Get(s.keys.ticket(id)) == "" {
 			return fmt.Errorf("no ticket %.64q", id)
 		}
-		delete(r.Tickets, id)
+		t.Del(s.keys.ticket(id))
 		return nil
 	})
+	return err
 }

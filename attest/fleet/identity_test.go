@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/client/v3/concurrency"
+
 	"sekisho/attest"
 	"sekisho/attest/approval"
 	"sekisho/attest/tpm"
@@ -62,9 +64,10 @@ func (b *bench) permit(r PermitRequest, signers ...*ecdsa.PrivateKey) *approval.
 	return s
 }
 
-func (b *bench) former() (list []Former) {
+func (b *bench) former() []Former {
 	b.t.Helper()
-	if err := b.store.View(func(r *Registry) error { list = r.Former; return nil }); err != nil {
+	list, err := b.service.Former(b.t.Context(), attest.Digest{})
+	if err != nil {
 		b.t.Fatal(err)
 	}
 	return list
@@ -81,12 +84,12 @@ func TestPermitRefuses(t *testing.T) {
 	}
 	request := PermitRequest{Device: id, Reason: "key renewed"}
 	none := b.permit(request)
-	if _, err := b.service.AddPermit(none); !errors.Is(err, approval.ErrNotApproved) {
+	if _, err := b.service.AddPermit(t.Context(), none); !errors.Is(err, approval.ErrNotApproved) {
 		t.Errorf("no approvers configured: %v", err)
 	}
 	k := b.approvers()
 	used := b.permit(request, k...)
-	if _, err := b.service.AddPermit(used); err != nil {
+	if _, err := b.service.AddPermit(t.Context(), used); err != nil {
 		t.Fatal(err)
 	}
 	other := b.permit(request, k...)
@@ -101,11 +104,11 @@ func TestPermitRefuses(t *testing.T) {
 		"presented twice":       used,
 		"approval of something": other,
 	} {
-		before := b.onDisk()
-		if _, err := b.service.AddPermit(s); err == nil {
+		before := b.stored()
+		if _, err := b.service.AddPermit(t.Context(), s); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
-		if b.onDisk() != before {
+		if b.stored() != before {
 			t.Errorf("%s: the store changed", name)
 		}
 	}
@@ -127,7 +130,7 @@ func TestReenrolment(t *testing.T) {
 		t.Fatalf("without a permit: %v", err)
 	}
 	signed := b.permit(PermitRequest{Device: id, Reason: "key renewed"}, k...)
-	p, err := b.service.AddPermit(signed)
+	p, err := b.service.AddPermit(t.Context(), signed)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -159,12 +162,12 @@ func TestReenrolment(t *testing.T) {
 	if _, err := b.enrol(d, b.ticket(1), nil); refusal(t, err) != attest.ReasonAlreadyEnrolled {
 		t.Errorf("by a used permit: %v", err)
 	}
-	if _, err := b.service.AddPermit(signed); err == nil {
+	if _, err := b.service.AddPermit(t.Context(), signed); err == nil {
 		t.Error("a used permit was accepted again")
 	}
 	// The key before does not come back under another identity.
-	if err := b.store.View(func(r *Registry) error {
-		return r.mayTake(Device{ID: attest.Digest{5}, AK: oldAK}, b.now)
+	if _, err := b.store.Update(t.Context(), func(x concurrency.STM) error {
+		return b.service.mayTake(x, Device{ID: attest.Digest{5}, AK: oldAK}, b.now)
 	}); refusal(t, err) != attest.ReasonAlreadyEnrolled {
 		t.Errorf("a former key: %v", err)
 	}
@@ -180,7 +183,7 @@ func TestBoardSwap(t *testing.T) {
 	if _, err := b.enrol(old, b.ticket(1), nil); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.service.AddPermit(b.permit(PermitRequest{Device: oldID, Replacement: &nextID, Reason: "board"}, k...)); err != nil {
+	if _, err := b.service.AddPermit(t.Context(), b.permit(PermitRequest{Device: oldID, Replacement: &nextID, Reason: "board"}, k...)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.enrol(next, b.ticket(1), nil); err != nil {
@@ -195,7 +198,7 @@ func TestBoardSwap(t *testing.T) {
 	if _, err := b.enrol(old, b.ticket(1), nil); refusal(t, err) != attest.ReasonAlreadyEnrolled {
 		t.Errorf("the retired board by a ticket: %v", err)
 	}
-	if _, err := b.service.AddPermit(b.permit(PermitRequest{Device: oldID, Reason: "repaired"}, k...)); err != nil {
+	if _, err := b.service.AddPermit(t.Context(), b.permit(PermitRequest{Device: oldID, Reason: "repaired"}, k...)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.enrol(old, b.ticket(1), nil); err != nil {
@@ -212,7 +215,7 @@ func TestPermitExpiresMeanwhile(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.Renew()
-	if _, err := b.service.AddPermit(b.permit(PermitRequest{Device: deviceID(t, d), Expires: b.now.Add(time.Minute)}, k...)); err != nil {
+	if _, err := b.service.AddPermit(t.Context(), b.permit(PermitRequest{Device: deviceID(t, d), Expires: b.now.Add(time.Minute)}, k...)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.enrol(d, b.ticket(1), func(_ *attest.EnrolRequest, a *attest.EnrolAnswer) {
@@ -239,7 +242,7 @@ func TestPurchase(t *testing.T) {
 	}
 	list := []attest.Digest{deviceID(t, byID), sha256.Sum256(spki)}
 	for range 2 {
-		if _, err := b.service.AddPurchase(list, "delivery 7"); err != nil {
+		if _, err := b.service.AddPurchase(t.Context(), list, "delivery 7"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -260,7 +263,7 @@ func TestPurchase(t *testing.T) {
 		t.Errorf("not on the list: %v", err)
 	}
 	// Being on the list proves nothing by itself.
-	if _, err := b.service.AddPurchase([]attest.Digest{deviceID(t, stranger)}, ""); err != nil {
+	if _, err := b.service.AddPurchase(t.Context(), []attest.Digest{deviceID(t, stranger)}, ""); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := b.enrol(b.device(), "", func(r *attest.EnrolRequest, _ *attest.EnrolAnswer) {
@@ -275,14 +278,14 @@ func TestPurchase(t *testing.T) {
 
 func TestRevokeTicket(t *testing.T) {
 	b := newBench(t)
-	text, ticket, err := b.service.CreateTicket(5, time.Hour)
+	text, ticket, err := b.service.CreateTicket(t.Context(), 5, time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Also for an enrolment under way.
 	if _, err := b.enrol(b.device(), text.Reveal(), func(_ *attest.EnrolRequest, a *attest.EnrolAnswer) {
 		if a.Proof != nil {
-			if err := b.service.RevokeTicket(ticket.ID); err != nil {
+			if err := b.service.RevokeTicket(t.Context(), ticket.ID); err != nil {
 				t.Error(err)
 			}
 		}
@@ -292,7 +295,7 @@ func TestRevokeTicket(t *testing.T) {
 	if _, err := b.enrol(b.device(), text.Reveal(), nil); refusal(t, err) != attest.ReasonTicketUnknown {
 		t.Errorf("afterwards: %v", err)
 	}
-	if b.service.RevokeTicket(ticket.ID) == nil {
+	if b.service.RevokeTicket(t.Context(), ticket.ID) == nil {
 		t.Error("revoked twice")
 	}
 }

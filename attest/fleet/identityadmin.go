@@ -6,10 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 
 	"sekisho/attest"
@@ -47,27 +45,14 @@ func (a *admin) identityRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("POST "+AdminPurchase, a.addPurchase)
 }
 
-// view answers with what f takes from the registry.
-func view[T any](a *admin, w http.ResponseWriter, f func(*Registry) T) {
-	var v T
-	if err := a.Store.View(func(r *Registry) error { v = f(r); return nil }); err != nil {
-		a.fail(w, http.StatusInternalServerError, err)
-		return
-	}
-	reply(w, http.StatusOK, v)
-}
-
-func (a *admin) tickets(w http.ResponseWriter, _ *http.Request) {
-	view(a, w, func(r *Registry) []Ticket {
-		list := slices.AppendSeq([]Ticket{}, maps.Values(r.Tickets))
-		slices.SortFunc(list, func(x, y Ticket) int { return strings.Compare(x.ID, y.ID) })
-		return list
-	})
+func (a *admin) tickets(w http.ResponseWriter, r *http.Request) {
+	list, err := a.Tickets(r.Context())
+	answer(a, w, list, err)
 }
 
 func (a *admin) revokeTicket(w http.ResponseWriter, r *http.Request) {
 	id := r.URL.Query().Get("id")
-	if err := a.RevokeTicket(id); err != nil {
+	if err := a.RevokeTicket(r.Context(), id); err != nil {
 		a.fail(w, http.StatusNotFound, err)
 		return
 	}
@@ -75,12 +60,9 @@ func (a *admin) revokeTicket(w http.ResponseWriter, r *http.Request) {
 	reply(w, http.StatusOK, struct{}{})
 }
 
-func (a *admin) permits(w http.ResponseWriter, _ *http.Request) {
-	view(a, w, func(r *Registry) []Permit {
-		list := slices.AppendSeq([]Permit{}, maps.Values(r.Permits))
-		slices.SortFunc(list, func(x, y Permit) int { return x.Added.Compare(y.Added) })
-		return list
-	})
+func (a *admin) permits(w http.ResponseWriter, r *http.Request) {
+	list, err := a.Permits(r.Context())
+	answer(a, w, list, err)
 }
 
 func (a *admin) addPermit(w http.ResponseWriter, r *http.Request) {
@@ -94,7 +76,7 @@ func (a *admin) addPermit(w http.ResponseWriter, r *http.Request) {
 		a.fail(w, http.StatusBadRequest, err)
 		return
 	}
-	p, err := a.AddPermit(signed)
+	p, err := a.AddPermit(r.Context(), signed)
 	switch {
 	case errors.Is(err, approval.ErrNotApproved):
 		a.log.Warn("permit refused", "id", signed.ID(), "error", err)
@@ -108,25 +90,20 @@ func (a *admin) addPermit(w http.ResponseWriter, r *http.Request) {
 }
 
 func (a *admin) former(w http.ResponseWriter, r *http.Request) {
-	id := r.URL.Query().Get("device")
-	view(a, w, func(r *Registry) []Former {
-		list := []Former{}
-		for _, f := range r.Former {
-			if id == "" || f.ID.String() == id || f.ReplacedBy.String() == id {
-				list = append(list, f)
-			}
+	var id attest.Digest
+	if text := r.URL.Query().Get("device"); text != "" {
+		var ok bool
+		if id, ok = a.id(w, text); !ok {
+			return
 		}
-		return list
-	})
+	}
+	list, err := a.Former(r.Context(), id)
+	answer(a, w, list, err)
 }
 
-func (a *admin) purchase(w http.ResponseWriter, _ *http.Request) {
-	view(a, w, func(r *Registry) map[attest.Digest]Purchase {
-		if r.Purchase == nil {
-			return map[attest.Digest]Purchase{}
-		}
-		return r.Purchase
-	})
+func (a *admin) purchase(w http.ResponseWriter, r *http.Request) {
+	list, err := a.Purchase(r.Context())
+	answer(a, w, list, err)
 }
 
 func (a *admin) addPurchase(w http.ResponseWriter, r *http.Request) {
@@ -137,7 +114,7 @@ func (a *admin) addPurchase(w http.ResponseWriter, r *http.Request) {
 		a.fail(w, http.StatusBadRequest, err)
 		return
 	}
-	n, err := a.AddPurchase(req.Keys, req.Source)
+	n, err := a.AddPurchase(r.Context(), req.Keys, req.Source)
 	if err != nil {
 		a.fail(w, http.StatusBadRequest, err)
 		return

@@ -1,182 +1,159 @@
 package fleet
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
-	"path/filepath"
-	"slices"
 	"sync"
 	"time"
+
+	"go.etcd.io/etcd/client/v3/concurrency"
 
 	"sekisho/attest"
 	"sekisho/attest/policy"
 )
 
-// Policies are the signed policies of the organisation, in files of one
-// directory: policy-VERSION.cose for each that was published, shadow.cose for
-// one that is evaluated and not enforced. It is safe for concurrent use.
+// Policies are the signed policies of the organisation: all published versions,
+// and one that is evaluated and not enforced. It follows the store. It is safe
+// for concurrent use.
 type Policies struct {
-	dir, state   string
 	organization string
 	ring         *policy.Keyring
 
 	mu     sync.Mutex
 	chain  policy.Chain
+	newest *attest.PolicyID // that was published; nil: none
 	shadow *policy.Signed
 	hold   *Hold
 }
 
-// newest is what the state file remembers, so that deleting policies cannot
-// bring an older one back.
-type newest struct {
-	Policy *attest.PolicyID `json:"policy,omitempty"`
-	Hold   *Hold            `json:"hold,omitempty"`
+func newPolicies(organization string, ring *policy.Keyring) *Policies {
+	return &Policies{organization: organization, ring: ring}
 }
 
-const (
-	policyPattern = "policy-*.cose"
-	shadowFile    = "shadow.cose"
-)
-
-// OpenPolicies reads the policies in dir, each of which ring must have signed.
-// state is the file that remembers the newest and a hold.
-func OpenPolicies(dir, state, organization string, ring *policy.Keyring) (*Policies, error) {
-	p := &Policies{dir: dir, state: state, organization: organization, ring: ring}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("policies: %w", err)
-	}
-	names, err := filepath.Glob(filepath.Join(dir, policyPattern))
-	if err != nil {
-		return nil, fmt.Errorf("policies: %w", err)
-	}
-	slices.Sort(names) // versions have leading zeros
-	for _, name := range names {
-		s, err := p.open(name)
-		if err != nil {
-			return nil, fmt.Errorf("policies: %s: %w", name, err)
-		}
-		if err := p.chain.Append(organization, s); err != nil {
-			return nil, fmt.Errorf("policies: %s: %w", name, err)
-		}
-	}
-	if p.shadow, err = p.open(filepath.Join(dir, shadowFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("policies: %s: %w", shadowFile, err)
-	}
-	data, err := readFile(state)
-	if errors.Is(err, os.ErrNotExist) {
-		return p, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("policies: %w", err)
-	}
-	var n newest
-	if err := json.Unmarshal(data, &n); err != nil {
-		return nil, fmt.Errorf("policies: %s: %w", state, err)
-	}
-	p.hold = n.Hold
-	if n.Policy == nil {
-		return p, nil
-	}
-	for _, v := range p.chain.Versions() {
-		if v.ID == *n.Policy {
-			return p, nil
-		}
-	}
-	return nil, fmt.Errorf("policies: version %d was published and is not in %s: bring its file back", n.Policy.Version, dir)
-}
-
-func (p *Policies) open(name string) (*policy.Signed, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, policy.MaxBundle+1))
-	if err != nil {
-		return nil, err
-	}
-	return p.ring.Open(data)
-}
-
-// Publish takes a signed policy in: as the next version or, if shadow is set,
-// only to be evaluated. While a hold lasts nothing is published.
-func (p *Policies) Publish(data []byte, shadow bool) (*policy.Signed, error) {
+func (p *Policies) reset() {
 	if p == nil {
-		return nil, errors.New("no policy_keys in the verifier's configuration: nobody's policy is accepted")
-	}
-	s, err := p.ring.Open(data)
-	if err != nil {
-		return nil, err
+		return
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if shadow {
-		if s.Bundle.Organization != p.organization {
-			return nil, fmt.Errorf("policy of %q, this verifier serves %q", s.Bundle.Organization, p.organization)
-		}
-		if err := replace(filepath.Join(p.dir, shadowFile), data); err != nil {
-			return nil, fmt.Errorf("policy: %w", err)
-		}
-		p.shadow = s
-		return s, nil
-	}
-	if p.hold != nil {
-		return nil, fmt.Errorf("held since %s because of a mass refusal; look into it, then attestctl policy release", p.hold.Since.Format(time.RFC3339))
-	}
-	next := p.chain
-	if err := next.Append(p.organization, s); err != nil {
-		return nil, err
-	}
-	if err := replace(filepath.Join(p.dir, fmt.Sprintf("policy-%020d.cose", s.Bundle.Version)), data); err != nil {
-		return nil, fmt.Errorf("policy: %w", err)
-	}
-	if err := p.remember(newest{&s.ID, p.hold}); err != nil {
-		return nil, err
-	}
-	p.chain = next
-	if p.shadow != nil && p.shadow.ID == s.ID {
-		return s, p.dropShadow()
-	}
-	return s, nil
+	p.chain, p.newest, p.shadow, p.hold = policy.Chain{}, nil, nil, nil
 }
 
-// DropShadow ends the evaluation of the shadow.
-func (p *Policies) DropShadow() error {
+// apply takes in one record of the store; value is nil if it was removed.
+// Versions come in their order, and none is ever removed.
+func (p *Policies) apply(key string, value []byte) error {
 	if p == nil {
 		return nil
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.dropShadow()
-}
-
-func (p *Policies) dropShadow() error {
-	p.shadow = nil
-	if err := os.Remove(filepath.Join(p.dir, shadowFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("policy: %w", err)
+	switch {
+	case key == "newest":
+		p.newest = new(attest.PolicyID)
+		return json.Unmarshal(value, p.newest)
+	case key == "hold":
+		if p.hold = nil; value == nil {
+			return nil
+		}
+		p.hold = &Hold{} // also if it cannot be read
+		return json.Unmarshal(value, p.hold)
+	case key == "shadow":
+		var err error
+		if p.shadow = nil; value != nil {
+			p.shadow, err = p.ring.Open(value)
+		}
+		return err
+	case value == nil:
+		return errors.New("a published policy was removed from the store: restore it from a backup")
 	}
-	return nil
-}
-
-func (p *Policies) remember(n newest) error {
-	data, err := json.Marshal(n)
+	s, err := p.ring.Open(value)
 	if err != nil {
-		return fmt.Errorf("policy: %w", err)
+		return err
 	}
-	if err := replace(p.state, data); err != nil {
-		return fmt.Errorf("policy: %w", err)
-	}
-	return nil
+	return p.chain.Append(p.organization, s)
 }
 
-func (p *Policies) newest() *attest.PolicyID {
-	if v := p.chain.Versions(); len(v) > 0 {
-		return &v[len(v)-1].ID
+// complete fails if the newest version that was published is not there:
+// removing it must not bring an older one back.
+func (p *Policies) complete() error {
+	if p == nil {
+		return nil
 	}
-	return nil
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	v := p.chain.Versions()
+	if p.newest == nil || len(v) > 0 && v[len(v)-1].ID == *p.newest {
+		return nil
+	}
+	return fmt.Errorf("policies: version %d was published and is not in the store: restore it from a backup", p.newest.Version)
+}
+
+// publish takes a signed policy in: as the next version or, if shadow is set,
+// only to be evaluated. While a hold lasts nothing is published.
+func (s *Service) publish(ctx context.Context, data []byte, shadow bool) (*policy.Signed, error) {
+	p := s.Policies
+	if p == nil {
+		return nil, errors.New("no policy_keys in the verifier's configuration: nobody's policy is accepted")
+	}
+	b, err := p.ring.Open(data)
+	if err != nil {
+		return nil, err
+	}
+	if shadow {
+		if b.Bundle.Organization != p.organization {
+			return nil, fmt.Errorf("policy of %q, this verifier serves %q", b.Bundle.Organization, p.organization)
+		}
+		return b, s.change(ctx, func(t concurrency.STM) error {
+			t.Put(s.keys.policy("shadow"), string(data))
+			return nil
+		})
+	}
+	p.mu.Lock()
+	next, last := p.chain, p.newest
+	err = next.Append(p.organization, b)
+	p.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	return b, s.change(ctx, func(t concurrency.STM) error {
+		h, held, err := read[Hold](t, s.keys.policy("hold"))
+		if err != nil {
+			return err
+		}
+		if held {
+			return fmt.Errorf("held since %s because of a mass refusal; look into it, then attestctl policy release", h.Since.Format(time.RFC3339))
+		}
+		// Nobody else has published since we looked.
+		newest, any, err := read[attest.PolicyID](t, s.keys.policy("newest"))
+		if err != nil {
+			return err
+		}
+		if any != (last != nil) || any && newest != *last {
+			return fmt.Errorf("policy version %d was published at this very moment; look at it, then try again", newest.Version)
+		}
+		if old := t.Get(s.keys.policy("shadow")); old == string(data) {
+			t.Del(s.keys.policy("shadow"))
+		}
+		t.Put(s.keys.policyVersion(b.Bundle.Version), string(data))
+		return write(t, s.keys.policy("newest"), b.ID)
+	})
+}
+
+// DropShadow ends the evaluation of the shadow.
+func (s *Service) DropShadow(ctx context.Context) error { return s.drop(ctx, "shadow") }
+
+// Release ends a hold.
+func (s *Service) Release(ctx context.Context) error { return s.drop(ctx, "hold") }
+
+func (s *Service) drop(ctx context.Context, what string) error {
+	return s.change(ctx, func(t concurrency.STM) error {
+		if t.Get(s.keys.policy(what)) != "" {
+			t.Del(s.keys.policy(what))
+		}
+		return nil
+	})
 }
 
 // Hold is a mass refusal that stopped the roll-out of policies.
@@ -188,35 +165,26 @@ type Hold struct {
 	Reasons map[attest.Reason]int `json:"reasons"` // devices by reason
 }
 
-// Hold stops the roll-out. A hold that lasts already stays as it is.
-func (p *Policies) Hold(h Hold) error {
+// holdPolicies stops the roll-out. A hold that lasts already stays as it is.
+func (s *Service) holdPolicies(ctx context.Context, h Hold) error {
+	p := s.Policies
 	if p == nil {
 		return nil
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.hold != nil {
-		return nil
+	if p.hold == nil {
+		if b := p.chain.InForce(h.Since, false, 0); b != nil {
+			h.Version = b.Bundle.Version
+		}
+		p.hold = &h // even if it cannot be written
 	}
-	if s := p.chain.InForce(h.Since, false, 0); s != nil {
-		h.Version = s.Bundle.Version
-	}
-	p.hold = &h // even if it cannot be written
-	return p.remember(newest{p.newest(), &h})
-}
-
-// Release ends a hold.
-func (p *Policies) Release() error {
-	if p == nil {
-		return nil
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if err := p.remember(newest{p.newest(), nil}); err != nil {
-		return err
-	}
-	p.hold = nil
-	return nil
+	p.mu.Unlock()
+	return s.change(ctx, func(t concurrency.STM) error {
+		if t.Get(s.keys.policy("hold")) != "" {
+			return nil
+		}
+		return write(t, s.keys.policy("hold"), h)
+	})
 }
 
 // InForce returns the policy in force and the shadow, either nil. needed: this

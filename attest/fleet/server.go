@@ -122,7 +122,7 @@ func (a *api) begin(w http.ResponseWriter, r *http.Request) {
 	if !a.decode(w, r, &req) {
 		return
 	}
-	c, err := a.service.Begin(req)
+	c, err := a.service.Begin(r.Context(), req)
 	a.answer(w, r, "enrol begin", c, err)
 }
 
@@ -131,7 +131,7 @@ func (a *api) finish(w http.ResponseWriter, r *http.Request) {
 	if !a.decode(w, r, &req) {
 		return
 	}
-	e, err := a.service.Finish(req)
+	e, err := a.service.Finish(r.Context(), req)
 	if err == nil {
 		a.log.Info("enrolled", "device", e.Device, "from", r.RemoteAddr)
 	}
@@ -152,7 +152,7 @@ func (a *api) attest(w http.ResponseWriter, r *http.Request) {
 		reply(w, http.StatusBadRequest, attest.Refuse(attest.ReasonRequestMalformed, "request body ended early"))
 		return
 	}
-	resp, err := a.service.Attest(data)
+	resp, err := a.service.Attest(r.Context(), data)
 	if err == nil {
 		res := resp.Result
 		a.log.Info("appraised", "device", res.Device, "status", res.Status, "reason", res.Reason, "detail", res.Detail, "from", r.RemoteAddr)

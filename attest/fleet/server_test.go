@@ -3,12 +3,9 @@ package fleet
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -81,56 +78,6 @@ func TestRateLimit(t *testing.T) {
 	if code := ask("192.0.2.1:3"); code != http.StatusOK {
 		t.Errorf("a second later: %d", code)
 	}
-}
-
-func TestStore(t *testing.T) {
-	dir := t.TempDir()
-	s, err := OpenFileStore(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := OpenFileStore(dir); err == nil {
-		t.Error("the store was opened twice")
-	}
-	fail := errors.New("no")
-	if err := s.Update(func(r *Registry) error {
-		r.Tickets["x"] = Ticket{ID: "x"}
-		return fail
-	}); err != fail {
-		t.Errorf("%v", err)
-	}
-	s.View(func(r *Registry) error {
-		if len(r.Tickets) != 0 {
-			t.Error("a failed update is visible")
-		}
-		return nil
-	})
-	if _, err := os.Stat(filepath.Join(dir, registryFile)); !errors.Is(err, os.ErrNotExist) {
-		t.Error("a failed update is on disk")
-	}
-	if err := s.Update(func(r *Registry) error { r.Tickets["x"] = Ticket{ID: "x"}; return nil }); err != nil {
-		t.Fatal(err)
-	}
-	// A power cut while the next one is written leaves the rubbish beside it.
-	if err := os.WriteFile(filepath.Join(dir, newFile), []byte("{"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	s.Close()
-	if s, err = OpenFileStore(dir); err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	s.View(func(r *Registry) error {
-		if len(r.Tickets) != 1 {
-			t.Errorf("%+v", r)
-		}
-		return nil
-	})
-}
-
-func FuzzDecodeRegistry(f *testing.F) {
-	f.Add([]byte(`{"devices":{},"tickets":{"a":{"uses":1}}}`))
-	f.Fuzz(func(t *testing.T, data []byte) { decode(data) })
 }
 
 func FuzzParseServerConfig(f *testing.F) {

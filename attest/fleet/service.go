@@ -2,20 +2,28 @@ package fleet
 
 import (
 	"bytes"
+	"context"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base32"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
+
 	"sekisho/attest"
 	"sekisho/attest/approval"
 	"sekisho/attest/ek"
 	"sekisho/attest/eventlog/second"
+	"sekisho/attest/policy"
+	"sekisho/attest/store"
 	"sekisho/attest/tpm"
 	"sekisho/attest/verifier"
 )
@@ -23,6 +31,7 @@ import (
 const (
 	enrolLife  = 5 * time.Minute // from challenge to answer
 	maxPending = 1024            // enrolments under way
+	maxSession = 64              // bytes of a session's name
 	maxResults = 256             // results kept for the admin
 	maxTicket  = 128             // bytes of a ticket
 	maxUses    = 100000          // of one ticket
@@ -31,20 +40,21 @@ const (
 
 // Config is what a Service is made of. All fields are needed but References.
 type Config struct {
-	Verifier   string // our name, as in our server certificate
-	Store      Store
-	Issuer     *verifier.Issuer
-	EKRoots    *ek.Roots
-	References []attest.ReferenceValues // beside those of the store
-	Now        func() time.Time
+	Verifier string // our name, as in our server certificate
+	// Organization is whose verifier we are: in results, and where its records
+	// are in the store.
+	Organization string
+	Store        *store.Store
+	Issuer       *verifier.Issuer
+	EKRoots      *ek.Roots
+	References   []attest.ReferenceValues // beside those of the store
+	Now          func() time.Time
 
-	Organization string        // whose verifier we are, in results
-	Lifetime     time.Duration // of certificates, in results
-	Policies     *Policies     // nil: unsigned reference values decide
-	Reports      *Reports      // nil: no reports and no signed results
-	Brake        *Brake        // nil: mass refusals are not noticed
-	Commons      *Commons      // nil: firmware is not counted
-	Log          *slog.Logger  // nil: nothing is logged
+	Lifetime   time.Duration   // of certificates, in results
+	PolicyKeys *policy.Keyring // nil: unsigned reference values decide
+	Reports    *Reports        // nil: no reports and no signed results
+	Brake      *Brake          // nil: mass refusals are not noticed
+	Log        *slog.Logger    // nil: nothing is logged
 
 	// NonceKey is shared by the organisation's verifiers; zero: a new one.
 	NonceKey [verifier.NonceKeySize]byte
@@ -56,30 +66,34 @@ type Config struct {
 // Service enrols and attests devices. It is safe for concurrent use.
 type Service struct {
 	Config
-	nonces *verifier.Nonces
+	Policies *Policies // nil: unsigned reference values decide
+	Commons  *Commons
 
+	keys    keys
+	nonces  *verifier.Nonces
+	shared  *shared
+	count   counter
+	logs    second.Memory
 	mu      sync.Mutex
-	pending map[string]pending // by session
-	results []attest.Result    // newest last, in memory only
-
-	logs second.Memory
-
-	// Devices whose last evidence was refused for a clock that is not safe.
-	unsafe map[attest.Digest]bool
+	results []attest.Result // newest last, in memory only
 }
 
 // pending is an enrolment between begin and finish.
 type pending struct {
-	proof   []byte
-	device  Device
-	ticket  attest.Digest // SHA-256 of its text
-	expires time.Time
+	Proof   []byte        `json:"proof"` // secret until it was answered
+	Device  Device        `json:"device"`
+	Ticket  attest.Digest `json:"ticket"` // SHA-256 of its text
+	Expires time.Time     `json:"expires"`
 }
 
-// NewService returns a Service.
-func NewService(c Config) (*Service, error) {
+// NewService returns a Service, which follows the changes that other verifiers
+// make until Close.
+func NewService(ctx context.Context, c Config) (*Service, error) {
 	if c.Verifier == "" || len(c.Verifier) > attest.MaxName {
 		return nil, fmt.Errorf("verifier id %.64q: want 1 to %d bytes", c.Verifier, attest.MaxName)
+	}
+	if c.Organization == "" || len(c.Organization) > attest.MaxName {
+		return nil, fmt.Errorf("organisation %.64q: want 1 to %d bytes", c.Organization, attest.MaxName)
 	}
 	if c.NonceKey == ([verifier.NonceKeySize]byte{}) {
 		rand.Read(c.NonceKey[:])
@@ -87,12 +101,20 @@ func NewService(c Config) (*Service, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Service{Config: c, unsafe: make(map[attest.Digest]bool), nonces: verifier.NewNonces(c.Verifier, c.NonceKey, c.Now()), pending: make(map[string]pending)}, nil
+	s := &Service{Config: c, keys: keysOf(c.Organization), nonces: verifier.NewNonces(c.Verifier, c.NonceKey)}
+	s.Commons = newCommons(c.Organization)
+	if c.PolicyKeys != nil {
+		s.Policies = newPolicies(c.Organization, c.PolicyKeys)
+	}
+	return s, s.follow(ctx)
 }
+
+// Close ends what NewService began. The store stays open.
+func (s *Service) Close() { s.shared.Close() }
 
 // CreateTicket makes a ticket for uses enrolments within life and returns its
 // text, which is shown this once.
-func (s *Service) CreateTicket(uses int, life time.Duration) (attest.Ticket, Ticket, error) {
+func (s *Service) CreateTicket(ctx context.Context, uses int, life time.Duration) (attest.Ticket, Ticket, error) {
 	if uses < 1 || uses > maxUses || life <= 0 || life > maxLife {
 		return attest.Ticket{}, Ticket{}, fmt.Errorf("ticket for %d uses within %s: want 1 to %d uses within at most %s", uses, life, maxUses, maxLife)
 	}
@@ -101,23 +123,11 @@ func (s *Service) CreateTicket(uses int, life time.Duration) (attest.Ticket, Tic
 	text := "ticket-" + strings.ToLower(base32.StdEncoding.EncodeToString(random[:]))
 	digest := attest.Digest(sha256.Sum256([]byte(text)))
 	t := Ticket{ID: ticketID(digest), Digest: digest, Uses: uses, Expires: s.Now().Add(life).UTC().Truncate(time.Second)}
-	err := s.Store.Update(func(r *Registry) error {
-		r.Tickets[t.ID] = t
-		return nil
-	})
+	_, err := s.Store.Update(ctx, func(x concurrency.STM) error { return write(x, s.keys.ticket(t.ID), t) })
 	return attest.NewTicket(text), t, err
 }
 
 func ticketID(d attest.Digest) string { return d.String()[:16] }
-
-// findTicket returns the registry's ticket with that text.
-func findTicket(r *Registry, digest attest.Digest) (Ticket, error) {
-	t, ok := r.Tickets[ticketID(digest)]
-	if !ok || !hmac.Equal(t.Digest[:], digest[:]) {
-		return Ticket{}, attest.Refuse(attest.ReasonTicketUnknown, "ticket is not known here; ask for a new one")
-	}
-	return t, nil
-}
 
 func (t Ticket) valid(now time.Time) error {
 	switch {
@@ -130,28 +140,33 @@ func (t Ticket) valid(now time.Time) error {
 }
 
 // admit judges whether d may enrol by its ticket or the purchase list, and
-// returns that entry. known: d is enrolled already with exactly these keys, so
-// nothing is left to do.
-func admit(r *Registry, d Device, ticket attest.Digest, now time.Time) (e entry, known bool, err error) {
-	if e, err = r.entry(d, ticket); err != nil {
-		return e, false, err
+// returns that entry. known, if not nil, is the record of d: it is enrolled
+// already with exactly these keys, so nothing is left to do.
+func (s *Service) admit(t concurrency.STM, d Device, ticket attest.Digest, now time.Time) (e entry, known *Device, err error) {
+	if e, err = s.entry(t, d, ticket); err != nil {
+		return e, nil, err
 	}
 	// A device whose power failed between our answer and its own record comes
 	// again with the same keys; any other key under the same identity is a
 	// takeover, unless it has a permit.
-	if old, ok := r.Devices[d.ID]; ok && bytes.Equal(old.EK, d.EK) && bytes.Equal(old.AK, d.AK) {
-		return e, true, nil
+	old, ok, err := read[Device](t, s.keys.device(d.ID))
+	if err != nil {
+		return e, nil, err
 	}
-	if err := r.mayTake(d, now); err != nil {
-		return e, false, err
+	if ok && bytes.Equal(old.EK, d.EK) && bytes.Equal(old.AK, d.AK) {
+		return e, &old, nil
 	}
-	return e, false, e.valid(now)
+	if err := s.mayTake(t, d, now); err != nil {
+		return e, nil, err
+	}
+	return e, nil, e.valid(now)
 }
 
 // Begin judges an enrolment request and returns the challenge that only the
-// genuine TPM can answer. Nothing is stored. Errors of judgement are
-// *attest.Refusal.
-func (s *Service) Begin(r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
+// genuine TPM can answer. Only what the answer is compared with is stored, for
+// a few minutes, so that any verifier may take the answer. Errors of judgement
+// are *attest.Refusal.
+func (s *Service) Begin(ctx context.Context, r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
 	now := s.Now()
 	if len(r.Ticket) > maxTicket {
 		return nil, attest.Refuse(attest.ReasonTicketUnknown, "ticket of %d bytes", len(r.Ticket))
@@ -170,8 +185,8 @@ func (s *Service) Begin(r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
 		d.TicketID = purchased
 	}
 	// The ticket comes first: without one, nobody makes us compute.
-	if err := s.Store.View(func(reg *Registry) error {
-		_, _, err := admit(reg, d, ticket, now)
+	if _, err := s.Store.Update(ctx, func(t concurrency.STM) error {
+		_, _, err := s.admit(t, d, ticket, now)
 		return err
 	}); err != nil {
 		return nil, err
@@ -194,53 +209,78 @@ func (s *Service) Begin(r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for id, p := range s.pending {
-		if now.After(p.expires) {
-			delete(s.pending, id)
-		}
+	return &c, s.remember(ctx, session, pending{proof, d, ticket, now.Add(enrolLife)})
+}
+
+// remember stores an enrolment under way, which etcd forgets by its lease.
+func (s *Service) remember(ctx context.Context, session []byte, p pending) error {
+	client := s.Store.Client()
+	n, err := client.Get(ctx, s.keys.enrolments(), clientv3.WithPrefix(), clientv3.WithCountOnly())
+	if err != nil {
+		return fmt.Errorf("enrolment: %w", err)
 	}
-	if len(s.pending) >= maxPending {
-		return nil, attest.Refuse(attest.ReasonBusy, "%d enrolments are under way; try again", maxPending)
+	if n.Count >= maxPending {
+		return attest.Refuse(attest.ReasonBusy, "%d enrolments are under way; try again", maxPending)
 	}
-	s.pending[string(session)] = pending{proof, d, ticket, now.Add(enrolLife)}
-	return &c, nil
+	lease, err := client.Grant(ctx, int64(enrolLife/time.Second)+60)
+	if err != nil {
+		return fmt.Errorf("enrolment: %w", err)
+	}
+	data, err := json.Marshal(p)
+	if err != nil {
+		return fmt.Errorf("enrolment: %w", err)
+	}
+	if _, err := client.Put(ctx, s.keys.enrolment(session), string(data), clientv3.WithLease(lease.ID)); err != nil {
+		return fmt.Errorf("enrolment: %w", err)
+	}
+	return nil
 }
 
 // Finish enrols the device if it has answered the challenge. A challenge can
-// be answered once.
-func (s *Service) Finish(a attest.EnrolAnswer) (*attest.Enrolment, error) {
+// be answered once. Ticket, permit, the uniqueness of both keys and the record
+// are one transaction.
+func (s *Service) Finish(ctx context.Context, a attest.EnrolAnswer) (*attest.Enrolment, error) {
 	now := s.Now()
-	s.mu.Lock()
-	p, ok := s.pending[string(a.Session)]
-	delete(s.pending, string(a.Session))
-	s.mu.Unlock()
-	switch {
-	case !ok || now.After(p.expires):
-		return nil, attest.Refuse(attest.ReasonChallengeExpired, "no such enrolment under way; begin again")
-	case !hmac.Equal(p.proof, a.Proof):
-		return nil, attest.Refuse(attest.ReasonChallengeFailed, "the device could not prove that its keys are in the TPM it shows")
+	if len(a.Session) > maxSession {
+		return nil, errNotUnderWay()
 	}
-	d := p.device
-	d.Enrolled = now.UTC().Truncate(time.Second)
-	err := s.Store.Update(func(r *Registry) error {
-		e, known, err := admit(r, d, p.ticket, now)
+	key := s.keys.enrolment(a.Session)
+	var d Device
+	_, err := s.Store.Update(ctx, func(t concurrency.STM) error {
+		p, ok, err := read[pending](t, key)
+		switch {
+		case err != nil:
+			return err
+		case !ok || now.After(p.Expires):
+			return errNotUnderWay()
+		case !hmac.Equal(p.Proof, a.Proof):
+			return attest.Refuse(attest.ReasonChallengeFailed, "the device could not prove that its keys are in the TPM it shows")
+		}
+		t.Del(key)
+		d = p.Device
+		d.Enrolled = now.UTC().Truncate(time.Second)
+		e, known, err := s.admit(t, d, p.Ticket, now)
 		if err != nil {
 			return err
 		}
-		if known {
-			d = r.Devices[d.ID]
+		if known != nil {
+			d = *known
 			return nil
 		}
-		e.use()
-		r.take(d, now.UTC().Truncate(time.Second))
-		return nil
+		return errors.Join(e.use(), s.take(t, d, now.UTC().Truncate(time.Second)))
 	})
 	if err != nil {
+		// Refused is answered too.
+		if _, e := s.Store.Client().Delete(ctx, key); e != nil {
+			return nil, errors.Join(err, fmt.Errorf("enrolment: %w", e))
+		}
 		return nil, err
 	}
 	return &attest.Enrolment{Device: d.ID, Verifier: s.Verifier, Enrolled: d.Enrolled}, nil
+}
+
+func errNotUnderWay() error {
+	return attest.Refuse(attest.ReasonChallengeExpired, "no such enrolment under way; begin again")
 }
 
 // Challenge gives a nonce to whoever asks: whether the device is enrolled is
@@ -250,10 +290,11 @@ func (s *Service) Challenge(r attest.ChallengeRequest) attest.Challenge {
 }
 
 // Attest appraises encoded evidence. An error means that no appraisal took
-// place; a refusal is a response. Only an affirming result changes the store.
-func (s *Service) Attest(data []byte) (*attest.AttestResponse, error) {
+// place; a refusal is a response. Only evidence that the device's own TPM has
+// signed, for this nonce, changes the store.
+func (s *Service) Attest(ctx context.Context, data []byte) (*attest.AttestResponse, error) {
 	now := s.Now().Truncate(time.Second)
-	resp, err := s.appraise(data, now)
+	resp, err := s.appraise(ctx, data, now)
 	if err != nil {
 		return nil, err
 	}

@@ -1,11 +1,9 @@
 package fleet
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
-	"strings"
 	"time"
 
 	"sekisho/attest"
@@ -37,7 +35,7 @@ type Simulation struct {
 // Simulate appraises the last evidence of each enrolled device by a policy
 // that is not in force, as at the time when it would be. Nothing changes.
 // data is a signed bundle, or a draft in JSON.
-func (s *Service) Simulate(data []byte) (*Simulation, error) {
+func (s *Service) Simulate(ctx context.Context, data []byte) (*Simulation, error) {
 	if s.Reports == nil {
 		return nil, errors.New("this verifier stores no reports")
 	}
@@ -46,15 +44,10 @@ func (s *Service) Simulate(data []byte) (*Simulation, error) {
 		return nil, err
 	}
 	var devices []attest.Digest
-	var references []attest.ReferenceValues
-	if err := s.Store.View(func(r *Registry) error {
-		devices = slices.Collect(maps.Keys(r.Devices))
-		references = s.unsigned(r)
-		return nil
-	}); err != nil {
+	if err := scan(ctx, s, "device", func(d Device) { devices = append(devices, d.ID) }); err != nil {
 		return nil, err
 	}
-	slices.SortFunc(devices, func(a, b attest.Digest) int { return strings.Compare(a.String(), b.String()) })
+	references := s.unsigned()
 	at := time.Unix(max(s.Now().Unix(), p.Bundle.NotBefore), 0)
 	sim := &Simulation{Policy: p.ID, Devices: len(devices), Verdicts: []Verdict{}}
 	for _, id := range devices {
@@ -125,9 +118,9 @@ var errLocksOut = errors.New("the policy would refuse devices that are affirmed 
 
 // Publish publishes a signed policy. Unless force is set, it first simulates
 // it, and refuses one that would lock out over the brake's share of devices.
-func (s *Service) Publish(data []byte, shadow, force bool) (*PolicyInfo, error) {
+func (s *Service) Publish(ctx context.Context, data []byte, shadow, force bool) (*PolicyInfo, error) {
 	if s.Policies != nil && !shadow && !force && s.Reports != nil {
-		sim, err := s.Simulate(data)
+		sim, err := s.Simulate(ctx, data)
 		if err != nil {
 			return nil, err
 		}
@@ -139,7 +132,7 @@ func (s *Service) Publish(data []byte, shadow, force bool) (*PolicyInfo, error) 
 			return nil, fmt.Errorf("%w: %d of %d; see attestctl policy simulate, or publish with -force", errLocksOut, sim.Refused, sim.Devices)
 		}
 	}
-	p, err := s.Policies.Publish(data, shadow)
+	p, err := s.publish(ctx, data, shadow)
 	if err != nil {
 		return nil, err
 	}

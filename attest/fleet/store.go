@@ -1,26 +1,23 @@
 // Package fleet is the verifier's server side: the registry of devices,
-// tickets and reference values, enrolment, and the HTTP API. It holds state;
+// tickets and reference values, enrolment, and the HTTP API. All state is in
+// attest/store, so that any number of verifiers may serve one organisation;
 // judging is done by attest/verifier.
 package fleet
 
 import (
-	"bytes"
+	"context"
+	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"os"
-	"sync"
+	"net/url"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/client/v3/concurrency"
 
 	"sekisho/attest"
 	"sekisho/attest/tpm"
 )
-
-// maxRegistry bounds the registry file in bytes.
-const maxRegistry = 256 << 20
 
 // Device is one enrolled device. Identity never changes after enrolment; a
 // permit puts another record in its place (Former keeps this one).
@@ -32,11 +29,40 @@ type Device struct {
 	TicketID      string        `json:"ticket_id"`
 	Enrolled      time.Time     `json:"enrolled"`
 
-	// Of the last affirming evidence.
+	// Of the last affirming evidence. They stand in Seen, not in the record of
+	// the identity.
 	Clock    *tpm.Clock `json:"clock,omitempty"`
 	Firmware uint64     `json:"tpm_firmware,omitempty"`
 	Affirmed time.Time  `json:"affirmed,omitzero"`
 	Image    string     `json:"image,omitempty"`
+
+	// Of the last evidence that the device itself has signed.
+	Last   time.Time     `json:"last,omitzero"`
+	Status attest.Status `json:"status,omitzero"`
+	Reason attest.Reason `json:"reason,omitzero"`
+}
+
+// Seen is what the attestations of a device leave: one small record, replaced
+// by each in the transaction that uses up its nonce.
+type Seen struct {
+	Clock    *tpm.Clock    `json:"clock,omitempty"`
+	Firmware uint64        `json:"tpm_firmware,omitempty"`
+	Affirmed time.Time     `json:"affirmed,omitzero"`
+	Image    string        `json:"image,omitempty"`
+	Last     time.Time     `json:"last"`
+	Status   attest.Status `json:"status"`
+	Reason   attest.Reason `json:"reason,omitzero"`
+	Used     []usedNonce   `json:"used"` // oldest first
+
+	// Unsafe: the last evidence was refused for a clock that is not safe.
+	Unsafe bool `json:"unsafe,omitempty"`
+}
+
+// with returns the device as people see it.
+func (d Device) with(s Seen) Device {
+	d.Clock, d.Firmware, d.Affirmed, d.Image = s.Clock, s.Firmware, s.Affirmed, s.Image
+	d.Last, d.Status, d.Reason = s.Last, s.Status, s.Reason
+	return d
 }
 
 // Ticket lets devices enrol. The text that devices present is not stored.
@@ -47,164 +73,124 @@ type Ticket struct {
 	Expires time.Time     `json:"expires"`
 }
 
-// Registry is all state of a fleet.
-type Registry struct {
-	Devices    map[attest.Digest]Device          `json:"devices"`
-	Tickets    map[string]Ticket                 `json:"tickets"`    // by ID
-	References map[string]attest.ReferenceValues `json:"references"` // by ReferenceID
-	Identities
-}
-
 // ReferenceID names reference values in the registry.
 func ReferenceID(r attest.ReferenceValues) string { return r.Image + " " + r.Version }
 
-// Store keeps a Registry. Both functions see one consistent registry; an error
-// from f is returned as it is, and then nothing is stored.
-type Store interface {
-	View(f func(*Registry) error) error
-	Update(f func(*Registry) error) error
+// keys names the records of one organisation in the store:
+//
+//	device/ID           Device, its identity
+//	seen/ID             Seen
+//	ak/SHA256           device id: whose attestation key it is or was
+//	former/ID           []Former, oldest first
+//	ticket/ID           Ticket
+//	purchase/EKDIGEST   Purchase
+//	permits/SUBJECT     []Permit, whose enrolment they are for
+//	enrolment/SESSION   pending, with a lease
+//	shared/...          what every verifier follows in memory, see shared
+type keys string
+
+func keysOf(organization string) keys {
+	return keys("/sekisho/1/" + url.PathEscape(organization) + "/")
 }
 
-// FileStore keeps the registry in one file of a directory, with one process
-// writing. Every update is on disk before it is visible: a new file is
-// written, synced, and renamed over the old one.
-type FileStore struct {
-	dir  *os.Root
-	lock *os.File
-	max  int // bytes that the file may have
-
-	mu   sync.RWMutex
-	data []byte    // as on disk
-	reg  *Registry // decoded data, read-only
+func (k keys) device(id attest.Digest) string   { return string(k) + "device/" + id.String() }
+func (k keys) seen(id attest.Digest) string     { return string(k) + "seen/" + id.String() }
+func (k keys) ak(d attest.Digest) string        { return string(k) + "ak/" + d.String() }
+func (k keys) former(id attest.Digest) string   { return string(k) + "former/" + id.String() }
+func (k keys) ticket(id string) string          { return string(k) + "ticket/" + url.PathEscape(id) }
+func (k keys) purchase(d attest.Digest) string  { return string(k) + "purchase/" + d.String() }
+func (k keys) permits(id attest.Digest) string  { return string(k) + "permits/" + id.String() }
+func (k keys) enrolment(session []byte) string  { return k.enrolments() + hex.EncodeToString(session) }
+func (k keys) enrolments() string               { return string(k) + "enrolment/" }
+func (k keys) shared() string                   { return string(k) + "shared/" }
+func (k keys) reference(id string) string       { return k.shared() + "reference/" + url.PathEscape(id) }
+func (k keys) firmware(id attest.Digest) string { return k.shared() + "firmware/device/" + id.String() }
+func (k keys) otherFirmware(org string) string {
+	return k.shared() + "firmware/organization/" + url.PathEscape(org)
 }
+func (k keys) policyVersion(v uint64) string {
+	return fmt.Sprintf("%spolicy/version/%020d", k.shared(), v)
+}
+func (k keys) policy(what string) string { return k.shared() + "policy/" + what }
 
-const (
-	registryFile = "registry.json"
-	newFile      = "registry.json.new"
-	lockFile     = "lock"
-)
-
-// OpenFileStore opens or creates the store in directory dir. It fails while
-// another process has it open.
-func OpenFileStore(dir string) (*FileStore, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("store: %w", err)
+// read reads one record within a transaction.
+func read[T any](t concurrency.STM, key string) (v T, found bool, err error) {
+	data := t.Get(key)
+	if data == "" {
+		return v, false, nil
 	}
-	root, err := os.OpenRoot(dir)
+	if err := json.Unmarshal([]byte(data), &v); err != nil {
+		return v, false, fmt.Errorf("store: %s: %w", key, err)
+	}
+	return v, true, nil
+}
+
+// write writes one record within a transaction.
+func write(t concurrency.STM, key string, v any) error {
+	data, err := json.Marshal(v)
 	if err != nil {
-		return nil, fmt.Errorf("store: %w", err)
+		return fmt.Errorf("store: %s: %w", key, err)
 	}
-	s := &FileStore{dir: root, max: maxRegistry}
-	if err := s.open(); err != nil {
-		return nil, errors.Join(fmt.Errorf("store %s: %w", dir, err), s.Close())
-	}
-	return s, nil
-}
-
-func (s *FileStore) open() (err error) {
-	if s.lock, err = s.dir.OpenFile(lockFile, os.O_CREATE|os.O_RDWR, 0o600); err != nil {
-		return err
-	}
-	if err := unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("in use by another process: %w", err)
-	}
-	f, err := s.dir.Open(registryFile)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		s.data = []byte("{}")
-	case err != nil:
-		return err
-	default:
-		s.data, err = io.ReadAll(io.LimitReader(f, maxRegistry+1))
-		f.Close()
-		if err != nil {
-			return err
-		}
-	}
-	s.reg, err = decode(s.data)
-	return err
-}
-
-func decode(data []byte) (*Registry, error) {
-	if len(data) > maxRegistry {
-		return nil, fmt.Errorf("registry of over %d bytes", maxRegistry)
-	}
-	r := &Registry{}
-	if err := json.Unmarshal(data, r); err != nil {
-		return nil, fmt.Errorf("registry: %w", err)
-	}
-	if r.Devices == nil {
-		r.Devices = make(map[attest.Digest]Device)
-	}
-	if r.Tickets == nil {
-		r.Tickets = make(map[string]Ticket)
-	}
-	if r.References == nil {
-		r.References = make(map[string]attest.ReferenceValues)
-	}
-	return r, nil
-}
-
-// Close releases the store.
-func (s *FileStore) Close() error {
-	var err error
-	if s.lock != nil {
-		err = s.lock.Close()
-	}
-	return errors.Join(err, s.dir.Close())
-}
-
-// View calls f with the registry, which f must not change.
-func (s *FileStore) View(f func(*Registry) error) error {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return f(s.reg)
-}
-
-// Update calls f with a copy of the registry and stores what f made of it.
-func (s *FileStore) Update(f func(*Registry) error) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	next, err := decode(s.data)
-	if err != nil {
-		return err
-	}
-	if err := f(next); err != nil {
-		return err
-	}
-	data, err := json.MarshalIndent(next, "", " ")
-	if err != nil {
-		return fmt.Errorf("store: %w", err)
-	}
-	if bytes.Equal(data, s.data) {
-		return nil
-	}
-	if err := s.write(data); err != nil {
-		return fmt.Errorf("store: %w", err)
-	}
-	s.data, s.reg = data, next
+	t.Put(key, string(data))
 	return nil
 }
 
-func (s *FileStore) write(data []byte) error {
-	if len(data) > s.max { // a verifier could not start with it again
-		return fmt.Errorf("registry of %d bytes, at most %d: nothing is stored; remove reference values that no laptop has any more", len(data), s.max)
+// scan calls f with each record of a kind, in the order of their keys.
+func scan[T any](ctx context.Context, s *Service, kind string, f func(T)) error {
+	_, err := s.Store.Scan(ctx, string(s.keys)+kind+"/", 0, func(kv *mvccpb.KeyValue) error {
+		var v T
+		if err := json.Unmarshal(kv.Value, &v); err != nil {
+			return fmt.Errorf("store: %s: %w", kv.Key, err)
+		}
+		f(v)
+		return nil
+	})
+	return err
+}
+
+// Devices lists the enrolled devices in the order of their ids.
+func (s *Service) Devices(ctx context.Context) ([]Device, error) {
+	list := []Device{}
+	if err := scan(ctx, s, "device", func(d Device) { list = append(list, d) }); err != nil {
+		return nil, err
 	}
-	f, err := s.dir.OpenFile(newFile, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
+	seen := make(map[attest.Digest]Seen, len(list))
+	prefix := len(s.keys) + len("seen/")
+	if _, err := s.Store.Scan(ctx, string(s.keys)+"seen/", 0, func(kv *mvccpb.KeyValue) error {
+		var id attest.Digest
+		var v Seen
+		if err := id.UnmarshalText(kv.Key[prefix:]); err != nil {
+			return fmt.Errorf("store: %s: %w", kv.Key, err)
+		}
+		if err := json.Unmarshal(kv.Value, &v); err != nil {
+			return fmt.Errorf("store: %s: %w", kv.Key, err)
+		}
+		seen[id] = v
+		return nil
+	}); err != nil {
+		return nil, err
+	}
+	for i, d := range list {
+		list[i] = d.with(seen[d.ID])
+	}
+	return list, nil
+}
+
+// Device returns one enrolled device.
+func (s *Service) Device(ctx context.Context, id attest.Digest) (d Device, found bool, err error) {
+	_, err = s.Store.Update(ctx, func(t concurrency.STM) error {
+		if d, found, err = read[Device](t, s.keys.device(id)); err != nil || !found {
+			return err
+		}
+		seen, _, err := read[Seen](t, s.keys.seen(id))
+		d = d.with(seen)
 		return err
-	}
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := s.dir.Rename(newFile, registryFile); err != nil {
-		return err
-	}
-	// The rename is durable once the directory is.
-	d, err := s.dir.Open(".")
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	})
+	return d, found, err
+}
+
+// Tickets lists the tickets, without their texts.
+func (s *Service) Tickets(ctx context.Context) ([]Ticket, error) {
+	list := []Ticket{}
+	return list, scan(ctx, s, "ticket", func(t Ticket) { list = append(list, t) })
 }

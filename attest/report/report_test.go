@@ -66,7 +66,7 @@ func newSample(t testing.TB, boot logtest.Image) *sample {
 	}
 	device := attest.DeviceID(ek.Name())
 	log := boot.Boot().Bytes()
-	nonce := verifier.NewNonces(name, [32]byte{1}, start).New(device, start)
+	nonce := verifier.NewNonces(name, [32]byte{1}).New(device, start)
 	extra, err := attest.Binding{Nonce: nonce, Device: device, Verifier: name, Purpose: attest.PurposeNetwork, Key: sha256.Sum256(spki), EventLog: sha256.Sum256(log)}.Digest()
 	if err != nil {
 		t.Fatal(err)

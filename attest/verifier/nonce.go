@@ -7,7 +7,6 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
-	"sync"
 	"time"
 
 	"sekisho/attest"
@@ -34,29 +33,24 @@ const (
 // organisation share.
 const NonceKeySize = 32
 
-// maxUsed bounds the memory of used nonces, per generation.
-const maxUsed = 1 << 20
-
-// Nonces makes nonces and lets each be used once. Every verifier that has the
-// key can check a nonce; only the one that made it accepts it, because only
-// that one knows whether it was used. It is safe for concurrent use.
+// Nonces makes and judges nonces. Every verifier of that name which has the
+// key judges them alike, also after a restart. That each is used only once is
+// for the caller to see to, by Nonce. It is safe for concurrent use.
 type Nonces struct {
 	verifier string
 	key      [NonceKeySize]byte
-	since    time.Time
+}
 
-	// Used nonces in two generations of twice NonceLife each: what leaves the older
-	// one has expired.
-	mu       sync.Mutex
-	turned   time.Time
-	now, old map[[nonceRandom]byte]struct{}
+// Nonce tells nonces apart that Check has passed.
+type Nonce struct {
+	ID     [nonceRandom]byte
+	Issued time.Time
 }
 
 // NewNonces returns a source of nonces for the verifier of that name, with the
-// key of its organisation. Nonces from before since, the start of the process,
-// are refused: which of them were used is forgotten.
-func NewNonces(verifier string, key [NonceKeySize]byte, since time.Time) *Nonces {
-	return &Nonces{verifier: verifier, key: key, since: since.Truncate(time.Millisecond), now: make(map[[nonceRandom]byte]struct{})}
+// key of its organisation.
+func NewNonces(verifier string, key [NonceKeySize]byte) *Nonces {
+	return &Nonces{verifier: verifier, key: key}
 }
 
 // New returns a nonce for one attestation of device.
@@ -70,43 +64,25 @@ func (n *Nonces) New(device attest.Digest, now time.Time) []byte {
 	return append(nonce, n.mac(nonce, n.verifier, device)...)
 }
 
-// Use judges a nonce and uses it up. A nil error proves that we made it for
-// device at most NonceLife ago and that it was not used before with us. Errors
-// are *attest.Refusal.
-func (n *Nonces) Use(nonce []byte, device attest.Digest, now time.Time) error {
+// Check judges a nonce. A nil error proves that a verifier of our name made it
+// for device at most NonceLife ago. Errors are *attest.Refusal.
+func (n *Nonces) Check(nonce []byte, device attest.Digest, now time.Time) (Nonce, error) {
 	if len(nonce) != nonceSize {
-		return attest.Refuse(attest.ReasonNonceInvalid, "nonce of %d bytes, want %d; ask for a new challenge", len(nonce), nonceSize)
+		return Nonce{}, attest.Refuse(attest.ReasonNonceInvalid, "nonce of %d bytes, want %d; ask for a new challenge", len(nonce), nonceSize)
 	}
 	if tag := verifierTag(n.verifier); !bytes.Equal(nonce[nonceVerifier:nonceBody], tag[:]) {
-		return attest.Refuse(attest.ReasonVerifierMismatch, "nonce was given by another verifier, this is %q; ask here for a new challenge", n.verifier)
+		return Nonce{}, attest.Refuse(attest.ReasonVerifierMismatch, "nonce was given by another verifier, this is %q; ask here for a new challenge", n.verifier)
 	}
 	issued := time.UnixMilli(int64(binary.BigEndian.Uint64(nonce[nonceRandom:])))
 	switch age := now.Sub(issued); {
 	case !bytes.Equal(nonce[nonceDevice:nonceVerifier], device[:8]):
-		return attest.Refuse(attest.ReasonDeviceMismatch, "nonce was given to another device")
+		return Nonce{}, attest.Refuse(attest.ReasonDeviceMismatch, "nonce was given to another device")
 	case !hmac.Equal(n.mac(nonce[:nonceBody], n.verifier, device), nonce[nonceBody:]):
-		return attest.Refuse(attest.ReasonNonceInvalid, "nonce is not one of this organisation's; ask for a new challenge")
-	case issued.Before(n.since):
-		return attest.Refuse(attest.ReasonNonceExpired, "nonce is from before the verifier started; ask for a new challenge")
+		return Nonce{}, attest.Refuse(attest.ReasonNonceInvalid, "nonce is not one of this organisation's; ask for a new challenge")
 	case age > NonceLife || age < -NonceLife:
-		return attest.Refuse(attest.ReasonNonceExpired, "nonce is %s old, at most %s; ask for a new challenge", age.Round(time.Second), NonceLife)
+		return Nonce{}, attest.Refuse(attest.ReasonNonceExpired, "nonce is %s old, at most %s; ask for a new challenge", age.Round(time.Second), NonceLife)
 	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if now.Sub(n.turned) > 2*NonceLife {
-		n.turned, n.old, n.now = now, n.now, make(map[[nonceRandom]byte]struct{})
-	}
-	id := [nonceRandom]byte(nonce)
-	_, again := n.now[id]
-	_, before := n.old[id]
-	switch {
-	case again || before:
-		return attest.Refuse(attest.ReasonNonceReused, "nonce was used before; ask for a new challenge")
-	case len(n.now) >= maxUsed:
-		return attest.Refuse(attest.ReasonBusy, "%d attestations within %s; try again", maxUsed, 2*NonceLife)
-	}
-	n.now[id] = struct{}{}
-	return nil
+	return Nonce{[nonceRandom]byte(nonce), issued}, nil
 }
 
 // Authentic reports whether a verifier of that name, with our key, made nonce

@@ -22,6 +22,7 @@ func identityCommands() map[string]command {
 		"ticket list":    {0, listTickets, show(printTickets)},
 		"ticket revoke":  {1, revokeTicket, show(printNothing)},
 		"device history": {1, deviceHistory, show(printFormer)},
+		"device retire":  {1, retireDevice, show(printRetired)},
 		"permit new":     {0, newPermit, show(printSigned)},
 		"permit add":     {1, addPermit, show(printPermit)},
 		"permit list":    {0, listPermits, show(printPermits)},
@@ -53,16 +54,25 @@ func deviceHistory(ctx context.Context, o *options, args []string) (any, error) 
 
 func printFormer(w io.Writer, list []fleet.Former) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "DEVICE\tENROLLED\tENDED\tREPLACED BY\tPERMIT")
+	fmt.Fprintln(t, "DEVICE\tENROLLED\tENDED\tREPLACED BY\tPERMIT OR REASON")
 	for _, f := range list {
-		by := f.ReplacedBy.String()
-		if f.ReplacedBy == f.ID {
+		by, why := f.ReplacedBy.String(), f.Permit.String()[:16]
+		switch f.ReplacedBy {
+		case f.ID:
 			by = "new key of the same device"
+		case attest.Digest{}:
+			by, why = "nobody", f.Reason
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%.16s\n", f.ID, when(f.Enrolled), when(f.Ended), by, f.Permit)
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", f.ID, when(f.Enrolled), when(f.Ended), by, why)
 	}
 	return t.Flush()
 }
+
+func retireDevice(ctx context.Context, o *options, args []string) (any, error) {
+	return o.admin().Retire(ctx, args[0], o.reason)
+}
+
+func printRetired(w io.Writer, f fleet.Former) error { return printFormer(w, []fleet.Former{f}) }
 
 func newPermit(_ context.Context, o *options, _ []string) (any, error) {
 	r := fleet.PermitRequest{Serial: rand.Text(), Reason: o.reason, Expires: o.until(24 * time.Hour)}

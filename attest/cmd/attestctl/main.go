@@ -27,7 +27,8 @@ commands
   ticket write -state FILE [-offset N]    put the ticket on standard input on a state partition
   device list                             list enrolled devices
   device show ID                          show one device
-  device history ID                       show the records that permits have ended
+  device retire ID -reason WHY            end a device at once: affirmed no more, back by a permit alone
+  device history ID                       show the records that have ended
   permit new -device ID [-replacement ID] -reason WHY [-expires 24h]
                                           a permit for a new key or a new board, to be signed by two
   approval sign -key FILE FILE            sign a permit or a recovery request; prints it signed

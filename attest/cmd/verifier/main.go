@@ -69,22 +69,21 @@ func serve(path string) (err error) {
 	if err != nil {
 		return err
 	}
-	service, cert, store, err := config.Open(time.Now)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	server, err := config.Open(ctx, time.Now, log)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, service.Reports.Close(), store.Close()) }()
-	service.Log = log
+	defer func() { err = errors.Join(err, server.Close()) }()
 	l, err := listen(config.Listen)
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	defer stop()
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return fleet.Serve(ctx, l, cert, service, log) })
+	g.Go(func() error { return fleet.Serve(ctx, l, server.Certificate, server.Service, log) })
 	if config.AdminSocket != "" {
-		g.Go(func() error { return fleet.ServeAdmin(ctx, config.AdminSocket, service, log) })
+		g.Go(func() error { return fleet.ServeAdmin(ctx, config.AdminSocket, server.Service, log) })
 	}
 	g.Go(func() error { return notify(ctx, l.Addr()) })
 	log.Info("serving", "id", config.ID, "address", l.Addr())
