@@ -17,6 +17,7 @@ const (
 	MaxTPMBytes = 4 << 10                           // any one TPM structure
 	MaxNonce    = 256                               // a nonce
 	MaxName     = 255                               // a verifier's name
+	MaxModel    = 128                               // a machine's model
 	Profile     = "urn:sekisho:attest:evidence:1"   // of Evidence
 	ResultType  = "urn:sekisho:attest:result:1"     // of Result
 	bindingTag  = "sekisho/attest/1"                // domain separation of Binding
@@ -68,6 +69,7 @@ type Evidence struct {
 	Certify    []byte         `cbor:"11,keyasint"`           // TPMS_ATTEST of TPM2_Certify over Key
 	CertifySig []byte         `cbor:"12,keyasint"`           // TPMT_SIGNATURE over Certify
 	RunLog     []byte         `cbor:"13,keyasint,omitempty"` // run-time events (attest/runlog), absent while there are none
+	Model      string         `cbor:"14,keyasint,omitempty"` // maker and model of the machine, as its firmware says
 }
 
 // ErrTooLarge is returned for input over one of this package's limits.
@@ -150,6 +152,7 @@ func (e *Evidence) check() error {
 	}{
 		"verifier":          {len(e.Verifier), MaxName},
 		"nonce":             {len(e.Nonce), MaxNonce},
+		"model":             {len(e.Model), MaxModel},
 		"quote":             {len(e.Quote), MaxTPMBytes},
 		"quote signature":   {len(e.QuoteSig), MaxTPMBytes},
 		"event log":         {len(e.EventLog), MaxEventLog},
@@ -181,12 +184,14 @@ type Binding struct {
 	Key      Digest // SHA-256 of the SubjectPublicKeyInfo of the certificate's key
 	EventLog Digest // SHA-256 of the event log
 	RunLog   []byte // run-time events, as in Evidence
+	Model    string // as in Evidence
 }
 
 // Digest returns SHA-256("sekisho/attest/1" || deterministic CBOR of the
 // fields as an array). CBOR gives each field its type and its length, so no
 // two bindings share an encoding. The digest of the run-time log is a seventh
-// element, absent while there are no events.
+// element, absent while there are no events; the model is a last one, a text,
+// absent while it is not known.
 func (b Binding) Digest() (Digest, error) {
 	enc, _, err := codec()
 	if err != nil {
@@ -196,6 +201,9 @@ func (b Binding) Digest() (Digest, error) {
 	if len(b.RunLog) > 0 {
 		run := sha256.Sum256(b.RunLog)
 		fields = append(fields, run[:])
+	}
+	if b.Model != "" {
+		fields = append(fields, b.Model)
 	}
 	tuple, err := enc.Marshal(fields)
 	if err != nil {

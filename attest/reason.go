@@ -41,6 +41,7 @@ const (
 	ReasonLogOrder          Reason = 29 // an event that is out of its place
 	ReasonRunLogMalformed   Reason = 36 // our own log of run-time events
 	ReasonRunLogReplay      Reason = 37
+	ReasonVolumeChanged     Reason = 38 // the disk key that was used is another than the first one seen
 	ReasonNoReferenceValues Reason = 30
 	ReasonImageMismatch     Reason = 31
 	ReasonImageUnknown      Reason = 32
@@ -108,6 +109,7 @@ var reasonNames = map[Reason]string{
 	ReasonLogOrder:          "log-order",
 	ReasonRunLogMalformed:   "run-log-malformed",
 	ReasonRunLogReplay:      "run-log-replay",
+	ReasonVolumeChanged:     "volume-changed",
 	ReasonNoReferenceValues: "no-reference-values",
 	ReasonImageMismatch:     "image-mismatch",
 	ReasonImageUnknown:      "image-unknown",

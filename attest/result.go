@@ -112,7 +112,8 @@ type Shadow struct {
 
 // Firmware is how common a device's firmware measurements (PCR 0 to 3) are.
 type Firmware struct {
-	Digest        Digest `json:"digest"`            // SHA-256 over the values of PCR 0 to 3
+	Digest        Digest `json:"digest"`            // SHA-256 over model and values of PCR 0 to 3
+	Model         string `json:"model,omitempty"`   // of the machine, as its firmware says
 	Version       string `json:"version,omitempty"` // as the firmware calls itself
 	Devices       int    `json:"devices"`           // other devices with these values
 	Organizations int    `json:"organizations"`     // of so many organisations

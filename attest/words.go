@@ -119,6 +119,7 @@ var reasonWords = map[Reason]Words{
 	ReasonLogOrder:          words("イベントの順序が正しくありません。", "An event of the log is out of its place.", firmJA, firmEN),
 	ReasonRunLogMalformed:   words("起動後のイベントの記録を読み取れません。", "The log of run-time events cannot be read.", "端末のホスト領域を現在のリリースに更新してください。", "Update the device's host domain to the current release."),
 	ReasonRunLogReplay:      words("起動後の PCR の変化が、記録されたイベントと一致しません。", "PCR 14 or 15 was extended by something else than the recorded run-time events.", attackJA, attackEN),
+	ReasonVolumeChanged:     words("最初に記録されたものと異なる業務ディスクが使われています。", "Another work disk is in use than the one first seen with this device.", "ディスクを交換または作り直した場合は、許可を得て再登録してください。心当たりがなければ端末を調査してください。", "If the disk was replaced or made anew, re-enrol the device with a permit; otherwise investigate it."),
 	ReasonNoReferenceValues: words("検証サーバーに参照値がありません。", "The verifier has no reference values.", "リリースの参照値を署名して公開してください。", "Sign and publish the reference values of a release."),
 	ReasonImageMismatch:     words("ホスト領域のイメージが、承認された値と異なります。", "The host domain's image differs from the approved one.", "新しいリリースならその参照値を承認し、そうでなければ正しいイメージを入れ直してください。", "Approve the values if this is a new release; otherwise install the approved image again."),
 	ReasonImageUnknown:      words("起動したイメージは承認されていません。", "The image that was started is not an approved one.", "新しいリリースならその参照値を承認し、そうでなければ正しいイメージを入れ直してください。", "Approve the values if this is a new release; otherwise install the approved image again."),

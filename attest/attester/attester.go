@@ -59,12 +59,14 @@ type Hardware interface {
 	io.Closer
 }
 
-// Config is what an Attester is made of. All fields but RunLog are needed.
+// Config is what an Attester is made of. All fields but RunLog and Model are
+// needed.
 type Config struct {
 	Organization *attest.Organization
 	OpenTPM      func() (Hardware, error) // called again after a fault
 	EventLog     func() ([]byte, error)
 	RunLog       *RunLog // run-time events; nil records none
+	Model        string  // of the machine, see Model
 	State        Storage
 	Now          func() time.Time
 	Log          *slog.Logger
@@ -430,7 +432,7 @@ func (a *Attester) evidence(c attest.Challenge, log []byte) ([]byte, error) {
 	defer done()
 	binding := attest.Binding{
 		Nonce: c.Nonce, Device: a.device, Verifier: c.Verifier, Purpose: attest.PurposeNetwork,
-		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(log), RunLog: run,
+		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(log), RunLog: run, Model: a.Model,
 	}
 	extra, err := binding.Digest()
 	if err != nil {
@@ -443,7 +445,7 @@ func (a *Attester) evidence(c attest.Challenge, log []byte) ([]byte, error) {
 	e := attest.Evidence{
 		Profile: attest.Profile, Device: a.device[:], Verifier: c.Verifier, Purpose: binding.Purpose, Nonce: c.Nonce,
 		Quote: proof.Quote, QuoteSig: proof.QuoteSig, PCRs: make(map[int][]byte, len(proof.PCRs)), EventLog: log,
-		Key: id.Key, Certify: proof.Certify, CertifySig: proof.CertifySig, RunLog: run,
+		Key: id.Key, Certify: proof.Certify, CertifySig: proof.CertifySig, RunLog: run, Model: a.Model,
 	}
 	for i, v := range proof.PCRs {
 		e.PCRs[i] = v[:]

@@ -64,7 +64,7 @@ func TestPolicyAdmin(t *testing.T) {
 	check(err)
 	public, err := policy.ParseKey([]byte(key.PEM))
 	check(err)
-	if v, err := report.Verify(f.Data, public, nil); err != nil || v.Key != key.ID {
+	if v, err := report.Verify(f.Data, report.Trust{Key: public}); err != nil || v.Key != key.ID {
 		t.Errorf("%+v %v", v, err)
 	}
 	for _, id := range []string{"00", "../registry.json", "%2e%2e"} {

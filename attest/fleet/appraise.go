@@ -108,9 +108,9 @@ func (s *Service) judge(e *attest.Evidence, rec record, now time.Time) (in verif
 	in = verifier.Input{Evidence: e, Verifier: s.Verifier, Now: now, Logs: &s.logs, References: s.unsigned()}
 	in.Policy, in.Shadow, in.PolicyNeeded = s.Policies.InForce(now)
 	if rec.deviceRev != 0 {
-		in.Device = &verifier.Device{ID: rec.device.ID, AK: rec.device.AK, Clock: rec.seen.Clock, Retried: rec.seen.Unsafe}
+		in.Device = &verifier.Device{ID: rec.device.ID, AK: rec.device.AK, Clock: rec.seen.Clock, Retried: rec.seen.Unsafe, Volume: rec.seen.Volume}
 	}
-	in.Firmware = s.Commons.Count(id, verifier.FirmwareDigest(e.PCRs))
+	in.Firmware = s.Commons.Count(id, verifier.FirmwareOf(e))
 	out = verifier.Appraise(in)
 	if out.Result.Status != attest.StatusAffirming && fresh(out.Result) && s.Reports != nil {
 		// Once more, now with what changed since the last good boot.
@@ -140,6 +140,9 @@ func (s *Service) commit(ctx context.Context, id attest.Digest, rec record, nonc
 	next.Last, next.Status, next.Reason, next.Unsafe = now.UTC(), r.Status, r.Reason, r.Reason == attest.ReasonClockUnsafe
 	if r.Status == attest.StatusAffirming {
 		next.Clock, next.Firmware, next.Image, next.Affirmed = &out.Clock, out.Firmware, r.Image, now.UTC()
+		if next.Volume == nil { // the first one seen is what others are compared with
+			next.Volume = out.Volume
+		}
 	}
 	data, err := json.Marshal(next)
 	if err != nil {
@@ -154,7 +157,7 @@ func (s *Service) commit(ctx context.Context, id attest.Digest, rec record, nonc
 		},
 		Then: []clientv3.Op{clientv3.OpPut(seen, string(data))},
 	}
-	if f := verifier.FirmwareDigest(in.Evidence.PCRs); r.Status == attest.StatusAffirming && !s.Commons.learned(id, f) {
+	if f := verifier.FirmwareOf(in.Evidence); r.Status == attest.StatusAffirming && !s.Commons.learned(id, f) {
 		c.Then = append(c.Then, clientv3.OpPut(s.keys.firmware(id), f.String()))
 	}
 	return s.Store.Commit(ctx, c)
@@ -165,8 +168,13 @@ func (s *Service) commit(ctx context.Context, id attest.Digest, rec record, nonc
 func (s *Service) conclude(ctx context.Context, in verifier.Input, out verifier.Outcome, d Device) (*attest.AttestResponse, error) {
 	r := out.Result
 	resp := &attest.AttestResponse{Result: r}
+	evidence, err := in.Evidence.Encode()
+	if err != nil {
+		return nil, err
+	}
+	result := report.ID(evidence)
 	if r.Status == attest.StatusAffirming {
-		cert, err := s.Issuer.Issue(r.Device, out.Key, in.Now)
+		cert, err := s.Issuer.Issue(r.Device, out.Key, result, in.Now)
 		if err != nil {
 			return nil, err
 		}
@@ -184,15 +192,14 @@ func (s *Service) conclude(ctx context.Context, in verifier.Input, out verifier.
 	rec := report.Record{
 		ID: d.ID[:], EK: d.EK, EKCertificate: d.EKCertificate, AK: d.AK, Clock: in.Device.Clock, Retried: in.Device.Retried,
 	}
+	if v := in.Device.Volume; v != nil {
+		rec.Volume = v[:]
+	}
 	data, token, err := report.Make(in, out, rec, s.Organization, s.Lifetime, s.Reports.key)
 	if err != nil {
 		return nil, err
 	}
-	evidence, err := in.Evidence.Encode()
-	if err != nil {
-		return nil, err
-	}
-	resp.Token, resp.Result.Report = token, report.ID(evidence)
+	resp.Token, resp.Result.Report = token, result
 	return resp, s.Reports.Save(r.Device, s.Now(), r.Status == attest.StatusAffirming, resp.Result.Report, data)
 }
 

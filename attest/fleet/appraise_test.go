@@ -289,7 +289,7 @@ func TestReportOfEachAppraisal(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		v, err := report.Verify(data, &b.service.Reports.key.PublicKey, ring)
+		v, err := report.Verify(data, report.Trust{Key: &b.service.Reports.key.PublicKey, Policy: ring})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -45,14 +45,15 @@ type Device struct {
 // Seen is what the attestations of a device leave: one small record, replaced
 // by each in the transaction that uses up its nonce.
 type Seen struct {
-	Clock    *tpm.Clock    `json:"clock,omitempty"`
-	Firmware uint64        `json:"tpm_firmware,omitempty"`
-	Affirmed time.Time     `json:"affirmed,omitzero"`
-	Image    string        `json:"image,omitempty"`
-	Last     time.Time     `json:"last"`
-	Status   attest.Status `json:"status"`
-	Reason   attest.Reason `json:"reason,omitzero"`
-	Used     []usedNonce   `json:"used"` // oldest first
+	Clock    *tpm.Clock     `json:"clock,omitempty"`
+	Firmware uint64         `json:"tpm_firmware,omitempty"`
+	Affirmed time.Time      `json:"affirmed,omitzero"`
+	Image    string         `json:"image,omitempty"`
+	Last     time.Time      `json:"last"`
+	Status   attest.Status  `json:"status"`
+	Reason   attest.Reason  `json:"reason,omitzero"`
+	Volume   *attest.Digest `json:"volume,omitempty"` // work disk: what the first use of its key measured
+	Used     []usedNonce    `json:"used"`             // oldest first
 
 	// Unsafe: the last evidence was refused for a clock that is not safe.
 	Unsafe bool `json:"unsafe,omitempty"`

@@ -64,6 +64,8 @@ const (
 	FactFirmware      = "firmware.version"       // as the firmware calls itself
 	FactDevices       = "firmware.devices"       // other devices with the same PCR 0 to 3
 	FactOrganizations = "firmware.organizations" // of so many organisations
+	FactModel         = "model"                  // of the machine, as its firmware says
+	FactVolume        = "volume"                 // first, same, changed; absent until the work disk is unlocked
 )
 
 // FactPCR names the fact that holds the value of a PCR.
@@ -73,7 +75,7 @@ func FactPCR(pcr int) string { return "pcr." + strconv.Itoa(pcr) }
 func kinds(fact string) []Op {
 	word := []Op{OpIn, OpEqual}
 	switch fact {
-	case FactImage, FactSecureBoot, FactFirmware:
+	case FactImage, FactSecureBoot, FactFirmware, FactModel, FactVolume:
 		return word
 	case FactImageVersion, FactTPMFirmware, FactDevices, FactOrganizations:
 		return []Op{OpIn, OpEqual, OpMinimum}

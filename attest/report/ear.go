@@ -10,8 +10,11 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/fxamacker/cbor/v2"
@@ -19,6 +22,7 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/policy"
+	"sekisho/attest/verifier"
 )
 
 // Names in the claims.
@@ -62,18 +66,19 @@ type VerifierID struct {
 
 // Appraisal is the appraisal of the one attester of a device.
 type Appraisal struct {
-	Status   attest.Status    `cbor:"1000,keyasint" json:"ear_status"`
-	Vector   map[int]int      `cbor:"1001,keyasint" json:"ear_trustworthiness_vector"`
-	Policies []string         `cbor:"1003,keyasint,omitempty" json:"ear_appraisal_policy_ids,omitempty"`
-	Reason   attest.Reason    `cbor:"-70000,keyasint" json:"sekisho_reason"`
-	Detail   string           `cbor:"-70001,keyasint,omitempty" json:"sekisho_detail,omitempty"`
-	Findings []attest.Finding `cbor:"-70002,keyasint,omitempty" json:"sekisho_findings,omitempty"`
-	Image    string           `cbor:"-70003,keyasint,omitempty" json:"sekisho_image,omitempty"`
-	Shadow   *attest.Shadow   `cbor:"-70004,keyasint,omitempty" json:"sekisho_shadow,omitempty"`
-	Changes  []attest.Change  `cbor:"-70005,keyasint,omitempty" json:"sekisho_changes,omitempty"`
-	LastGood *attest.Digest   `cbor:"-70006,keyasint,omitempty" json:"sekisho_last_good,omitempty"`
-	Firmware *attest.Firmware `cbor:"-70007,keyasint,omitempty" json:"sekisho_firmware,omitempty"`
-	Report   string           `cbor:"-70008,keyasint,omitempty" json:"sekisho_report,omitempty"`
+	Status   attest.Status     `cbor:"1000,keyasint" json:"ear_status"`
+	Vector   map[int]int       `cbor:"1001,keyasint" json:"ear_trustworthiness_vector"`
+	Policies []string          `cbor:"1003,keyasint,omitempty" json:"ear_appraisal_policy_ids,omitempty"`
+	Reason   attest.Reason     `cbor:"-70000,keyasint" json:"sekisho_reason"`
+	Detail   string            `cbor:"-70001,keyasint,omitempty" json:"sekisho_detail,omitempty"`
+	Findings []attest.Finding  `cbor:"-70002,keyasint,omitempty" json:"sekisho_findings,omitempty"`
+	Image    string            `cbor:"-70003,keyasint,omitempty" json:"sekisho_image,omitempty"`
+	Shadow   *attest.Shadow    `cbor:"-70004,keyasint,omitempty" json:"sekisho_shadow,omitempty"`
+	Changes  []attest.Change   `cbor:"-70005,keyasint,omitempty" json:"sekisho_changes,omitempty"`
+	LastGood *attest.Digest    `cbor:"-70006,keyasint,omitempty" json:"sekisho_last_good,omitempty"`
+	Firmware *attest.Firmware  `cbor:"-70007,keyasint,omitempty" json:"sekisho_firmware,omitempty"`
+	Events   []attest.RunEvent `cbor:"-70009,keyasint,omitempty" json:"sekisho_events,omitempty"` // of the run time, in order
+	Report   string            `cbor:"-70008,keyasint,omitempty" json:"sekisho_report,omitempty"`
 }
 
 // ueidRandom is the type of a UEID whose bits nobody chose (RFC 9711, section
@@ -98,7 +103,7 @@ func NewClaims(r attest.Result, organization string, key *attest.Digest, lifetim
 	}
 	a := Appraisal{
 		Status: r.Status, Vector: vector(r), Reason: r.Reason, Detail: r.Detail, Findings: r.Findings, Image: r.Image,
-		Shadow: r.Shadow, Changes: r.Changes, LastGood: r.LastGood, Firmware: r.Firmware, Report: r.Report,
+		Shadow: r.Shadow, Changes: r.Changes, LastGood: r.LastGood, Firmware: r.Firmware, Report: r.Report, Events: r.Events,
 	}
 	if r.Policy != nil {
 		a.Policies = []string{"urn:sekisho:policy:" + r.Policy.String()}
@@ -309,4 +314,31 @@ func CheckToken(data []byte, key *ecdsa.PublicKey, want Expect) (*Claims, error)
 		return nil, fmt.Errorf("token: from the future, %s", time.Unix(c.IssuedAt, 0).UTC().Format(time.RFC3339))
 	}
 	return &c, nil
+}
+
+// CheckCredential is CheckToken for one who has the certificate before him
+// that a session has proven: the token must be the very result that the
+// certificate stands for.
+func CheckCredential(data []byte, key *ecdsa.PublicKey, cert *x509.Certificate, organization string, now time.Time) (*Claims, error) {
+	if len(cert.URIs) != 1 || cert.SerialNumber == nil {
+		return nil, errors.New("token: the certificate names no device")
+	}
+	var want Expect
+	text, ok := strings.CutPrefix(cert.URIs[0].String(), verifier.DevicePrefix)
+	if err := want.Device.UnmarshalText([]byte(text)); !ok || err != nil {
+		return nil, fmt.Errorf("token: the certificate names no device but %q", cert.URIs[0])
+	}
+	want.Organization, want.Key, want.Now = organization, sha256.Sum256(cert.RawSubjectPublicKeyInfo), now
+	c, err := CheckToken(data, key, want)
+	if err != nil {
+		return nil, err
+	}
+	a, err := c.Appraisal()
+	if err != nil {
+		return nil, fmt.Errorf("token: %w", err)
+	}
+	if id := fmt.Sprintf("%032x", cert.SerialNumber); a.Report != id {
+		return nil, fmt.Errorf("token: of result %.64q, the certificate stands for result %s", a.Report, id)
+	}
+	return c, nil
 }

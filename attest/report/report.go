@@ -4,13 +4,13 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/sha256"
-	"encoding/hex"
+
 	"errors"
 	"fmt"
 	"time"
 
 	"sekisho/attest"
+	ekcert "sekisho/attest/ek"
 	"sekisho/attest/policy"
 	"sekisho/attest/tpm"
 	"sekisho/attest/verifier"
@@ -61,13 +61,11 @@ type Record struct {
 	AK            []byte     `cbor:"4,keyasint"` // TPMT_PUBLIC
 	Clock         *tpm.Clock `cbor:"5,keyasint,omitempty"`
 	Retried       bool       `cbor:"6,keyasint,omitempty"`
+	Volume        []byte     `cbor:"7,keyasint,omitempty"` // first seen
 }
 
-// ID names the report of one evidence: 128 bits of its SHA-256.
-func ID(evidence []byte) string {
-	sum := sha256.Sum256(evidence)
-	return hex.EncodeToString(sum[:16])
-}
+// ID names the report of one evidence, and its result.
+func ID(evidence []byte) string { return verifier.ResultID(evidence) }
 
 // Make makes the report of an appraisal and signs it and its token.
 func Make(in verifier.Input, out verifier.Outcome, rec Record, organization string, lifetime time.Duration, key crypto.Signer) (report, token []byte, err error) {
@@ -127,6 +125,12 @@ func (r *Report) Input(p *policy.Signed) (verifier.Input, error) {
 		PolicyNeeded: r.PolicyNeeded, LastGood: r.LastGood, Firmware: r.Firmware,
 		Device: &verifier.Device{ID: attest.Digest(r.Device.ID), AK: r.Device.AK, Clock: r.Device.Clock, Retried: r.Device.Retried},
 	}
+	if v := r.Device.Volume; len(v) > 0 {
+		if len(v) != len(attest.Digest{}) {
+			return verifier.Input{}, fmt.Errorf("report: volume of %d bytes, want %d", len(v), len(attest.Digest{}))
+		}
+		in.Device.Volume = (*attest.Digest)(v)
+	}
 	if p != nil {
 		in.Policy = p
 		return in, nil
@@ -180,8 +184,17 @@ type Verdict struct {
 	Key       attest.Digest `json:"key"`     // in whose name it is signed
 	Trusted   bool          `json:"trusted"` // the signature was verified with a key that was given
 	Policy    string        `json:"policy"`  // none, unverified, verified
+	EK        string        `json:"ek"`      // certificate of the endorsement key: none, unverified, verified
 	Same      bool          `json:"same"`    // the appraisal gave the same bytes again
 	Different string        `json:"different,omitempty"`
+}
+
+// Trust is what the one who verifies knows beforehand. What is nil is not
+// judged.
+type Trust struct {
+	Key    *ecdsa.PublicKey // of the verifier: it has signed token and report
+	Policy *policy.Keyring  // its keys have signed the policy
+	EK     *ekcert.Roots    // TPM makers: the endorsement key's certificate chains to one of them
 }
 
 // ErrDifferent says that the appraisal gave another verdict than the report
@@ -192,14 +205,15 @@ var ErrDifferent = errors.New("the appraisal does not give the verdict of the re
 // the claims in it follow, byte for byte, from the evidence, records,
 // reference values and policy in it, and that the device id is that of the
 // endorsement key in it. Whose verdict it is, only key says: without it the
-// verdict is consistent and no more. ring, if given, must have signed the
-// policy.
-func Verify(data []byte, key *ecdsa.PublicKey, ring *policy.Keyring) (*Verdict, error) {
+// verdict is consistent and no more. What else of trust is given must bear out
+// what the report has of it.
+func Verify(data []byte, trust Trust) (*Verdict, error) {
+	key, ring := trust.Key, trust.Policy
 	r, id, err := Parse(data, key)
 	if err != nil {
 		return nil, err
 	}
-	v := &Verdict{Key: id, Trusted: key != nil, Device: attest.Digest(r.Device.ID), Policy: "none"}
+	v := &Verdict{Key: id, Trusted: key != nil, Device: attest.Digest(r.Device.ID), Policy: "none", EK: "none"}
 	payload, tokenKey, err := open(r.Token, maxToken, earType, "", key)
 	if err != nil {
 		return nil, fmt.Errorf("report: token: %w", err)
@@ -219,6 +233,15 @@ func Verify(data []byte, key *ecdsa.PublicKey, ring *policy.Keyring) (*Verdict, 
 	}
 	if attest.DeviceID(ek.Name()) != v.Device {
 		return nil, fmt.Errorf("report: device id %s is not that of the endorsement key", v.Device)
+	}
+	if len(r.Device.EKCertificate) > 0 {
+		v.EK = "unverified"
+		if trust.EK != nil {
+			if err := ekcert.Check(ek, r.Device.EKCertificate, trust.EK, time.Unix(r.Time, 0)); err != nil {
+				return nil, fmt.Errorf("report: %w", err)
+			}
+			v.EK = "verified"
+		}
 	}
 	if len(r.Policy) > 0 {
 		v.Policy = "unverified"

@@ -99,7 +99,7 @@ func newSample(t testing.TB, boot logtest.Image) *sample {
 	}
 	s.in = verifier.Input{
 		Evidence: e, Device: &verifier.Device{ID: device, AK: id.AK}, Verifier: name, Now: start, Policy: signed, PolicyNeeded: true,
-		LastGood: image.Boot().Bytes(), Firmware: &attest.Firmware{Digest: verifier.FirmwareDigest(e.PCRs), Devices: 3, Organizations: 2},
+		LastGood: image.Boot().Bytes(), Firmware: &attest.Firmware{Digest: verifier.FirmwareOf(e), Devices: 3, Organizations: 2},
 	}
 	s.rec = Record{ID: device[:], EK: id.EK, EKCertificate: id.EKCertificate, AK: id.AK}
 	return s
@@ -131,7 +131,7 @@ func TestVerifyGivesTheSameBytes(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		v, err := Verify(data, &key.PublicKey, ring)
+		v, err := Verify(data, Trust{Key: &key.PublicKey, Policy: ring})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -141,17 +141,17 @@ func TestVerifyGivesTheSameBytes(t *testing.T) {
 		if v.Appraisal.Firmware == nil || v.Appraisal.Firmware.Organizations != 2 || v.Claims.Nonce == nil {
 			t.Errorf("claims: %+v", v.Claims)
 		}
-		if v, err := Verify(data, nil, nil); err != nil || v.Trusted || v.Policy != "unverified" {
+		if v, err := Verify(data, Trust{}); err != nil || v.Trusted || v.Policy != "unverified" {
 			t.Errorf("without keys: %+v %v", v, err)
 		}
-		if _, err := Verify(data, &newKey(t).PublicKey, nil); err == nil {
+		if _, err := Verify(data, Trust{Key: &newKey(t).PublicKey}); err == nil {
 			t.Error("another key's report was accepted")
 		}
 		stranger, err := policy.NewKeyring(1, &newKey(t).PublicKey)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Verify(data, &key.PublicKey, stranger); err == nil {
+		if _, err := Verify(data, Trust{Key: &key.PublicKey, Policy: stranger}); err == nil {
 			t.Error("a stranger's policy was accepted")
 		}
 	}
@@ -168,14 +168,14 @@ func TestVerifyRefusesAnotherVerdict(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if v, err := Verify(data, &key.PublicKey, nil); !errors.Is(err, ErrDifferent) || v == nil || v.Same || v.Different == "" {
+	if v, err := Verify(data, Trust{Key: &key.PublicKey}); !errors.Is(err, ErrDifferent) || v == nil || v.Same || v.Different == "" {
 		t.Errorf("%+v %v", v, err)
 	}
 	s.rec.ID = make([]byte, 32)
 	if data, _, err = Make(s.in, out, s.rec, org, time.Minute, key); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Verify(data, &key.PublicKey, nil); err == nil {
+	if _, err := Verify(data, Trust{Key: &key.PublicKey}); err == nil {
 		t.Error("a device id that is not the EK's was accepted")
 	}
 }
@@ -297,7 +297,7 @@ func FuzzVerify(f *testing.F) {
 	f.Add(data)
 	f.Add(token)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		v, err := Verify(b, nil, nil)
+		v, err := Verify(b, Trust{})
 		if err == nil && !v.Same {
 			t.Error("no error and another verdict")
 		}
@@ -320,7 +320,7 @@ func BenchmarkVerify(b *testing.B) {
 	key, s := newKey(b), newSample(b, image)
 	data, _ := s.make(b, key)
 	for b.Loop() {
-		if _, err := Verify(data, &key.PublicKey, nil); err != nil {
+		if _, err := Verify(data, Trust{Key: &key.PublicKey}); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -189,12 +189,7 @@ func (t *TPM) Activate(blob, encSecret []byte) ([]byte, error) {
 func (t *TPM) Attest(extra attest.Digest) (*Proof, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	certified, err := tpm2.Certify{
-		ObjectHandle:   tpm2.AuthHandle{Handle: t.key.handle, Name: t.key.name, Auth: tpm2.PasswordAuth(nil)},
-		SignHandle:     tpm2.AuthHandle{Handle: t.ak.handle, Name: t.ak.name, Auth: tpm2.PasswordAuth(nil)},
-		QualifyingData: tpm2.TPM2BData{Buffer: extra[:]},
-		InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
-	}.Execute(t.conn)
+	certified, err := t.certify(t.key, extra)
 	if err != nil {
 		return nil, fmt.Errorf("tpm: certify: %w", err)
 	}
@@ -226,7 +221,7 @@ func (t *TPM) Attest(extra attest.Digest) (*Proof, error) {
 			return &Proof{
 				Quote: quoted.Quoted.Bytes(), QuoteSig: tpm2.Marshal(quoted.Signature),
 				PCRs:    pcrs,
-				Certify: certified.CertifyInfo.Bytes(), CertifySig: tpm2.Marshal(certified.Signature),
+				Certify: certified.Statement, CertifySig: certified.Signature,
 			}, nil
 		}
 	}

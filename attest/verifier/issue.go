@@ -4,12 +4,15 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"math/big"
 	"net/url"
+	"strings"
 	"time"
 
 	"sekisho/attest"
@@ -23,10 +26,13 @@ const (
 	backdate    = time.Minute // for clocks that are a little behind
 )
 
+// DevicePrefix begins the name of a device in its certificate.
+const DevicePrefix = "urn:sekisho:device:"
+
 // DeviceURI is the name of a device in its certificate's subject alternative
 // name.
 func DeviceURI(device attest.Digest) *url.URL {
-	return &url.URL{Scheme: "urn", Opaque: "sekisho:device:" + device.String()}
+	return &url.URL{Scheme: "urn", Opaque: strings.TrimPrefix(DevicePrefix, "urn:") + device.String()}
 }
 
 // Issuer signs the certificates that affirming results stand for.
@@ -53,12 +59,21 @@ func NewIssuer(ca *x509.Certificate, key crypto.Signer, organization string, lif
 	return &Issuer{ca, key, organization, lifetime}, nil
 }
 
+// ResultID names the result of one evidence, and with it its report: the
+// first 128 bits of its SHA-256. No two are alike, for each evidence has a
+// nonce of its own.
+func ResultID(evidence []byte) string {
+	sum := sha256.Sum256(evidence)
+	return hex.EncodeToString(sum[:16])
+}
+
 // Issue certifies key for device. The certificate is for client
-// authentication only and lapses by itself.
-func (i *Issuer) Issue(device attest.Digest, key *ecdsa.PublicKey, now time.Time) (*x509.Certificate, error) {
-	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
-	if err != nil {
-		return nil, fmt.Errorf("issue: %w", err)
+// authentication only and lapses by itself. Its serial number is the id of the
+// result that it stands for, so it can be shown for no other one.
+func (i *Issuer) Issue(device attest.Digest, key *ecdsa.PublicKey, result string, now time.Time) (*x509.Certificate, error) {
+	serial, ok := new(big.Int).SetString(result, 16)
+	if !ok || len(result) != 32 || serial.Sign() == 0 {
+		return nil, fmt.Errorf("issue: result id %.64q, want 32 hexadecimal digits", result)
 	}
 	template := &x509.Certificate{
 		SerialNumber:          serial,

@@ -70,6 +70,12 @@ func (a *appraisal) facts(image string) policy.Facts {
 	if list, ok := a.events.Forbidden(); ok {
 		f[policy.FactDBX] = list
 	}
+	if a.in.Evidence.Model != "" {
+		f[policy.FactModel] = []string{a.in.Evidence.Model}
+	}
+	if state, _ := a.volume(); state != "" {
+		f[policy.FactVolume] = []string{state}
+	}
 	if w := a.firmware(); w != nil {
 		if w.Version != "" {
 			f[policy.FactFirmware] = []string{w.Version}
@@ -80,25 +86,63 @@ func (a *appraisal) facts(image string) policy.Facts {
 	return f
 }
 
-// FirmwareDigest names the firmware measurements of a device: SHA-256 over the
-// values of PCR 0 to 3.
-func FirmwareDigest(pcrs map[int][]byte) attest.Digest {
+// FirmwareOf names the firmware measurements of a model of machine: SHA-256
+// over the model and the values of PCR 0 to 3.
+func FirmwareOf(e *attest.Evidence) attest.Digest {
 	h := sha256.New()
+	fmt.Fprintf(h, "%d %s", len(e.Model), e.Model)
 	for i := range 4 {
-		h.Write(pcrs[i])
+		h.Write(e.PCRs[i])
 	}
 	return attest.Digest(h.Sum(nil))
+}
+
+// volume compares the disk key whose use was measured with the first one that
+// was seen with this device.
+func (a *appraisal) volume() (state string, seen *attest.Digest) {
+	for _, e := range a.ran {
+		if e.Kind != attest.EventDiskKey {
+			continue
+		}
+		first := a.in.Device.Volume
+		switch {
+		case seen != nil && *seen != e.Detail:
+			return "changed", &e.Detail
+		case first == nil:
+			state = "first"
+		case *first == e.Detail:
+			state = "same"
+		default:
+			return "changed", &e.Detail
+		}
+		seen = &e.Detail
+	}
+	return state, seen
+}
+
+// reportVolume adds what a person should know of the work disk: an attacker's
+// own disk, or a key that was sealed for another one, shows here.
+func (a *appraisal) reportVolume() {
+	state, seen := a.volume()
+	if state != "changed" {
+		return
+	}
+	f := attest.Finding{Reason: attest.ReasonVolumeChanged, Severity: attest.SeverityWarn, Component: "work disk", PCR: 15, Seen: seen.String()}
+	if a.in.Device.Volume != nil {
+		f.Expected = a.in.Device.Volume.String()
+	}
+	a.findings = append(a.findings, f)
 }
 
 // firmware returns how common the quoted firmware values are, with the
 // firmware's own version; nil if nobody counted.
 func (a *appraisal) firmware() *attest.Firmware {
 	w := a.in.Firmware
-	if w == nil || w.Digest != FirmwareDigest(a.in.Evidence.PCRs) {
+	if w == nil || w.Digest != FirmwareOf(a.in.Evidence) {
 		return nil
 	}
 	c := *w
-	c.Version = a.events.FirmwareVersion()
+	c.Version, c.Model = a.events.FirmwareVersion(), a.in.Evidence.Model
 	return &c
 }
 

@@ -25,6 +25,10 @@ type Device struct {
 	AK    []byte     // TPMT_PUBLIC
 	Clock *tpm.Clock // of the last affirming evidence, nil before the first
 
+	// Volume is what the use of a disk key measured when it was first seen, nil
+	// before that (attest.EventDiskKey).
+	Volume *attest.Digest
+
 	// Retried: the last evidence was refused as attest.ReasonClockUnsafe.
 	Retried bool
 }
@@ -52,6 +56,7 @@ type Outcome struct {
 	Key      *ecdsa.PublicKey // to certify; nil unless affirming
 	Clock    tpm.Clock        // to record; zero unless affirming
 	Firmware uint64           // of the TPM, to record; zero unless affirming
+	Volume   *attest.Digest   // to record if nothing is; nil unless affirming with a disk in use
 }
 
 // Appraise judges evidence. A refusal is a Result, not an error.
@@ -89,12 +94,14 @@ func Appraise(in Input) Outcome {
 			return out
 		}
 	}
+	a.reportVolume()
 	out.Result.Status, out.Result.Image, out.Result.Findings = attest.StatusAffirming, a.image, a.findings
 	out.Result.Events = a.ran
 	if a.complete(&out.Result); out.Result.Status != attest.StatusAffirming {
 		return out
 	}
 	out.Key, out.Clock, out.Firmware = a.certify, a.statement.Clock, a.statement.Firmware
+	_, out.Volume = a.volume()
 	return out
 }
 
@@ -199,7 +206,7 @@ func (a *appraisal) binding() error {
 	a.digest = sha256.Sum256(e.EventLog)
 	a.extra, err = attest.Binding{
 		Nonce: e.Nonce, Device: a.in.Device.ID, Verifier: a.in.Verifier, Purpose: e.Purpose,
-		Key: sha256.Sum256(spki), EventLog: a.digest, RunLog: e.RunLog,
+		Key: sha256.Sum256(spki), EventLog: a.digest, RunLog: e.RunLog, Model: e.Model,
 	}.Digest()
 	if err != nil {
 		return err
@@ -252,34 +259,15 @@ func (a *appraisal) clock() error {
 	return nil
 }
 
-func (a *appraisal) credentialKey() error {
+func (a *appraisal) credentialKey() (err error) {
 	e := a.in.Evidence
-	key, err := tpm.ParsePublic(e.Key)
-	if err != nil {
-		return attest.Refuse(attest.ReasonKeyAttributes, "credential key: %v", err)
-	}
-	if err := key.CheckCredentialKey(); err != nil {
+	a.certify, err = tpm.CheckCertified(a.ak, tpm.CredentialKey(), a.extra, tpm.Certified{Key: e.Key, Statement: e.Certify, Signature: e.CertifySig})
+	switch {
+	case errors.Is(err, tpm.ErrTemplate):
 		return attest.Refuse(attest.ReasonKeyAttributes, "%v", err)
+	case err != nil:
+		return attest.Refuse(attest.ReasonKeyNotCertified, "%v", err)
 	}
-	if err := tpm.VerifySignature(a.ak, e.Certify, e.CertifySig); err != nil {
-		return attest.Refuse(attest.ReasonKeyNotCertified, "credential key is not certified by the enrolled attestation key: %v", err)
-	}
-	s, err := tpm.ParseStatement(e.Certify)
-	if err != nil {
-		return attest.Refuse(attest.ReasonKeyNotCertified, "certification: %v", err)
-	}
-	if !s.IsSigner(a.ak) || !s.Certifies(key) || !bytes.Equal(s.ExtraData, a.extra[:]) {
-		return attest.Refuse(attest.ReasonKeyNotCertified, "certification is of another key or for another session")
-	}
-	public, err := key.Key()
-	if err != nil {
-		return attest.Refuse(attest.ReasonKeyAttributes, "credential key: %v", err)
-	}
-	ec, ok := public.(*ecdsa.PublicKey)
-	if !ok {
-		return attest.Refuse(attest.ReasonKeyAttributes, "credential key of type %T, want ECDSA", public)
-	}
-	a.certify = ec
 	return nil
 }
 

@@ -132,6 +132,7 @@ func TestAppraiseRefuses(t *testing.T) {
 		{"wrong extraData", func(b *bench) { b.attest(attest.Digest{1}) }, attest.ReasonBindingMismatch},
 		{"nonce exchanged", func(b *bench) { b.in.Evidence.Nonce = []byte("other") }, attest.ReasonBindingMismatch},
 		{"key exchanged", func(b *bench) { b.in.Evidence.Key = faketpm.New().Identity().Key }, attest.ReasonBindingMismatch},
+		{"model exchanged", func(b *bench) { b.in.Evidence.Model = "another laptop" }, attest.ReasonBindingMismatch},
 		{"log exchanged", func(b *bench) { b.in.Evidence.EventLog = logtest.New().Bytes() }, attest.ReasonBindingMismatch},
 		{"empty selection", func(b *bench) { b.requote(func(q *faketpm.Quote) { q.Selections = nil }) }, attest.ReasonPCRSelection},
 		{"selection of no PCR", func(b *bench) { b.requote(func(q *faketpm.Quote) { q.Selections[0].Mask = make([]byte, 3) }) }, attest.ReasonPCRSelection},
@@ -178,6 +179,14 @@ func TestAppraiseRefuses(t *testing.T) {
 			}
 			b.in.Evidence.Certify, b.in.Evidence.CertifySig = old.Certify, old.CertifySig
 		}, attest.ReasonKeyNotCertified},
+		{"readers disagree", func(b *bench) {
+			log := b.in.Evidence.EventLog
+			// The vendor's part of the Spec ID event, the last of the header:
+			// nobody else looks at its length.
+			b.in.Evidence.EventLog = bytes.Clone(log)
+			b.in.Evidence.EventLog[32+binary.LittleEndian.Uint32(log[28:])-1] = 9
+			b.sign()
+		}, attest.ReasonLogMalformed},
 		{"log malformed", func(b *bench) { b.in.Evidence.EventLog = []byte("log"); b.sign() }, attest.ReasonLogMalformed},
 		{"log of another boot", func(b *bench) {
 			b.in.Evidence.EventLog = logtest.Image{Kernel: "other"}.Boot().Bytes()
@@ -198,15 +207,22 @@ func TestAppraiseRefuses(t *testing.T) {
 		}, attest.ReasonImageUnknown},
 		{"no reference values", func(b *bench) { b.in.References = nil }, attest.ReasonNoReferenceValues},
 	} {
-		b := newBench(t)
-		c.attack(b)
-		out := Appraise(b.in)
-		if out.Result.Status != attest.StatusContraindicated || out.Result.Reason != c.want || out.Result.Detail == "" {
-			t.Errorf("%s: %v %v (%s), want %v", c.name, out.Result.Status, out.Result.Reason, out.Result.Detail, c.want)
-		}
-		if out.Key != nil || out.Clock != (tpm.Clock{}) {
-			t.Errorf("%s: a refusal entitles to %+v", c.name, out)
-		}
+		t.Run(c.name, func(t *testing.T) {
+			b := newBench(t)
+			c.attack(b)
+			out := Appraise(b.in)
+			if out.Result.Status != attest.StatusContraindicated || out.Result.Reason != c.want || out.Result.Detail == "" {
+				t.Errorf("%v %v (%s), want %v", out.Result.Status, out.Result.Reason, out.Result.Detail, c.want)
+			}
+			if out.Key != nil || out.Clock != (tpm.Clock{}) || out.Volume != nil {
+				t.Errorf("a refusal entitles to %+v", out)
+			}
+			for _, f := range out.Result.Findings {
+				if f.Sentence.JA == "" || f.Sentence.EN == "" || f.Action.JA == "" || f.Action.EN == "" {
+					t.Errorf("%+v is not said in both languages, with what to do", f)
+				}
+			}
+		})
 	}
 }
 
@@ -314,7 +330,7 @@ func TestIssue(t *testing.T) {
 		t.Fatal(err)
 	}
 	device := attest.Digest{0xab}
-	cert, err := issuer.Issue(device, &key.PublicKey, start)
+	cert, err := issuer.Issue(device, &key.PublicKey, ResultID([]byte("evidence")), start)
 	if err != nil {
 		t.Fatal(err)
 	}

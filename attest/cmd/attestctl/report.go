@@ -11,12 +11,13 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/ek"
 	"sekisho/attest/eventlog"
 	"sekisho/attest/policy"
 	"sekisho/attest/report"
 )
 
-const reportUsage = `usage: attestctl verify REPORT [-key FILE] [-policy-keys A,B [-threshold N]] [-json]
+const reportUsage = `usage: attestctl verify REPORT [-key FILE] [-policy-keys A,B [-threshold N]] [-ek-roots PATH|built-in] [-json]
        attestctl explain REPORT [-lang ja|en] [-json]
        attestctl diff A B [-json]          two reports, or two event logs
 
@@ -25,7 +26,9 @@ check reports of a verifier, without a network
   verify   appraise the evidence in the report again: the verdict must come out
            the same, byte for byte. -key is the verifier's public key, by which
            the report must be signed (attestctl report key); without it the
-           report is only shown to be consistent
+           report is only shown to be consistent. -policy-keys are those who
+           must have signed the policy, -ek-roots the TPM makers one of whom
+           must have certified the device's endorsement key
   explain  say in words what was found and what to do
   diff     what the boot of B measured that the boot of A did not; A and B are
            reports, or event logs as firmware writes them
@@ -37,9 +40,9 @@ flags
 
 // reportOptions are the flags of the commands that check reports.
 type reportOptions struct {
-	key, keys, language string
-	threshold           int
-	json                bool
+	key, keys, ekRoots, language string
+	threshold                    int
+	json                         bool
 }
 
 // reports runs the command if it is one that checks reports.
@@ -52,6 +55,7 @@ func reports(args []string, stdout, stderr io.Writer) (exit int, ok bool) {
 	f.SetOutput(stderr)
 	f.StringVar(&o.key, "key", "", "verifier's public key or certificate, PEM `file`")
 	f.StringVar(&o.keys, "policy-keys", "", "PEM `files`, with commas: who must have signed the policy")
+	f.StringVar(&o.ekRoots, "ek-roots", "", "certificates of TPM makers, or \"built-in\": a `path`; the endorsement key must chain to them")
 	f.IntVar(&o.threshold, "threshold", 0, "how many of them; all if 0")
 	f.StringVar(&o.language, "lang", "", "`language`: ja or en (default: the locale's)")
 	f.BoolVar(&o.json, "json", false, "print JSON")
@@ -107,10 +111,25 @@ func (o *reportOptions) check(name string) (*report.Verdict, error) {
 			return nil, err
 		}
 	}
-	return report.Verify(data, key, ring)
+	makers, err := o.makers()
+	if err != nil {
+		return nil, err
+	}
+	return report.Verify(data, report.Trust{Key: key, Policy: ring, EK: makers})
 }
 
-// exit is the exit status of a verdict.
+// makers reads -ek-roots, nil if it is not given.
+func (o *reportOptions) makers() (*ek.Roots, error) {
+	switch o.ekRoots {
+	case "":
+		return nil, nil
+	case "built-in":
+		return ek.BuiltIn()
+	}
+	return readRoots(o.ekRoots, func(error) {})
+}
+
+// verdictExit is the exit status of a verdict.
 func verdictExit(v *report.Verdict) int {
 	if v.Same && v.Appraisal.Status == attest.StatusAffirming {
 		return exitPass
@@ -138,7 +157,7 @@ func verifyReport(o *reportOptions, args []string, w io.Writer) (int, error) {
 	if !v.Trusted {
 		signature = "NOT VERIFIED, in the name of key " + v.Key.String() + "; give the verifier's key with -key"
 	}
-	fmt.Fprintf(w, "signature  %s\npolicy     %s\n", signature, v.Policy)
+	fmt.Fprintf(w, "signature  %s\nTPM maker  %s\npolicy     %s\n", signature, v.EK, v.Policy)
 	for _, p := range a.Policies {
 		fmt.Fprintf(w, "           %s\n", p)
 	}
@@ -188,13 +207,16 @@ func explainReport(o *reportOptions, args []string, w io.Writer) (int, error) {
 		}
 		fmt.Fprintf(w, "   → %s\n", f.Action.In(o.language))
 	}
+	for _, e := range a.Events {
+		fmt.Fprintf(w, "\n%s: %s\n", say("起動後のイベント", "run-time event"), e)
+	}
 	if len(a.Changes) > 0 {
 		fmt.Fprintf(w, "\n%s\n", say("前回の正常な起動との違い:", "since the last good boot:"))
 		printChanges(w, a.Changes)
 	}
 	if f := a.Firmware; f != nil {
 		fmt.Fprintf(w, "\n%s %s: %s\n", say("ファームウェア", "firmware"), f.Version,
-			say(fmt.Sprintf("ほかに %d 団体の %d 台で確認されています", f.Organizations, f.Devices), fmt.Sprintf("seen on %d other devices of %d organisations", f.Devices, f.Organizations)))
+			say(fmt.Sprintf("同じ機種（%[3]q）では、ほかに %[1]d 団体の %[2]d 台で確認されています", f.Organizations, f.Devices, f.Model), fmt.Sprintf("seen on %d other devices of %d organisations, of the same model (%q)", f.Devices, f.Organizations, f.Model)))
 	}
 	if s := a.Shadow; s != nil {
 		fmt.Fprintf(w, "\n%s %s: %s %s %s\n", say("試行中のポリシー", "shadow policy"), s.Policy, s.Status, s.Reason, s.Detail)

@@ -85,6 +85,7 @@ func run(config, device, state, events, runlog, socket, client string) error {
 		},
 		EventLog: func() ([]byte, error) { return tpm.ReadEventLog(events) },
 		RunLog:   attester.OpenRunLog(runlog),
+		Model:    attester.Model(os.DirFS("/sys/class/dmi/id")),
 		State:    attester.StateFile{Path: state},
 		Now:      time.Now,
 		Log:      log,
