@@ -100,6 +100,16 @@ type TunnelStatus struct {
 	Counters Counters       `json:"counters"`
 }
 
+// OfficeStatus describes the office that is proven.
+type OfficeStatus struct {
+	Site         string         `json:"site"`
+	Beacon       netip.AddrPort `json:"beacon"`
+	Link         string         `json:"link"`
+	Networks     []netip.Prefix `json:"networks"` // reached over the LAN directly
+	Since        time.Time      `json:"since"`
+	StayInTunnel bool           `json:"stay_in_tunnel,omitempty"` // the organisation leaves the work domain in the tunnel
+}
+
 // Transition is one change of state.
 type Transition struct {
 	At     time.Time `json:"at"`
@@ -119,6 +129,7 @@ type Status struct {
 	// Unserved names network hardware that the kernel makes no link of.
 	Unserved []Unserved    `json:"unserved,omitempty"`
 	Tunnel   *TunnelStatus `json:"tunnel,omitempty"`
+	Office   *OfficeStatus `json:"office,omitempty"`
 	Device   string        `json:"device,omitempty"` // device id that attestd reports
 	History  []Transition  `json:"history"`          // oldest first, bounded
 }
@@ -132,6 +143,10 @@ func (s Status) Line() string {
 	case Tunnel:
 		if s.Tunnel != nil {
 			return fmt.Sprintf("Tunnel inner %s gateway %s", s.Tunnel.Inner, s.Tunnel.Gateway)
+		}
+	case Office:
+		if s.Office != nil {
+			return fmt.Sprintf("Office %s %s %s", s.Office.Site, s.Uplink.Name, s.Uplink.Address)
 		}
 	}
 	return s.State.String() + " " + s.Detail

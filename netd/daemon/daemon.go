@@ -22,6 +22,7 @@ import (
 	"sekisho/guestlink"
 	"sekisho/netd"
 	"sekisho/netd/kernel"
+	"sekisho/netd/office"
 	"sekisho/netd/plan"
 	"sekisho/netd/tunnel"
 	"sekisho/netd/uplink"
@@ -55,7 +56,7 @@ type Uplinks interface {
 	SetDevice(ctx context.Context, id string)
 }
 
-// Config is what a Daemon works with. Every field is needed but Notify.
+// Config is what a Daemon works with. Every field is needed but Notify and Pipe.
 type Config struct {
 	Organization    *attest.Organization
 	Outside, Inside Namespace
@@ -67,6 +68,9 @@ type Config struct {
 	Configure func(context.Context, guestlink.Config) error
 	// Notify tells the service manager (sd_notify(3)).
 	Notify func(string)
+	// Pipe is the way to an office's LAN, whose ends are netd.OfficeLink and
+	// netd.OfficeOuterLink. Nil: there is none.
+	Pipe Pipe
 	// Watchdog says whether the service manager expects WATCHDOG=1.
 	Watchdog bool
 	Log      *slog.Logger
@@ -83,6 +87,7 @@ type Daemon struct {
 	links  chan []uplink.Link
 	keeper chan struct{} // for the tunnel's keeper
 	pusher chan struct{} // for linkd's
+	paths  chan office.Path
 
 	mu     sync.Mutex
 	in     reports
@@ -99,7 +104,8 @@ type reports struct {
 	asked      bool      // attestd's last answer was one
 	silent     time.Time // since when it is not
 	trouble    trouble   // of the tunnel
-	kernel     bool      // something in the kernel changed
+	office     office.Finding
+	kernel     bool // something in the kernel changed
 	unserved   []netd.Unserved
 }
 
@@ -121,7 +127,7 @@ type wanted struct {
 func New(c Config) *Daemon {
 	d := &Daemon{
 		Config: c, wake: make(chan struct{}, 1), links: make(chan []uplink.Link, 1),
-		keeper: make(chan struct{}, 1), pusher: make(chan struct{}, 1),
+		keeper: make(chan struct{}, 1), pusher: make(chan struct{}, 1), paths: make(chan office.Path, 1),
 	}
 	keeper := uplink.Config{
 		Report: d.reportUplinks, Policy: uplink.Policy{Rules: c.Organization.Uplinks, Groups: c.Organization.Groups},
@@ -158,12 +164,15 @@ func (d *Daemon) Run(ctx context.Context) error {
 	parts.Go(func() { d.uplinks.Run(ctx, d.links) })
 	parts.Go(func() { d.keepTunnel(ctx) })
 	parts.Go(func() { d.pushConfig(ctx) })
+	parts.Go(func() { d.watchOffice(ctx) })
 
 	l := loop{d: d}
-	tick := time.NewTicker(beat)
+	tick := time.NewTimer(beat)
 	defer tick.Stop()
 	for {
-		l.step(time.Now())
+		now := time.Now()
+		l.step(now)
+		tick.Reset(l.next(now))
 		if d.Watchdog {
 			d.Notify("WATCHDOG=1")
 		}

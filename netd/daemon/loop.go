@@ -12,6 +12,7 @@ import (
 	"sekisho/attest/gate"
 	"sekisho/netd"
 	"sekisho/netd/kernel"
+	"sekisho/netd/office"
 	"sekisho/netd/plan"
 	"sekisho/netd/tunnel"
 	"sekisho/netd/uplink"
@@ -23,6 +24,9 @@ type loop struct {
 	in      reports
 	chosen  string // the uplink in use
 	tunnel  tunnel.Status
+	inner   netip.Addr // assigned last: it stays while the tunnel is away
+	mtu     int        // of inner packets
+	sent    office.Path
 	outside []kernel.Link
 	inside  []kernel.Link
 
@@ -48,6 +52,7 @@ func (l *loop) step(now time.Time) {
 	l.observe(now)
 	affirming := l.affirming(now)
 	state := l.state(affirming, now)
+	l.pipe(state) // before the kernel: it closes at once
 	p := plan.Make(l.situation(state))
 	if l.in.kernel || !l.sealed || now.Sub(l.checked) >= checkEvery || !reflect.DeepEqual(p, l.last) {
 		err := l.apply(p)
@@ -59,6 +64,7 @@ func (l *loop) step(now time.Time) {
 			l.d.Log.Error("kernel does not hold the plan; closing", "state", state, "err", err)
 			l.holdOff = now.Add(sealRetry)
 			state = netd.Dark
+			l.pipe(state)
 			if err := l.apply(plan.Make(l.situation(state))); err != nil {
 				l.d.Log.Error("kernel does not hold the closed plan", "err", err)
 			}
@@ -69,7 +75,33 @@ func (l *loop) step(now time.Time) {
 			}
 		}
 	}
+	l.lead(affirming) // after the plan, which lets the watcher reach its beacons
 	l.publish(state, affirming, now)
+}
+
+// lead sends the watcher to where an office may be.
+func (l *loop) lead(affirming bool) {
+	p := l.path(affirming)
+	if p == l.sent {
+		return
+	}
+	l.sent = p
+	select { // the newest path is the only one that counts
+	case <-l.d.paths:
+	default:
+	}
+	l.d.paths <- p
+}
+
+// pipe opens the way to the office's LAN for as long as the proof says, or closes it.
+func (l *loop) pipe(state netd.State) {
+	switch {
+	case l.d.Pipe == nil:
+	case state == netd.Office:
+		l.d.Pipe.Open(l.in.office.Proof.Until)
+	default:
+		l.d.Pipe.Open(time.Time{})
+	}
 }
 
 // observe takes over what the parts reported.
@@ -83,6 +115,9 @@ func (l *loop) observe(now time.Time) {
 	d.in.kernel = false
 	d.mu.Unlock()
 	l.tunnel = d.Driver.Status()
+	if a := l.tunnel.Assignment; a.Inner.IsValid() {
+		l.inner, l.mtu = a.Inner, a.MTU
+	}
 	var err1, err2 error
 	l.outside, err1 = d.Outside.Links()
 	l.inside, err2 = d.Inside.Links()
@@ -149,14 +184,33 @@ func (l *loop) state(affirming bool, now time.Time) netd.State {
 		Asked:     l.in.asked,
 		Affirming: affirming,
 		Session:   l.tunnel.Open,
+		Office:    l.office(affirming, now),
 	})
+}
+
+// office reports whether the work domain is to leave the tunnel for the LAN.
+func (l *loop) office(affirming bool, now time.Time) bool {
+	_, proven := l.proven(affirming, now)
+	return proven && l.inner.IsValid() && l.d.Pipe != nil && !l.d.Organization.Office.StayInTunnel
+}
+
+// next is when the loop has to look again if nothing happens.
+func (l *loop) next(now time.Time) time.Duration {
+	if until := l.in.office.Proof.Until; until.After(now) {
+		return min(beat, until.Sub(now))
+	}
+	return beat
 }
 
 func (l *loop) situation(state netd.State) plan.Situation {
 	s := plan.Situation{
-		State: state, Uplink: l.in.uplink, Endpoints: l.d.endpoints,
-		Inner: l.tunnel.Assignment.Inner, MTU: l.tunnel.Assignment.MTU,
+		State: state, Uplink: l.in.uplink, Endpoints: l.d.endpoints, Beacons: l.d.beacons(),
+		Inner: l.inner, MTU: l.mtu, Session: l.tunnel.Open,
 		Work: has(l.inside, netd.WorkLink), Tun: has(l.inside, netd.TunnelLink),
+		Pipe: l.d.Pipe != nil && has(l.inside, netd.OfficeLink) && has(l.outside, netd.OfficeOuterLink),
+	}
+	if state == netd.Office {
+		s.Networks = l.in.office.Proof.Networks
 	}
 	for _, k := range l.outside {
 		if k.Ethernet {
@@ -200,7 +254,12 @@ func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 	for _, c := range l.in.candidates {
 		s.Uplinks = append(s.Uplinks, c.Uplink)
 	}
-	want := wanted{open: affirming && state >= netd.Attesting, source: l.in.uplink.Address.Addr(), link: l.in.uplink.Name, until: l.in.gate.NotAfter}
+	if p, ok := l.proven(affirming, now); ok {
+		s.Office = l.officeStatus(p, s.Office, now)
+	} else {
+		s.Office = nil
+	}
+	want := wanted{open: affirming && state >= netd.Portal, source: l.in.uplink.Address.Addr(), link: l.in.uplink.Name, until: l.in.gate.NotAfter}
 	wish := want != d.want
 	d.want = want
 	first := !d.ready && l.sealed

@@ -152,10 +152,10 @@ func (d *Daemon) pushConfig(ctx context.Context) {
 	var failed error
 	for pause := pushEvery; ctx.Err() == nil; wait(ctx, pause, d.pusher) {
 		st := d.Driver.Status()
-		if !st.Open {
+		a := st.Assignment
+		if !a.Inner.IsValid() {
 			continue
 		}
-		a := st.Assignment
 		err := d.Configure(ctx, guestlink.Config{Address: netip.PrefixFrom(a.Inner, a.Inner.BitLen()), MTU: a.MTU, DNS: a.DNS})
 		if (err != nil) != (failed != nil) && ctx.Err() == nil {
 			d.Log.Info("linkd", "address", a.Inner, "mtu", a.MTU, "err", err)

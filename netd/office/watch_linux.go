@@ -32,6 +32,8 @@ const (
 // Path is an uplink on which an office may be. The zero value is none.
 type Path struct {
 	Link     string
+	Index    int          // of the link
+	Flaps    uint32       // how often its carrier has come or gone: after it, the LAN is another
 	Address  netip.Prefix // the laptop's on it
 	Hardware string       // the link's hardware address
 }

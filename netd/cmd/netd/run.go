@@ -13,12 +13,14 @@ import (
 
 	notify "github.com/coreos/go-systemd/v22/daemon"
 
+	"sekisho/attest"
 	"sekisho/attest/gate"
 	"sekisho/guestlink"
 	"sekisho/netd"
 	"sekisho/netd/daemon"
 	"sekisho/netd/internal/api"
 	"sekisho/netd/kernel"
+	"sekisho/netd/office"
 	"sekisho/netd/plan"
 	"sekisho/netd/tunnel"
 	"sekisho/netd/tunnel/connectip"
@@ -56,7 +58,12 @@ func run(ctx context.Context, o options) error {
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	driver := connectip.New(tunnel.NewDevice(dev))
-	d := daemon.New(daemon.Config{
+	pipe, err := officePipe(org, outside, inside)
+	if err != nil {
+		dev.Close()
+		return err
+	}
+	config := daemon.Config{
 		Organization: org, Outside: outside, Inside: inside, Driver: driver,
 		Attestation: gate.NewClient(o.attestd),
 		Configure:   func(ctx context.Context, c guestlink.Config) error { return configure(ctx, o.linkd, c) },
@@ -64,12 +71,19 @@ func run(ctx context.Context, o options) error {
 		Watchdog:    watchdog > 0,
 		Unserved:    func() []netd.Unserved { return kernel.Unserved(os.DirFS("/sys")) },
 		Log:         log,
-	})
+	}
+	if pipe != nil {
+		config.Pipe = pipe
+	}
+	d := daemon.New(config)
 	stopped := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var parts sync.WaitGroup
 	parts.Go(func() { cancel(driver.Run(ctx)) })
+	if pipe != nil {
+		parts.Go(func() { cancel(pipe.Run(ctx)) })
+	}
 	parts.Go(func() {
 		cancel(api.Serve(ctx, socket, api.OwnerOrRoot, func() any { return d.Status() }))
 	})
@@ -81,6 +95,23 @@ func run(ctx context.Context, o options) error {
 		return nil
 	}
 	return fmt.Errorf("%w (%w)", cause, err)
+}
+
+// officePipe makes the way to an office's LAN, if the organisation has offices.
+func officePipe(org *attest.Organization, outside, inside *kernel.Namespace) (*office.Pipe, error) {
+	if org.Office == nil {
+		return nil, nil
+	}
+	in, err := inside.CreateTUN(netd.OfficeLink, connectip.DefaultMTU)
+	if err != nil {
+		return nil, err
+	}
+	out, err := outside.CreateTUN(netd.OfficeOuterLink, connectip.DefaultMTU)
+	if err != nil {
+		in.Close()
+		return nil, err
+	}
+	return office.NewPipe(tunnel.NewDevice(in), tunnel.NewDevice(out)), nil
 }
 
 // configure hands the work domain's configuration to linkd.
