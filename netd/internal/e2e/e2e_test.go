@@ -99,7 +99,7 @@ func open(t *testing.T, life time.Duration) *world {
 func (w *world) pester() (stop func()) {
 	done := make(chan struct{})
 	var all sync.WaitGroup
-	for _, to := range []string{"10.1.0.80:80", "8.8.8.8:53", "192.168.50.1:67", "203.0.113.20:443", "169.254.169.254:80"} {
+	for _, to := range []string{"10.1.0.80:80", "8.8.8.8:53", "192.168.50.1:67", "203.0.113.20:443", "169.254.169.254:80", "10.20.0.77:9"} {
 		all.Go(func() {
 			var c net.Conn
 			if err := w.work.Do(func() (err error) { c, err = net.Dial("udp", to); return err }); err != nil {
@@ -110,7 +110,9 @@ func (w *world) pester() (stop func()) {
 			tick := time.NewTicker(5 * time.Millisecond)
 			defer tick.Stop()
 			for {
-				c.Write([]byte("secret of the work domain"))
+				if _, err := c.Write([]byte(secret)); err == nil {
+					w.tapped.sent.Add(1)
+				}
 				select {
 				case <-done:
 					return
@@ -119,7 +121,7 @@ func (w *world) pester() (stop func()) {
 			}
 		})
 	}
-	return func() { close(done); all.Wait() }
+	return sync.OnceFunc(func() { close(done); all.Wait() })
 }
 
 func TestGatewayKilledAndRestarted(t *testing.T) {

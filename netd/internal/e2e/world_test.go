@@ -66,7 +66,7 @@ func TestMain(m *testing.M) {
 				fmt.Println(err)
 				return 1
 			}
-			build := exec.Command("go", "build", "-o", programs, "sekisho/netd/cmd/netd", "sekisho/netd/cmd/gateway")
+			build := exec.Command("go", "build", "-o", programs, "sekisho/netd/cmd/netd", "sekisho/netd/cmd/gateway", "sekisho/netd/cmd/beacon")
 			if out, err := build.CombinedOutput(); err != nil {
 				fmt.Printf("%v: %s\n", err, out)
 				return 1
@@ -84,9 +84,16 @@ type world struct {
 	laptop, inside, work, home, site, web *nstest.NS
 	ca, verifierCA                        *authority
 	attestd                               *attestd
+	organization                          attest.Organization // written when netd starts
 	gateway                               *exec.Cmd
 	netd                                  *exec.Cmd
 	capture                               *exec.Cmd
+	dhcp                                  *exec.Cmd
+	dnsmasq                               []string // extra arguments of the home's DHCP server
+
+	tapped   tapped
+	desk     *desk  // the true office, if there is one
+	hardware []byte // address of the laptop's eth0
 
 	mu     sync.Mutex
 	config guestlink.Config // what netd told linkd
@@ -108,13 +115,13 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 
 	w.ca, w.verifierCA = newAuthority(t, "City CA"), newAuthority(t, "Verifier CA")
 	w.attestd = newAttestd(t, filepath.Join(w.dir, "attestd.sock"), w.verifierCA)
-	w.write("organization.json", attest.Organization{
+	w.organization = attest.Organization{
 		Name: "Test City", CA: w.ca.pem(),
 		Verifiers:  []attest.Endpoint{{Address: netip.MustParseAddrPort(verifierAddr), ServerName: "verifier.test"}},
 		Gateways:   []attest.Endpoint{{Address: netip.MustParseAddrPort(gatewayAddr), ServerName: "gateway.test"}},
 		Uplinks:    []attest.UplinkRule{{Name: "eth0"}, {Kind: netd.KindWired}},
 		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareUEFI},
-	})
+	}
 	chain, key := w.ca.server(t, "gateway.test")
 	w.writeBytes("gateway.crt", chain)
 	w.writeBytes("gateway.key", key)
@@ -137,8 +144,10 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 	t.Cleanup(func() { server.Close() })
 
 	// The uplink is captured before the laptop's end exists.
-	w.home.Run("ip", "link", "add", "lan0", "type", "veth", "peer", "name", "eth0")
+	w.hardware = []byte{0x02, 0x50, 0, 0, 0, 0x23}
+	w.home.Run("ip", "link", "add", "lan0", "type", "veth", "peer", "name", "eth0", "address", net.HardwareAddr(w.hardware).String())
 	w.home.Run("ip", "address", "add", "192.168.50.1/24", "dev", "lan0")
+	w.tap(w.home)
 	w.home.Run("ip", "link", "set", "lan0", "up")
 	w.capture = w.home.Start("tcpdump", "-i", "lan0", "--immediate-mode", "-U", "-n", "-s", "200", "-B", "16384", "-w", w.path("uplink.pcap"))
 	nstest.Eventually(t, 10*time.Second, func() error { // the file's header is there: it captures
@@ -152,9 +161,18 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 		t.Fatal(err, out)
 	}
 	w.home.Run("ip", "link", "set", "eth0", "netns", w.laptop.Path)
-	w.home.Start("dnsmasq", append([]string{"--keep-in-foreground", "--log-facility=-", "--conf-file=/dev/null", "--port=0", "--interface=lan0", "--bind-interfaces", "--leasefile-ro",
-		"--dhcp-range=192.168.50.100,192.168.50.200,255.255.255.0,2m", "--dhcp-authoritative", "--no-ping", "--pid-file=" + w.path("dnsmasq.pid")}, dnsmasq...)...)
+	w.dnsmasq = dnsmasq
+	w.startDHCP()
 	return w
+}
+
+// startDHCP starts the home's DHCP server, anew if its link was away.
+func (w *world) startDHCP() {
+	if w.dhcp != nil {
+		w.kill(w.dhcp)
+	}
+	w.dhcp = w.home.Start("dnsmasq", append([]string{"--keep-in-foreground", "--log-facility=-", "--conf-file=/dev/null", "--port=0", "--interface=lan0", "--bind-interfaces", "--leasefile-ro",
+		"--dhcp-range=192.168.50.100,192.168.50.200,255.255.255.0,2m", "--dhcp-authoritative", "--no-ping", "--pid-file=" + w.path("dnsmasq.pid")}, w.dnsmasq...)...)
 }
 
 func (w *world) path(name string) string { return filepath.Join(w.dir, name) }
@@ -184,9 +202,10 @@ func (w *world) startNetd() {
 		os.Chmod(dir, 0o755)
 	}
 	os.Chmod(w.dir, 0o777) // netd makes its socket here; init passes it one
-	os.Chmod(w.path("organization.json"), 0o644)
 	os.Chmod(w.path("attestd.sock"), 0o666)
 	os.Chmod(w.path("linkd.sock"), 0o666)
+	w.write("organization.json", w.organization)
+	os.Chmod(w.path("organization.json"), 0o644)
 	w.netd = w.laptop.Start("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all,"+caps, "--ambient-caps=-all,"+caps, "--bounding-set=-all,"+caps, "--no-new-privs",
 		filepath.Join(programs, "netd"), "run", "-config", w.path("organization.json"), "-attestd", w.path("attestd.sock"),
 		"-linkd", w.path("linkd.sock"), "-inside", w.inside.Path, "-socket", w.path("netd.sock"))
