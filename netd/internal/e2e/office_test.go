@@ -134,8 +134,8 @@ type line struct {
 	r *bufio.Reader
 }
 
-// echo answers every line on address.
-func echo(ns *nstest.NS, address string) {
+// echoServer answers every line on address.
+func echoServer(ns *nstest.NS, address string) {
 	l := ns.Listen(address)
 	go func() {
 		for {
@@ -182,7 +182,7 @@ func TestOfficeAndBack(t *testing.T) {
 	w.startNetd()
 	w.waitState(30*time.Second, netd.Tunnel, "")
 	w.readPage(10 * time.Second)
-	echo(w.web, "10.1.0.80:7")
+	echoServer(w.web, "10.1.0.80:7")
 	lgwan, err := call(w.work, "10.1.0.80:7", 5*time.Second)
 	if err != nil {
 		t.Fatal(err)
