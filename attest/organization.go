@@ -59,6 +59,7 @@ type Organization struct {
 	Uplinks []UplinkRule `json:"uplinks,omitempty"`
 	// Groups names devices by their ids in hexadecimal, for rules.
 	Groups map[string][]string `json:"groups,omitempty"`
+	Logon  *Logon              `json:"logon,omitempty"` // absent: the work domain has no card reader
 }
 
 // Beacon is the server that proves a LAN to be one of the organisation's.
@@ -190,6 +191,9 @@ func (o *Organization) Validate() error {
 	}
 	if o.Office != nil {
 		errs = append(errs, o.Office.validate())
+	}
+	if o.Logon != nil {
+		errs = append(errs, o.Logon.Validate())
 	}
 	return errors.Join(errs...)
 }

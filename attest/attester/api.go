@@ -68,6 +68,9 @@ func (a *Attester) handler() http.Handler {
 	mux.HandleFunc("POST /v1/sign", a.serveSign)
 	mux.HandleFunc("POST /v1/events", a.serveEvent)
 	mux.HandleFunc("POST /v1/unlock", a.serveUnlock)
+	if a.Logon != nil {
+		a.logonRoutes(mux)
+	}
 	return mux
 }
 
@@ -87,6 +90,10 @@ func (a *Attester) serveStatus(w http.ResponseWriter, r *http.Request) {
 }
 
 func (a *Attester) serveSign(w http.ResponseWriter, r *http.Request) {
+	if a.Logon != nil && a.isLogind(r) && !isRoot(r) {
+		http.Error(w, "logind has keys of its own", http.StatusForbidden)
+		return
+	}
 	var req gate.SignRequest
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxRequest)).Decode(&req); err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)

@@ -59,8 +59,8 @@ type Hardware interface {
 	io.Closer
 }
 
-// Config is what an Attester is made of. All fields but RunLog and Model are
-// needed.
+// Config is what an Attester is made of. All fields but RunLog, Model and Logon
+// are needed.
 type Config struct {
 	Organization *attest.Organization
 	OpenTPM      func() (Hardware, error) // called again after a fault
@@ -68,6 +68,7 @@ type Config struct {
 	RunLog       *RunLog // run-time events; nil records none
 	Model        string  // of the machine, see Model
 	State        Storage
+	Logon        *Logon // what logind may ask for; nil: nobody logs on
 	Now          func() time.Time
 	Log          *slog.Logger
 }

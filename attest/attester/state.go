@@ -128,8 +128,13 @@ func encodeRecord(seq uint64, r Record) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("state record: %w", err)
 	}
-	if len(body) > maxRecord {
-		return nil, fmt.Errorf("state record: %d bytes, at most %d", len(body), maxRecord)
+	return encodeSlot(magic, seq, body, maxRecord)
+}
+
+// encodeSlot is the content of a slot.
+func encodeSlot(magic string, seq uint64, body []byte, most int) ([]byte, error) {
+	if len(body) > most {
+		return nil, fmt.Errorf("state record: %d bytes, at most %d", len(body), most)
 	}
 	head := binary.BigEndian.AppendUint64([]byte(magic), seq)
 	head = binary.BigEndian.AppendUint32(head, uint32(len(body)))
@@ -138,17 +143,9 @@ func encodeRecord(seq uint64, r Record) ([]byte, error) {
 }
 
 func decodeRecord(data []byte) (uint64, Record, error) {
-	if len(data) < headSize || string(data[:8]) != magic {
-		return 0, Record{}, errors.New("state record: no magic")
-	}
-	seq, size := binary.BigEndian.Uint64(data[8:]), binary.BigEndian.Uint32(data[16:])
-	if size > maxRecord || int(size) > len(data)-headSize {
-		return 0, Record{}, fmt.Errorf("state record: length %d", size)
-	}
-	body := data[headSize : headSize+int(size)]
-	sum := sha256.Sum256(append(bytes.Clone(data[:20]), body...))
-	if !bytes.Equal(sum[:], data[20:headSize]) {
-		return 0, Record{}, errors.New("state record: digest does not match")
+	seq, body, err := decodeSlot(magic, data, maxRecord)
+	if err != nil {
+		return 0, Record{}, err
 	}
 	d := json.NewDecoder(bytes.NewReader(body))
 	d.DisallowUnknownFields()
@@ -157,6 +154,23 @@ func decodeRecord(data []byte) (uint64, Record, error) {
 		return 0, Record{}, fmt.Errorf("state record: %w", err)
 	}
 	return seq, Record{attest.NewTicket(j.Ticket), j.Enrolment}, nil
+}
+
+// decodeSlot reads what encodeSlot made.
+func decodeSlot(magic string, data []byte, most int) (uint64, []byte, error) {
+	if len(data) < headSize || string(data[:8]) != magic {
+		return 0, nil, errors.New("state record: no magic")
+	}
+	seq, size := binary.BigEndian.Uint64(data[8:]), binary.BigEndian.Uint32(data[16:])
+	if int64(size) > int64(most) || int(size) > len(data)-headSize {
+		return 0, nil, fmt.Errorf("state record: length %d", size)
+	}
+	body := data[headSize : headSize+int(size)]
+	sum := sha256.Sum256(append(bytes.Clone(data[:20]), body...))
+	if !bytes.Equal(sum[:], data[20:headSize]) {
+		return 0, nil, errors.New("state record: digest does not match")
+	}
+	return seq, body, nil
 }
 
 // StateFile is the state partition as a file or block device at Path, Offset

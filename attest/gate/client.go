@@ -22,7 +22,10 @@ const (
 	maxBody  = 64 << 10         // bytes of any answer of attestd
 	maxChain = 8                // certificates in a credential
 	timeout  = 10 * time.Second // of one call that does not wait
-	longPoll = 40 * time.Second // of one long poll: attestd answers within 25 s
+	// logonTimeout is of a call that may make an RSA key, for which a
+	// discrete TPM takes up to a minute.
+	logonTimeout = 90 * time.Second
+	longPoll     = 40 * time.Second // of one long poll: attestd answers within 25 s
 )
 
 // ErrNoCredential is returned by Client.Credential while no affirming result
@@ -168,6 +171,11 @@ type SignResponse struct {
 }
 
 func (c *Client) do(ctx context.Context, method, path string, body []byte) (int, []byte, error) {
+	return c.doUpTo(ctx, method, path, body, maxBody)
+}
+
+// doUpTo sends one request and reads an answer of at most most bytes.
+func (c *Client) doUpTo(ctx context.Context, method, path string, body []byte, most int64) (int, []byte, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://attestd"+path, bytes.NewReader(body))
 	if err != nil {
 		return 0, nil, fmt.Errorf("attestd: %w", err)
@@ -180,12 +188,12 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) (int,
 		return 0, nil, fmt.Errorf("attestd: %w", err)
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, most+1))
 	if err != nil {
 		return 0, nil, fmt.Errorf("attestd: %s %s: %w", method, path, err)
 	}
-	if len(answer) > maxBody {
-		return 0, nil, fmt.Errorf("attestd: %s %s: answer over %d bytes", method, path, maxBody)
+	if int64(len(answer)) > most {
+		return 0, nil, fmt.Errorf("attestd: %s %s: answer over %d bytes", method, path, most)
 	}
 	return resp.StatusCode, answer, nil
 }

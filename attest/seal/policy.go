@@ -9,6 +9,8 @@
 //
 //	PolicyPCR(7, 11, 15 = 0) AND PolicyNV(rollback counter ≤ epoch of the release)
 //
+// and for logon keys the same without PCR 15.
+//
 // PolicyAuthorize alone would accept every image that was ever signed. The
 // counter ends that: the host raises it to the epoch of the running release
 // once that release's slot is marked good.
@@ -39,6 +41,18 @@ const (
 // extends after a key was used. The firmware's own PCRs are for the verifier
 // to judge: a BIOS update must not cost anyone the disk.
 var PCRs = [...]int{7, 11, 15}
+
+// LoginPCRs are those of a logon key, which is used all day: also after the
+// disk's key was used, which PCR 15 shows.
+var LoginPCRs = [...]int{7, 11}
+
+// PCRsOf lists the PCRs that the boot policy of a purpose covers.
+func PCRsOf(purpose string) []int {
+	if purpose == PurposeLogin {
+		return LoginPCRs[:]
+	}
+	return PCRs[:]
+}
 
 // Rollback counter. It is a TPM counter and not a number in NV, because a
 // counter that is undefined and defined again starts no lower than it ended
@@ -187,8 +201,13 @@ func (k ReleaseKey) counterName() ([]byte, error) {
 // PCRDigest is the digest that PolicyPCR compares: of the values in the order
 // of PCRs.
 func PCRDigest(pcrs map[int]attest.Digest) (attest.Digest, error) {
+	return PCRDigestOf(PCRs[:], pcrs)
+}
+
+// PCRDigestOf is PCRDigest for some PCRs, which are in rising order.
+func PCRDigestOf(which []int, pcrs map[int]attest.Digest) (attest.Digest, error) {
 	h := sha256.New()
-	for _, i := range PCRs {
+	for _, i := range which {
 		v, ok := pcrs[i]
 		if !ok {
 			return attest.Digest{}, fmt.Errorf("seal: no value of PCR %d", i)
@@ -199,13 +218,13 @@ func PCRDigest(pcrs map[int]attest.Digest) (attest.Digest, error) {
 }
 
 // policyPCR is TPM2_PolicyPCR (section 23.7).
-func policyPCR(old attest.Digest, pcrs map[int]attest.Digest) (attest.Digest, error) {
-	digest, err := PCRDigest(pcrs)
+func policyPCR(old attest.Digest, which []int, pcrs map[int]attest.Digest) (attest.Digest, error) {
+	digest, err := PCRDigestOf(which, pcrs)
 	if err != nil {
 		return attest.Digest{}, err
 	}
 	mask := make([]byte, 3)
-	for _, i := range PCRs {
+	for _, i := range which {
 		mask[i/8] |= 1 << (i % 8)
 	}
 	sel := be.AppendUint32(nil, 1) // one bank
@@ -225,12 +244,12 @@ func policyNV(old attest.Digest, epoch uint64, op uint16, name []byte) attest.Di
 
 // bootPolicy is the policy of one boot: these PCR values, and a counter that
 // is not above epoch.
-func (k ReleaseKey) bootPolicy(pcrs map[int]attest.Digest, epoch uint64) (attest.Digest, error) {
+func (k ReleaseKey) bootPolicy(purpose string, pcrs map[int]attest.Digest, epoch uint64) (attest.Digest, error) {
 	name, err := k.counterName()
 	if err != nil {
 		return attest.Digest{}, err
 	}
-	d, err := policyPCR(attest.Digest{}, pcrs)
+	d, err := policyPCR(attest.Digest{}, PCRsOf(purpose), pcrs)
 	if err != nil {
 		return attest.Digest{}, err
 	}

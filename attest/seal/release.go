@@ -105,7 +105,7 @@ func (r *Release) policy(key ReleaseKey, u use) (attest.Digest, error) {
 	case u.ref == PurposeRollback:
 		return key.raisePolicy(r.Epoch)
 	}
-	return key.bootPolicy(r.PCRs, r.Epoch)
+	return key.bootPolicy(u.ref, r.PCRs, r.Epoch)
 }
 
 // ParseRelease reads a Release. A nil error proves: it is signed by key, for

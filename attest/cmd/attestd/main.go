@@ -19,7 +19,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -45,6 +44,8 @@ func main() {
 	runlog := flag.String("events", "", "log `file` of run-time events; it must exist before anything is measured")
 	socket := flag.String("socket", "", "unix socket `path` to listen on, if none is passed by LISTEN_FDS")
 	client := flag.String("client", "netd", "`user` who, beside root, may use the API socket")
+	logon := flag.String("logon", "logind", "`user` who may use keys of the smart card, where the organisation has logon")
+	release := flag.String("release", attester.ReleaseFile, "the image's signed policies, `file`; absent: logon keys are bound to the TPM alone")
 	flag.Usage = func() {
 		fmt.Fprintf(flag.CommandLine.Output(), "usage: attestd -config FILE -tpm DEVICE -state DEVICE [flags]\n\nattests this machine and keeps its credential; runs until SIGTERM\n\n")
 		flag.PrintDefaults()
@@ -54,25 +55,26 @@ func main() {
 		fmt.Fprintf(os.Stderr, "attestd: unexpected argument %q\n", flag.Arg(0))
 		os.Exit(2)
 	}
-	if err := run(*config, *device, *state, *events, *runlog, *socket, *client); err != nil {
+	if err := run(*config, *device, *state, *events, *runlog, *socket, *client, *logon, *release); err != nil {
 		fmt.Fprintln(os.Stderr, "attestd:", err)
 		os.Exit(1)
 	}
 }
 
-func run(config, device, state, events, runlog, socket, client string) error {
+func run(config, device, state, events, runlog, socket, client, logon, release string) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	data, err := readConfig(config)
-	if err != nil {
-		return err
-	}
-	org, err := attest.ParseOrganization(data)
+	org, err := readConfig(config)
 	if err != nil {
 		return err
 	}
 	l, err := listen(socket)
 	if err != nil {
 		return err
+	}
+	clients, logind := users(log, client), users(log, logon)
+	card, err := attester.NewLogon(org, logind, release, state)
+	if err != nil {
+		return errors.Join(err, l.Close())
 	}
 	a, err := attester.New(attester.Config{
 		Organization: org,
@@ -87,6 +89,7 @@ func run(config, device, state, events, runlog, socket, client string) error {
 		RunLog:   attester.OpenRunLog(runlog),
 		Model:    attester.Model(os.DirFS("/sys/class/dmi/id")),
 		State:    attester.StateFile{Path: state},
+		Logon:    card,
 		Now:      time.Now,
 		Log:      log,
 	})
@@ -97,7 +100,7 @@ func run(config, device, state, events, runlog, socket, client string) error {
 	defer stop()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return a.Run(ctx) })
-	g.Go(func() error { return a.Serve(ctx, l, users(log, client)) })
+	g.Go(func() error { return a.Serve(ctx, l, append(clients, logind...)) })
 	g.Go(func() error { return a.Notify(ctx) })
 	return g.Wait()
 }
@@ -121,26 +124,24 @@ func listen(socket string) (net.Listener, error) {
 	return net.Listen("unix", socket)
 }
 
-func readConfig(path string) ([]byte, error) {
-	f, err := os.Open(path)
+func readConfig(path string) (*attest.Organization, error) {
+	data, err := os.ReadFile(path) // measured, as part of the image
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, 1<<20))
+	return attest.ParseOrganization(data)
 }
 
-// users returns the ids that may use the socket beside root and our own.
-func users(log *slog.Logger, client string) []uint32 {
-	u, err := user.Lookup(client)
-	if err != nil {
-		log.Warn("only root may use the socket", "client", client, "cause", err)
-		return nil
+// users returns the id of a user who may use the socket; none if there is no
+// such user.
+func users(log *slog.Logger, name string) []uint32 {
+	u, err := user.Lookup(name)
+	if err == nil {
+		var uid uint64
+		if uid, err = strconv.ParseUint(u.Uid, 10, 32); err == nil {
+			return []uint32{uint32(uid)}
+		}
 	}
-	uid, err := strconv.ParseUint(u.Uid, 10, 32)
-	if err != nil {
-		log.Warn("only root may use the socket", "client", client, "cause", err)
-		return nil
-	}
-	return []uint32{uint32(uid)}
+	log.Warn("a client that may not use the socket", "client", name, "cause", err)
+	return nil
 }

@@ -1,0 +1,301 @@
+package attester
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"sync"
+
+	"sekisho/attest"
+	"sekisho/attest/gate"
+	"sekisho/attest/seal"
+	"sekisho/attest/tpm"
+)
+
+// ReleaseFile is where the boot stub puts the image's signed policies
+// (systemd-stub(7); docs/sealing.md).
+const ReleaseFile = "/.extra/tpm2-pcr-signature.json"
+
+// LogonKeys makes and uses keys of the card; *tpm.TPM has it.
+type LogonKeys interface {
+	CreateLogonKey(b tpm.Boot, kind string, agreement bool) (tpm.CardKey, error)
+	UseLogonKey(b tpm.Boot, key seal.Sealed, op attest.LogonOperation, input []byte) ([]byte, error)
+}
+
+// LogonSealer keeps the key under which logind's state is encrypted; *tpm.TPM
+// has it.
+type LogonSealer interface {
+	SealLogon(b tpm.Boot, secret seal.Secret) (seal.Sealed, error)
+	UnsealLogon(b tpm.Boot, s seal.Sealed) (seal.Secret, error)
+}
+
+// Logon is what attestd does for logind.
+type Logon struct {
+	UID   uint32 // logind's user, who beside root may ask
+	Boot  tpm.Boot
+	State LogonStorage
+
+	mu     sync.Mutex
+	key    seal.Secret // of the state, once it was unsealed
+	sealed *seal.Sealed
+}
+
+// NewLogon returns what attestd does for logind, the first of users; nil where
+// the organisation has no logon or the image no such user. release is the file
+// of the image's signed policies, state the state partition.
+func NewLogon(org *attest.Organization, users []uint32, release, state string) (*Logon, error) {
+	if org.Logon == nil || len(users) == 0 {
+		return nil, nil
+	}
+	boot, err := ReadBoot(release)
+	if err != nil {
+		return nil, err
+	}
+	return &Logon{UID: users[0], Boot: boot, State: LogonFile{Path: state}}, nil
+}
+
+// LogonStorage keeps bytes over boots; LogonFile has it.
+type LogonStorage interface {
+	Load() ([]byte, error) // ErrNoRecord when there are none
+	Store([]byte) error
+}
+
+// ReadBoot reads the image's signed policies. A file that is absent binds
+// logon keys to the TPM alone.
+func ReadBoot(path string) (tpm.Boot, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return tpm.Boot{}, nil
+	}
+	if err != nil {
+		return tpm.Boot{}, fmt.Errorf("release policy: %w", err)
+	}
+	r, key, err := seal.ReadRelease(data)
+	if err != nil {
+		return tpm.Boot{}, err
+	}
+	return tpm.Boot{Release: r, Key: key}, nil
+}
+
+// keptState is logind's state on the disk.
+type keptState struct {
+	Sealed seal.Sealed `json:"sealed"` // of the key
+	Data   []byte      `json:"data"`   // nonce and AES-256-GCM of the state
+}
+
+// logonTPM returns the open TPM.
+func (a *Attester) logonTPM() (Hardware, error) {
+	if err := a.openTPM(); err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.hw == nil {
+		return nil, errors.New("logon: the TPM was closed; try again")
+	}
+	return a.hw, nil
+}
+
+func (a *Attester) sealer() (LogonSealer, error) {
+	hw, err := a.logonTPM()
+	if err != nil {
+		return nil, err
+	}
+	s, ok := hw.(LogonSealer)
+	if !ok {
+		return nil, errors.New("logon: this TPM does not seal")
+	}
+	return s, nil
+}
+
+// CreateLogonKey makes a key of the card.
+func (a *Attester) CreateLogonKey(kind string, agreement bool) (gate.LogonKey, error) {
+	hw, err := a.logonTPM()
+	if err != nil {
+		return gate.LogonKey{}, err
+	}
+	keys, ok := hw.(LogonKeys)
+	if !ok {
+		return gate.LogonKey{}, errors.New("logon: this TPM makes no logon keys")
+	}
+	k, err := keys.CreateLogonKey(a.Logon.Boot, kind, agreement)
+	if err != nil {
+		return gate.LogonKey{}, err
+	}
+	wrapped, err := json.Marshal(k.Sealed)
+	return gate.LogonKey{Key: wrapped, Public: k.SPKI, AK: hw.Identity().AK, Certify: k.Certify, CertifySig: k.CertifySig, Bound: a.Logon.Boot.Release != nil}, err
+}
+
+// UseLogonKey does one operation with a key of the card, if the gate for logon
+// is open.
+func (a *Attester) UseLogonKey(key seal.Sealed, op attest.LogonOperation, input []byte) ([]byte, error) {
+	a.mu.Lock()
+	_, open := gate.Open(a.status, gate.Logon, a.Now())
+	hw, inForce := a.inForce()
+	a.mu.Unlock()
+	if !open || !inForce {
+		return nil, errShut
+	}
+	keys, ok := hw.(LogonKeys)
+	if !ok {
+		return nil, errors.New("logon: this TPM has no logon keys")
+	}
+	return keys.UseLogonKey(a.Logon.Boot, key, op, input)
+}
+
+// LoadLogonState returns logind's state; ErrNoRecord when there is none. The
+// first call of a start has the TPM open it, if this boot is one that may.
+func (a *Attester) LoadLogonState() ([]byte, error) {
+	l := a.Logon
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	raw, err := l.State.Load()
+	if err != nil {
+		return nil, err
+	}
+	var kept keptState
+	if err := json.Unmarshal(raw, &kept); err != nil {
+		return nil, fmt.Errorf("logon state: %w", err)
+	}
+	if l.sealed == nil {
+		s, err := a.sealer()
+		if err != nil {
+			return nil, err
+		}
+		if l.key, err = s.UnsealLogon(l.Boot, kept.Sealed); err != nil {
+			return nil, err
+		}
+		l.sealed = &kept.Sealed
+	}
+	aead, err := l.cipher()
+	if err != nil {
+		return nil, err
+	}
+	if len(kept.Data) < aead.NonceSize() {
+		return nil, errors.New("logon state: no nonce")
+	}
+	n := aead.NonceSize()
+	state, err := aead.Open(nil, kept.Data[:n], kept.Data[n:], []byte(seal.PurposeLogin))
+	if err != nil {
+		return nil, fmt.Errorf("logon state: %w", err)
+	}
+	return state, nil
+}
+
+// SaveLogonState keeps logind's state.
+func (a *Attester) SaveLogonState(state []byte) error {
+	l := a.Logon
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.sealed == nil {
+		s, err := a.sealer()
+		if err != nil {
+			return err
+		}
+		key := make([]byte, 32)
+		rand.Read(key)
+		secret := seal.NewSecret(key)
+		sealed, err := s.SealLogon(l.Boot, secret)
+		if err != nil {
+			return err
+		}
+		l.key, l.sealed = secret, &sealed
+	}
+	aead, err := l.cipher()
+	if err != nil {
+		return err
+	}
+	nonce := make([]byte, aead.NonceSize())
+	rand.Read(nonce)
+	raw, err := json.Marshal(keptState{*l.sealed, aead.Seal(nonce, nonce, state, []byte(seal.PurposeLogin))})
+	if err != nil {
+		return err
+	}
+	return l.State.Store(raw)
+}
+
+// cipher is AES-256-GCM with the state's key. l.mu is held.
+func (l *Logon) cipher() (cipher.AEAD, error) {
+	block, err := aes.NewCipher(l.key.Reveal())
+	if err != nil {
+		return nil, fmt.Errorf("logon state: %w", err)
+	}
+	return cipher.NewGCM(block)
+}
+
+// logonRoutes are the paths of attestd's socket for logind.
+func (a *Attester) logonRoutes(mux *http.ServeMux) {
+	mux.HandleFunc("POST /v1/logon/keys", forLogind(a, func(w http.ResponseWriter, req gate.CreateLogonKey) {
+		k, err := a.CreateLogonKey(req.Kind, req.Agreement)
+		a.answerLogon(w, k, err)
+	}))
+	mux.HandleFunc("POST /v1/logon/use", forLogind(a, func(w http.ResponseWriter, req gate.UseLogonKey) {
+		var key seal.Sealed
+		if err := json.Unmarshal(req.Key, &key); err != nil {
+			http.Error(w, "key: "+err.Error(), http.StatusBadRequest)
+			return
+		}
+		out, err := a.UseLogonKey(key, req.Operation, req.Input)
+		a.answerLogon(w, gate.LogonOutput{Output: out}, err)
+	}))
+	mux.HandleFunc("PUT /v1/logon/state", forLogind(a, func(w http.ResponseWriter, req gate.LogonState) {
+		if len(req.State) > gate.MaxLogonState {
+			http.Error(w, fmt.Sprintf("state of %d bytes, at most %d", len(req.State), gate.MaxLogonState), http.StatusRequestEntityTooLarge)
+			return
+		}
+		a.answerLogon(w, struct{}{}, a.SaveLogonState(req.State))
+	}))
+	mux.HandleFunc("GET /v1/logon/state", func(w http.ResponseWriter, r *http.Request) {
+		if !a.isLogind(r) {
+			http.Error(w, "only logind may do this", http.StatusForbidden)
+			return
+		}
+		state, err := a.LoadLogonState()
+		if errors.Is(err, ErrNoRecord) {
+			http.Error(w, err.Error(), http.StatusNotFound)
+			return
+		}
+		a.answerLogon(w, gate.LogonState{State: state}, err)
+	})
+}
+
+// forLogind reads a request of logind's and passes it on.
+func forLogind[T any](a *Attester, do func(http.ResponseWriter, T)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if !a.isLogind(r) {
+			http.Error(w, "only logind may do this", http.StatusForbidden)
+			return
+		}
+		var req T
+		d := json.NewDecoder(http.MaxBytesReader(w, r.Body, 2*gate.MaxLogonState))
+		d.DisallowUnknownFields()
+		if err := d.Decode(&req); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		do(w, req)
+	}
+}
+
+// isLogind reports whether a request comes from logind or from root.
+func (a *Attester) isLogind(r *http.Request) bool {
+	uid, ok := r.Context().Value(peerKey{}).(uint32)
+	return ok && uid == a.Logon.UID || isRoot(r)
+}
+
+func (a *Attester) answerLogon(w http.ResponseWriter, v any, err error) {
+	switch {
+	case errors.Is(err, errShut):
+		http.Error(w, err.Error(), http.StatusForbidden)
+	case err != nil:
+		a.Log.Error("logon", "error", err)
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+	default:
+		writeJSON(w, v)
+	}
+}

@@ -1,0 +1,114 @@
+package gate
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+
+	"sekisho/attest"
+)
+
+// ErrShut is returned by Client.UseLogonKey while the gate for logon is shut.
+var ErrShut = errors.New("the gate for logon is shut")
+
+// MaxLogonState bounds what Client.SaveLogonState keeps, in bytes.
+const MaxLogonState = 96 << 10
+
+// CreateLogonKey is the body of POST /v1/logon/keys: a new key of the card.
+type CreateLogonKey struct {
+	Kind      string `json:"kind"`      // attest.LogonRSA2048 or attest.LogonP256
+	Agreement bool   `json:"agreement"` // it agrees on secrets instead of signing
+}
+
+// LogonKey is a key of the card as it is kept outside of the TPM, with the
+// proof that it is in it.
+type LogonKey struct {
+	Key        json.RawMessage `json:"key"`         // wrapped by the TPM; of use to this TPM alone
+	Public     []byte          `json:"public"`      // SubjectPublicKeyInfo
+	AK         []byte          `json:"ak"`          // attestation key, TPMT_PUBLIC
+	Certify    []byte          `json:"certify"`     // TPM2_Certify of the key
+	CertifySig []byte          `json:"certify_sig"` // by AK
+	Bound      bool            `json:"bound"`       // to the release's signed policy, not to the TPM alone
+}
+
+// UseLogonKey is the body of POST /v1/logon/use.
+type UseLogonKey struct {
+	Key       json.RawMessage       `json:"key"`
+	Operation attest.LogonOperation `json:"operation"`
+	Input     []byte                `json:"input"`
+}
+
+// LogonOutput is the answer to UseLogonKey.
+type LogonOutput struct {
+	Output []byte `json:"output"`
+}
+
+// LogonState is the body of PUT /v1/logon/state and the answer to GET: what
+// logind remembers over boots, encrypted on the disk under a key that the TPM
+// keeps. It is personal data.
+type LogonState struct {
+	State []byte `json:"state"`
+}
+
+// CreateLogonKey has attestd make a key of the card in the TPM. Only logind and
+// root may do this.
+func (c *Client) CreateLogonKey(ctx context.Context, r CreateLogonKey) (k LogonKey, err error) {
+	_, err = c.logon(ctx, http.MethodPost, "/v1/logon/keys", r, &k)
+	return k, err
+}
+
+// UseLogonKey does one operation with a key of the card. ErrShut: no affirming
+// result is in force. Whether a finger matched is for the caller to know.
+func (c *Client) UseLogonKey(ctx context.Context, r UseLogonKey) ([]byte, error) {
+	var out LogonOutput
+	code, err := c.logon(ctx, http.MethodPost, "/v1/logon/use", r, &out)
+	if code == http.StatusForbidden {
+		return nil, ErrShut
+	}
+	return out.Output, err
+}
+
+// LogonState returns what SaveLogonState saved last; nil when nothing was.
+func (c *Client) LogonState(ctx context.Context) ([]byte, error) {
+	var s LogonState
+	code, err := c.logon(ctx, http.MethodGet, "/v1/logon/state", nil, &s)
+	if code == http.StatusNotFound {
+		return nil, nil
+	}
+	return s.State, err
+}
+
+// SaveLogonState keeps state over power cuts: once it has returned nil.
+func (c *Client) SaveLogonState(ctx context.Context, state []byte) error {
+	_, err := c.logon(ctx, http.MethodPut, "/v1/logon/state", LogonState{state}, nil)
+	return err
+}
+
+// logon is one request. out is read from the answer unless it is nil.
+func (c *Client) logon(ctx context.Context, method, path string, in, out any) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, logonTimeout)
+	defer cancel()
+	var body []byte
+	if in != nil {
+		var err error
+		if body, err = json.Marshal(in); err != nil {
+			return 0, err
+		}
+	}
+	code, answer, err := c.doUpTo(ctx, method, path, body, 2*MaxLogonState)
+	if err != nil {
+		return 0, err
+	}
+	if code/100 != 2 {
+		return code, fmt.Errorf("attestd: %s %s: http status %d: %.400s", method, path, code, bytes.TrimSpace(answer))
+	}
+	if out != nil {
+		if err := json.Unmarshal(answer, out); err != nil {
+			return code, fmt.Errorf("attestd: %s %s: %w", method, path, err)
+		}
+	}
+	return code, nil
+}
