@@ -12,6 +12,7 @@ import (
 	"net/url"
 
 	"sekisho/attest"
+	"sekisho/attest/archive"
 	"sekisho/attest/policy"
 )
 
@@ -117,12 +118,8 @@ func (a *admin) reports(w http.ResponseWriter, r *http.Request) {
 		a.fail(w, http.StatusNotFound, errNoReports)
 		return
 	}
-	list, err := a.Reports.List(id)
-	if err != nil {
-		a.fail(w, http.StatusInternalServerError, err)
-		return
-	}
-	reply(w, http.StatusOK, list)
+	list, err := a.ReportsOf(r.Context(), id)
+	answer(a, w, list, err)
 }
 
 func (a *admin) report(w http.ResponseWriter, r *http.Request) {
@@ -130,17 +127,12 @@ func (a *admin) report(w http.ResponseWriter, r *http.Request) {
 		a.fail(w, http.StatusNotFound, errNoReports)
 		return
 	}
-	var devices []attest.Digest
-	if err := scan(r.Context(), a.Service, "device", func(d Device) { devices = append(devices, d.ID) }); err != nil {
-		a.fail(w, http.StatusInternalServerError, err)
-		return
-	}
-	data, err := a.Reports.Get(r.PathValue("id"), devices)
+	data, err := a.Reports.Get(r.PathValue("id"))
 	switch {
-	case errors.Is(err, errNoReport):
+	case errors.Is(err, archive.ErrNotFound):
 		a.fail(w, http.StatusNotFound, err)
 	case err != nil:
-		a.fail(w, http.StatusInternalServerError, err)
+		a.fail(w, http.StatusBadRequest, err)
 	default:
 		reply(w, http.StatusOK, ReportFile{r.PathValue("id"), data})
 	}

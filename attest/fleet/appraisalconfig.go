@@ -4,8 +4,17 @@ import (
 	"crypto/ecdsa"
 	"fmt"
 	"path/filepath"
+	"time"
 
+	"sekisho/attest/archive"
 	"sekisho/attest/policy"
+	"sekisho/attest/store"
+)
+
+// What is kept of reports when the configuration does not say.
+const (
+	defaultDays = 90
+	defaultGiB  = 16
 )
 
 // openAppraisal opens what appraisal needs beside the registry: keys, policies
@@ -25,9 +34,20 @@ func (c *ServerConfig) openAppraisal(to *Config) (err error) {
 	if err != nil {
 		return err
 	}
-	if to.Reports, err = OpenReports(filepath.Join(c.Store, "reports"), key); err != nil {
+	dir := filepath.Join(c.Store, "archive")
+	days, size := c.ReportDays, c.ReportGiB
+	if days == 0 {
+		days = defaultDays
+	}
+	if size == 0 {
+		size = defaultGiB
+	}
+	keep := archive.Retention{Bytes: int64(size) << 30, Age: time.Duration(days) * 24 * time.Hour}
+	a, err := archive.Open(dir, keep, to.Now, func() error { return store.Room(dir) })
+	if err != nil {
 		return err
 	}
+	to.Reports = &Reports{a, key}
 	percent := c.MassRefusalPercent
 	if percent == 0 {
 		percent = defaultPercent

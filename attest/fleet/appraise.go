@@ -73,6 +73,11 @@ func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*at
 	if err != nil {
 		return refused(id, err), nil
 	}
+	encoded, err := e.Encode()
+	if err != nil {
+		return nil, err
+	}
+	reportID := report.ID(encoded)
 	for try := range attempts {
 		rec, err := s.record(ctx, id, try == 0)
 		if err != nil {
@@ -88,7 +93,7 @@ func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*at
 		if !fresh(out.Result) { // anyone can make such evidence: it leaves no trace
 			return &attest.AttestResponse{Result: out.Result}, nil
 		}
-		ok, err := s.commit(ctx, id, rec, nonce, in, out, now)
+		ok, err := s.commit(ctx, id, rec, nonce, in, out, reportID)
 		var why *attest.Refusal
 		switch {
 		case errors.As(err, &why):
@@ -96,7 +101,7 @@ func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*at
 		case err != nil:
 			return nil, err
 		case ok:
-			return s.conclude(ctx, in, out, rec.device)
+			return s.conclude(ctx, in, out, rec.device, reportID)
 		}
 	}
 	return nil, attest.Refuse(attest.ReasonBusy, "the record of device %s changes all the time; try again", id)
@@ -114,7 +119,7 @@ func (s *Service) judge(e *attest.Evidence, rec record, now time.Time) (in verif
 	out = verifier.Appraise(in)
 	if out.Result.Status != attest.StatusAffirming && fresh(out.Result) && s.Reports != nil {
 		// Once more, now with what changed since the last good boot.
-		if in.LastGood, err = s.Reports.LastGood(id); err != nil {
+		if in.LastGood, err = s.Reports.lastGood(rec.seen); err != nil {
 			return in, out, err
 		}
 		out = verifier.Appraise(in)
@@ -131,9 +136,9 @@ func fresh(r attest.Result) bool {
 
 // commit records an appraisal if the device's record is still what it was
 // judged by: this is what makes a nonce good for one use, with any verifier.
-func (s *Service) commit(ctx context.Context, id attest.Digest, rec record, nonce verifier.Nonce, in verifier.Input, out verifier.Outcome, now time.Time) (bool, error) {
-	next := rec.seen
-	if err := next.use(nonce, now); err != nil {
+func (s *Service) commit(ctx context.Context, id attest.Digest, rec record, nonce verifier.Nonce, in verifier.Input, out verifier.Outcome, reportID string) (bool, error) {
+	now, next := in.Now, rec.seen
+	if err := next.use(nonce, s.Now()); err != nil {
 		return false, err
 	}
 	r := out.Result
@@ -143,6 +148,9 @@ func (s *Service) commit(ctx context.Context, id attest.Digest, rec record, nonc
 		if next.Volume == nil { // the first one seen is what others are compared with
 			next.Volume = out.Volume
 		}
+	}
+	if s.Reports != nil {
+		next.note(ReportInfo{ID: reportID, Time: now.UTC(), Affirming: r.Status == attest.StatusAffirming})
 	}
 	data, err := json.Marshal(next)
 	if err != nil {
@@ -165,16 +173,11 @@ func (s *Service) commit(ctx context.Context, id attest.Digest, rec record, nonc
 
 // conclude draws the consequences of an appraisal that was recorded: the
 // certificate, the brake, the report.
-func (s *Service) conclude(ctx context.Context, in verifier.Input, out verifier.Outcome, d Device) (*attest.AttestResponse, error) {
+func (s *Service) conclude(ctx context.Context, in verifier.Input, out verifier.Outcome, d Device, reportID string) (*attest.AttestResponse, error) {
 	r := out.Result
 	resp := &attest.AttestResponse{Result: r}
-	evidence, err := in.Evidence.Encode()
-	if err != nil {
-		return nil, err
-	}
-	result := report.ID(evidence)
 	if r.Status == attest.StatusAffirming {
-		cert, err := s.Issuer.Issue(r.Device, out.Key, result, in.Now)
+		cert, err := s.Issuer.Issue(r.Device, out.Key, reportID, in.Now)
 		if err != nil {
 			return nil, err
 		}
@@ -199,8 +202,8 @@ func (s *Service) conclude(ctx context.Context, in verifier.Input, out verifier.
 	if err != nil {
 		return nil, err
 	}
-	resp.Token, resp.Result.Report = token, result
-	return resp, s.Reports.Save(r.Device, s.Now(), r.Status == attest.StatusAffirming, resp.Result.Report, data)
+	resp.Token, resp.Result.Report = token, reportID
+	return resp, s.Reports.save(ctx, in, reportID, data)
 }
 
 // brake tells the brake of a result and holds the roll-out of policies if it

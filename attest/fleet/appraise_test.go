@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/archive"
 	"sekisho/attest/eventlog/logtest"
 	"sekisho/attest/policy"
 	"sekisho/attest/report"
@@ -41,10 +42,12 @@ func (b *bench) full(withPolicies bool) signers {
 	}
 	c := b.service.Config
 	c.Brake = NewBrake(10)
-	if c.Reports, err = OpenReports(filepath.Join(b.dir, "reports"), key); err != nil {
+	a, err := archive.Open(filepath.Join(b.dir, "archive"), archive.Retention{}, c.Now, func() error { return nil })
+	if err != nil {
 		b.t.Fatal(err)
 	}
-	b.t.Cleanup(func() { c.Reports.Close() })
+	b.t.Cleanup(func() { a.Close() })
+	c.Reports = &Reports{a, key}
 	if withPolicies {
 		c.References, c.PolicyKeys = nil, s.ring(b.t)
 	}
@@ -285,7 +288,7 @@ func TestReportOfEachAppraisal(t *testing.T) {
 	}
 	ring := s.ring(t)
 	for _, r := range []*attest.AttestResponse{good, bad} {
-		data, err := b.service.Reports.Get(r.Result.Report, []attest.Digest{id})
+		data, err := b.service.Reports.Get(r.Result.Report)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -300,7 +303,7 @@ func TestReportOfEachAppraisal(t *testing.T) {
 	for range 2 * reportsKept {
 		b.boot(d, id, image2)
 	}
-	list, err := b.service.Reports.List(id)
+	list, err := b.service.ReportsOf(t.Context(), id)
 	if err != nil || len(list) != reportsKept+1 || list[0].ID != good.Result.Report {
 		t.Errorf("%d reports are kept: %v %v", len(list), list, err)
 	}
@@ -317,7 +320,7 @@ func TestOnlyAuthenticEvidenceCounts(t *testing.T) {
 			t.Fatal(r.Reason)
 		}
 	}
-	if list, err := b.service.Reports.List(id); err != nil || len(list) != 0 {
+	if list, err := b.service.ReportsOf(t.Context(), id); err != nil || len(list) != 0 {
 		t.Errorf("stored: %v %v", list, err)
 	}
 	if len(b.service.Brake.refused) != 0 {

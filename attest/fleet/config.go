@@ -56,6 +56,8 @@ type ServerConfig struct {
 	ReportKey          string   `json:"report_key"`           // PEM file that signs results and reports; made on first use
 	PolicyKeys         []string `json:"policy_keys"`          // PEM files: whose policies are accepted; given: nothing is affirmed without a policy
 	PolicyThreshold    int      `json:"policy_threshold"`     // how many of them must sign; all, if absent
+	ReportDays         int      `json:"report_days"`          // how long reports are kept; 90, if absent
+	ReportGiB          int      `json:"report_gib"`           // and how much of them; 16, if absent
 	MassRefusalPercent int      `json:"mass_refusal_percent"` // of enrolled devices within a minute; 5, if absent
 }
 
@@ -90,6 +92,9 @@ func ParseServerConfig(data []byte) (*ServerConfig, error) {
 	}
 	if c.MassRefusalPercent < 0 || c.MassRefusalPercent > 100 {
 		errs = append(errs, fmt.Errorf("configuration: mass_refusal_percent %d: want 0 to 100", c.MassRefusalPercent))
+	}
+	if c.ReportDays < 0 || c.ReportGiB < 0 || c.ReportDays > 36500 || c.ReportGiB > 1<<20 {
+		errs = append(errs, fmt.Errorf("configuration: report_days %d, report_gib %d: want positive numbers, at most a century and a pebibyte", c.ReportDays, c.ReportGiB))
 	}
 	if len(c.PolicyKeys) == 0 && c.PolicyThreshold != 0 {
 		errs = append(errs, errors.New("configuration: policy_threshold needs policy_keys"))
@@ -244,6 +249,9 @@ func (c *ServerConfig) Open(ctx context.Context, now func() time.Time, log *slog
 	config := Config{Verifier: c.ID, Log: log, Issuer: issuer, EKRoots: roots, References: refs, Approvers: approvers, Now: now}
 	config.Organization, config.Lifetime = c.Organization, lifetime
 	if err := c.openAppraisal(&config); err != nil {
+		if config.Reports != nil {
+			err = errors.Join(err, config.Reports.Close())
+		}
 		return fail(err)
 	}
 	x := &Server{Certificate: cert}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/archive"
 	"sekisho/attest/policy"
 	"sekisho/attest/report"
 	"sekisho/attest/verifier"
@@ -51,7 +52,7 @@ func (s *Service) Simulate(ctx context.Context, data []byte) (*Simulation, error
 	at := time.Unix(max(s.Now().Unix(), p.Bundle.NotBefore), 0)
 	sim := &Simulation{Policy: p.ID, Devices: len(devices), Verdicts: []Verdict{}}
 	for _, id := range devices {
-		v, err := s.simulate(id, p, references, at)
+		v, err := s.simulate(ctx, id, p, references, at)
 		if err != nil {
 			return nil, fmt.Errorf("device %s: %w", id, err)
 		}
@@ -68,10 +69,18 @@ func (s *Service) Simulate(ctx context.Context, data []byte) (*Simulation, error
 	return sim, nil
 }
 
-func (s *Service) simulate(id attest.Digest, p *policy.Signed, references []attest.ReferenceValues, at time.Time) (Verdict, error) {
+func (s *Service) simulate(ctx context.Context, id attest.Digest, p *policy.Signed, references []attest.ReferenceValues, at time.Time) (Verdict, error) {
 	v := Verdict{Device: id}
-	data, err := s.Reports.Latest(id, false)
-	if errors.Is(err, errNoReport) {
+	rec, err := s.record(ctx, id, true)
+	if err != nil {
+		return v, err
+	}
+	i := rec.seen.last(false)
+	if i.ID == "" {
+		return v, nil
+	}
+	data, err := s.Reports.Get(i.ID)
+	if errors.Is(err, archive.ErrNotFound) {
 		return v, nil
 	}
 	if err != nil {

@@ -55,6 +55,8 @@ type Seen struct {
 	Volume   *attest.Digest `json:"volume,omitempty"` // work disk: what the first use of its key measured
 	Used     []usedNonce    `json:"used"`             // oldest first
 
+	Reports []ReportInfo `json:"reports,omitempty"` // the last ones, oldest first
+
 	// Unsafe: the last evidence was refused for a clock that is not safe.
 	Unsafe bool `json:"unsafe,omitempty"`
 }
