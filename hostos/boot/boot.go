@@ -315,10 +315,17 @@ func (h *host) startWork(ctx context.Context, wg *sync.WaitGroup, broken []strin
 		return err
 	}
 	args := append([]string{vmm.Binary}, vmm.Args(c)...)
-	wg.Go(func() { h.measureWork(ctx, args) })
+	starts := make(chan struct{}, maxStarts)
+	wg.Go(func() { h.measureWork(ctx, args, starts) })
 	work, err := h.sup.add(ctx, Service{
 		Name: "vmm", Args: args,
 		User: "vmm", NewNetns: true, Log: WorkConsole,
+		Started: func() {
+			select {
+			case starts <- struct{}{}:
+			default: // as many wait already
+			}
+		},
 	})
 	if err != nil {
 		return err

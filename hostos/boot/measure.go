@@ -68,14 +68,26 @@ func measure(ctx context.Context, r recorder, e attest.RunEvent) error {
 	}
 }
 
-// measureWork measures that the work domain starts. Without a TPM there is
-// nothing that could measure, and the network stays closed for that reason.
-func (h *host) measureWork(ctx context.Context, args []string) {
+// maxStarts bounds the starts of the work domain that wait to be measured.
+const maxStarts = 16
+
+// measureWork measures each start of the work domain, also those after a crash
+// of QEMU, until ctx ends. Without a TPM there is nothing that could measure,
+// and the network stays closed for that reason.
+func (h *host) measureWork(ctx context.Context, args []string, starts <-chan struct{}) {
 	e, err := workEvent(args)
-	if err == nil {
-		err = measure(ctx, gate.NewClient(AttestdSocket), e)
-	}
-	if err != nil && ctx.Err() == nil {
+	if err != nil {
 		h.console.line("init", "warning: not measured: %s: %v", attest.EventWorkDomain, err)
+		return
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-starts:
+		}
+		if err := measure(ctx, gate.NewClient(AttestdSocket), e); err != nil && ctx.Err() == nil {
+			h.console.line("init", "warning: not measured: %s: %v", e.Kind, err)
+		}
 	}
 }

@@ -85,6 +85,7 @@ type Service struct {
 	Notify   bool          // speaks READY=1; killed when it does not within startTimeout
 	Watchdog time.Duration // longest silence between two WATCHDOG=1, 0 is for ever
 	Log      string        // file for its output; empty is LogDir/Name.log
+	Started  func()        // called at each start of the program; must not wait; may be nil
 }
 
 // watchdog is how long a daemon may be silent.

@@ -232,6 +232,9 @@ func (v *supervisor) once(ctx context.Context, s *supervised) string {
 		s.status.State = Starting
 	}
 	s.mu.Unlock()
+	if s.Started != nil {
+		s.Started()
+	}
 
 	var limit <-chan time.Time
 	timer := time.NewTimer(startTimeout)

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -190,11 +191,15 @@ func get(socket string) (about, error) {
 
 func TestCrashIsRestartedWithBackOff(t *testing.T) {
 	v, dir, console := testSupervisor(t)
-	s, err := v.add(t.Context(), testService(v, dir, "crash"))
+	svc := testService(v, dir, "crash")
+	var starts atomic.Int32
+	svc.Started = func() { starts.Add(1) }
+	s, err := v.add(t.Context(), svc)
 	if err != nil {
 		t.Fatal(err)
 	}
 	until(t, "two restarts", func() bool { return s.now().Restarts >= 2 })
+	until(t, "three starts told", func() bool { return starts.Load() >= 3 })
 	for _, want := range []string{"crash: failed (exit status 7), restart in 100ms\n", "crash: failed (exit status 7), restart in 200ms\n"} {
 		if !strings.Contains(console.String(), want) {
 			t.Errorf("console lacks %q:\n%s", want, console)

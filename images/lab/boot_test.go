@@ -84,8 +84,14 @@ func TestBoot(t *testing.T) {
 	})
 	// Last: the work domain starts anew, and what runs in it ends.
 	t.Run("qemu killed", func(t *testing.T) {
+		before, err := b.measuredStarts(t.Context())
+		must(t, err)
 		b.killService(t, "vmm")
 		b.untilPage(t)
+		b.until(t, "the new start to be measured", func(ctx context.Context) bool {
+			n, err := b.measuredStarts(ctx)
+			return err == nil && n == before+1
+		})
 		b.cleanUplink(t, true)
 	})
 	t.Run("the check sees a packet that should not be there", func(t *testing.T) {
@@ -247,4 +253,11 @@ func TestNoTPM(t *testing.T) {
 	b.untilState(t, "attestd", "no-tpm", "no-tpm")
 	b.untilState(t, "netd", "Attesting", "") // with an uplink, and no further
 	b.cleanUplink(t, false)
+}
+
+// measuredStarts counts the starts of the work domain that the verifier's last
+// result shows.
+func (b *bench) measuredStarts(ctx context.Context) (int, error) {
+	out, err := b.attestctl(ctx, nil, "result", "last")
+	return strings.Count(string(out), "work-domain-started"), err
 }

@@ -11,7 +11,6 @@ import (
 	"syscall"
 	"time"
 
-	"sekisho/images"
 	"sekisho/images/disk"
 )
 
@@ -28,7 +27,11 @@ func (l *Lab) startSite(ctx context.Context, b Boot) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("lab: %w", err)
 	}
-	if err := writeJSON(l.lab("verifier.json"), l.verifierConfig(b)); err != nil {
+	keys, err := l.policyKeys(ctx)
+	if err != nil {
+		return err
+	}
+	if err := writeJSON(l.lab("verifier.json"), l.verifierConfig(b, keys)); err != nil {
 		return err
 	}
 	if err := writeJSON(l.lab("gateway.json"), map[string]any{
@@ -41,21 +44,27 @@ func (l *Lab) startSite(ctx context.Context, b Boot) error {
 	if err := l.StartVerifier(ctx); err != nil {
 		return err
 	}
+	if err := l.publishPolicy(ctx); err != nil {
+		return err
+	}
 	return l.StartGateway(ctx)
 }
 
-// verifierConfig is the verifier's configuration: our image is the only one it
-// accepts, and the lab's TPMs are the only ones.
-func (l *Lab) verifierConfig(b Boot) map[string]any {
+// labOrganization is whose laptop it is.
+const labOrganization = "Sekisho Lab"
+
+// verifierConfig is the verifier's configuration: it accepts what a policy of
+// those keys says, and the lab's TPMs are the only ones.
+func (l *Lab) verifierConfig(b Boot, policyKeys []string) map[string]any {
 	life := b.Life
 	if life == 0 {
 		life = 10 * time.Minute
 	}
 	return map[string]any{
-		"id": verifierName, "organization": "Sekisho Lab", "listen": verifierAddress, "admin_socket": l.adminSocket(),
+		"id": verifierName, "organization": labOrganization, "listen": verifierAddress, "admin_socket": l.adminSocket(),
 		"certificate": l.lab("pki", "verifier.pem"), "key": l.lab("pki", "verifier.key"),
 		"ca_certificate": l.lab("pki", "device-ca.pem"), "ca_key": l.lab("pki", "device-ca.key"),
-		"ek_roots": l.ekRoots(), "reference_values": []string{l.out(images.HostReference)},
+		"ek_roots": l.ekRoots(), "policy_keys": policyKeys, "policy_threshold": policyThreshold,
 		"store": l.lab("site", "registry"), "certificate_lifetime": life.String(),
 	}
 }

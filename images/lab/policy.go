@@ -1,0 +1,77 @@
+package lab
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+
+	"sekisho/images"
+)
+
+// policy.go lets the lab's organisation decide as a real one must: reference
+// values count only in a policy that two of its three policy keys have signed.
+// In a real organisation the private halves never come near the verifier.
+
+// policySigners are the organisation's policy keys, of which policyThreshold
+// must sign.
+var policySigners = [...]string{"policy-a", "policy-b", "policy-c"}
+
+const policyThreshold = 2
+
+// policyKeys makes the policy keys on first use and returns the files of their
+// public halves.
+func (l *Lab) policyKeys(ctx context.Context) (public []string, err error) {
+	for _, name := range policySigners {
+		base := l.lab("pki", name)
+		if !exist(base + ".pub") {
+			if _, err := l.attestctl(ctx, nil, "policy", "keygen", base); err != nil {
+				return nil, err
+			}
+		}
+		public = append(public, base+".pub")
+	}
+	return public, nil
+}
+
+// signPolicy has the first signers sign a first policy that accepts the image
+// with these reference values, and returns its file.
+func (l *Lab) signPolicy(ctx context.Context, reference string) (string, error) {
+	draft, signed := l.lab("site", "policy.json"), l.lab("site", "policy.cose")
+	if _, err := l.attestctl(ctx, nil, "policy", "draft", draft, "-organization", labOrganization, "-references", reference); err != nil {
+		return "", err
+	}
+	if err := os.RemoveAll(signed); err != nil {
+		return "", fmt.Errorf("lab: %w", err)
+	}
+	from := draft
+	for _, name := range policySigners[:policyThreshold] {
+		if _, err := l.attestctl(ctx, nil, "policy", "sign", from, "-key", l.lab("pki", name+".key"), "-out", signed); err != nil {
+			return "", err
+		}
+		from = signed
+	}
+	return signed, nil
+}
+
+// publishPolicy brings the policy for our image into force, checked first as an
+// administrator would.
+func (l *Lab) publishPolicy(ctx context.Context) error {
+	public, err := l.policyKeys(ctx)
+	if err != nil {
+		return err
+	}
+	signed, err := l.signPolicy(ctx, l.out(images.HostReference))
+	if err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		{"policy", "verify", signed, "-keys", strings.Join(public, ","), "-threshold", fmt.Sprint(policyThreshold)},
+		{"policy", "publish", signed},
+	} {
+		if _, err := l.attestctl(ctx, nil, args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
