@@ -47,6 +47,11 @@ func (b *Brake) Note(r attest.Result, enrolled int, now time.Time) *Hold {
 		delete(b.refused, r.Device)
 		return nil
 	}
+	// Nobody is affirmed before the first policy: that is no update gone wrong,
+	// and a hold would keep the first policy out.
+	if r.Reason == attest.ReasonNoPolicy {
+		return nil
+	}
 	b.refused[r.Device] = refused{now, r.Reason}
 	if len(b.refused) < brakeDevices || len(b.refused)*100 <= b.percent*enrolled {
 		return nil

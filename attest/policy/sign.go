@@ -160,6 +160,10 @@ func read(m *cose.SignMessage, data []byte) (*Signed, error) {
 	return &Signed{Bundle: b, ID: id, Data: data}, nil
 }
 
+// ErrUnsigned is returned by Open for a policy that enough keys of the ring
+// have not signed, or one of them wrongly.
+var ErrUnsigned = errors.New("policy: not signed")
+
 // Open reads a bundle and verifies its signatures. A nil error proves that as
 // many distinct keys of the ring as its threshold have signed exactly this
 // content, and that no signature in the name of one of its keys is wrong.
@@ -185,13 +189,13 @@ func (r *Keyring) Open(data []byte) (*Signed, error) {
 			return nil, fmt.Errorf("policy: %w", err)
 		}
 		if err := s.Verify(v, protected, m.Payload, external()); err != nil {
-			return nil, fmt.Errorf("policy: signature of key %s: %w", id, err)
+			return nil, fmt.Errorf("%w: signature of key %s: %w", ErrUnsigned, id, err)
 		}
 		seen[id] = true
 		signers = append(signers, id)
 	}
 	if len(signers) < r.threshold {
-		return nil, fmt.Errorf("policy: signed by %d of the organisation's keys, %d must sign", len(signers), r.threshold)
+		return nil, fmt.Errorf("%w by enough: %d of the organisation's keys, %d must sign", ErrUnsigned, len(signers), r.threshold)
 	}
 	signed, err := read(m, data)
 	if err != nil {

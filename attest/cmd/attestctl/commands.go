@@ -18,13 +18,14 @@ import (
 
 // options are the values of the flags.
 type options struct {
-	socket  string
-	json    bool
-	uses    int
-	expires time.Duration
-	device  string
-	state   string
-	offset  int64
+	socket   string
+	json     bool
+	language string
+	uses     int
+	expires  time.Duration
+	device   string
+	state    string
+	offset   int64
 	sealOptions
 	policy policyOptions
 }
@@ -153,7 +154,9 @@ func printResult(w io.Writer, r attest.Result) error {
 		fmt.Fprintf(t, "reason\t%s\ndetail\t%s\n", r.Reason, r.Detail)
 	}
 	for _, f := range r.Findings {
-		fmt.Fprintf(t, "finding\t%s\n\texpected %s\n\tseen     %s\n", f, f.Expected, f.Seen)
+		f = f.Explained()
+		fmt.Fprintf(t, "finding\t%s %s: %s\n\t%s\n\texpected %s\n\tseen     %s\n\t→ %s\n",
+			f.Severity, f.Reason, f.Sentence.In(speaks(w)), f, f.Expected, f.Seen, f.Action.In(speaks(w)))
 	}
 	return t.Flush()
 }

@@ -4,19 +4,17 @@
 //
 //	attestctl [-socket PATH] [-json] COMMAND
 //
-// Exit status: 0 done, 1 failed, 2 wrong command line. Commands that judge
-// samples (eventlog, ek, quote): 0 pass, 1 refuse, 2 could not appraise.
+// Exit status: 0 done, or affirming; 1 not affirming: refused, not signed by
+// enough, or somebody would be; 2 it could not be done or judged.
 package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
-	"fmt"
+	"io"
 	"os"
 	"os/signal"
-	"strings"
 )
 
 const usage = `usage: attestctl [-socket PATH] [-json] COMMAND
@@ -60,6 +58,11 @@ commands
   eventlog LOG | ek CERT | quote          judge anyone's samples without a verifier: attestctl eventlog -h
 
 Flags may stand anywhere. -json prints JSON. "ticket write" needs no verifier.
+"enroll" is another word for "ticket".
+
+exit status: 0 done, or affirming; 1 not affirming (result last, device show,
+policy simulate: somebody would be refused; policy status: held), or not signed
+by enough (policy verify, recovery release); 2 it could not be done or judged
 
 flags
 `
@@ -68,43 +71,15 @@ flags
 var errUsage = errors.New("wrong command line; attestctl -h shows the commands")
 
 func main() {
-	if exit, ok := samples(os.Args[1:], os.Stdout, os.Stderr); ok {
-		os.Exit(exit)
-	}
-	if exit, ok := reports(os.Args[1:], os.Stdout, os.Stderr); ok {
-		os.Exit(exit)
-	}
-	var o options
-	f := flag.NewFlagSet("attestctl", flag.ContinueOnError)
-	f.StringVar(&o.socket, "socket", "/run/sekisho-verifier/admin.sock", "verifier's admin socket")
-	f.BoolVar(&o.json, "json", false, "print JSON")
-	f.IntVar(&o.uses, "uses", 1, "devices that a ticket may enrol")
-	f.DurationVar(&o.expires, "expires", 0, "life of a ticket, such as 1h (default 1h)")
-	f.StringVar(&o.device, "device", "", "only results of this device `id`")
-	f.StringVar(&o.state, "state", "", "state partition or file")
-	o.policy.flags(f)
-	f.Int64Var(&o.offset, "offset", 0, "first byte of the state partition in the file")
-	o.sealOptions.flags(f)
-	f.Usage = func() {
-		fmt.Fprint(f.Output(), usage)
-		f.PrintDefaults()
-	}
-	args, err := parse(f, os.Args[1:])
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		os.Exit(0)
-	case err != nil:
-		os.Exit(2)
+	for _, run := range []func([]string, io.Writer, io.Writer) (int, bool){samples, reports} {
+		if exit, ok := run(os.Args[1:], os.Stdout, os.Stderr); ok {
+			os.Exit(exit)
+		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
-	if err := o.run(ctx, args); err != nil {
-		fmt.Fprintln(os.Stderr, "attestctl:", err)
-		if errors.Is(err, errUsage) {
-			os.Exit(2)
-		}
-		os.Exit(1)
-	}
+	exit := administer(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(exit)
 }
 
 // parse reads flags wherever they stand and returns the words between them.
@@ -118,25 +93,4 @@ func parse(f *flag.FlagSet, args []string) (words []string, err error) {
 		}
 		words, args = append(words, f.Arg(0)), f.Args()[1:]
 	}
-}
-
-func (o *options) run(ctx context.Context, args []string) error {
-	if len(args) < 2 {
-		return errUsage
-	}
-	command, rest := strings.Join(args[:2], " "), args[2:]
-	c, ok := commands()[command]
-	if !ok || len(rest) != c.args {
-		return errUsage
-	}
-	result, err := c.run(ctx, o, rest)
-	if err != nil {
-		return err
-	}
-	if o.json {
-		e := json.NewEncoder(os.Stdout)
-		e.SetIndent("", "  ")
-		return e.Encode(result)
-	}
-	return c.print(os.Stdout, result)
 }

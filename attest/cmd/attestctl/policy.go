@@ -339,6 +339,10 @@ func printSimulation(w io.Writer, s fleet.Simulation) error {
 			continue
 		}
 		fmt.Fprintf(w, "%s  %s, would be %s: %s: %s\n", v.Device, v.Was, v.Would, v.Reason, v.Detail)
+		for _, f := range v.Findings {
+			f = f.Explained()
+			fmt.Fprintf(w, "  %s %s\n  → %s\n", f.Severity, f.Sentence.In(speaks(w)), f.Action.In(speaks(w)))
+		}
 	}
 	return nil
 }
@@ -354,7 +358,7 @@ func printPolicyStatus(w io.Writer, s fleet.PolicyStatus) error {
 	if h := s.Hold; h != nil {
 		fmt.Fprintf(w, "HELD since %s: %d of %d devices refused within a minute; no policy after version %d comes into force\n", when(h.Since), h.Refused, h.Devices, h.Version)
 		for r, n := range h.Reasons {
-			fmt.Fprintf(w, "  %d devices  %s: %s\n", n, r, r.Words().Sentence.EN)
+			fmt.Fprintf(w, "  %d devices  %s: %s\n", n, r, r.Words().Sentence.In(speaks(w)))
 		}
 		fmt.Fprintln(w, "hint: look at the reports of these devices, then attestctl policy release")
 	}
