@@ -43,7 +43,7 @@ func TestPolicyAdmin(t *testing.T) {
 	}
 	half, err := policy.Sign(&policy.Bundle{Profile: policy.Profile, Organization: org, Version: 2, Supersedes: digest}, nil, s[0])
 	check(err)
-	if _, err := admin.Publish(ctx, half, false, true); err == nil || !strings.Contains(err.Error(), "signed by 1") {
+	if _, err := admin.Publish(ctx, half, false, true); err == nil || !strings.Contains(err.Error(), "not signed by enough: 1 ") {
 		t.Errorf("signed by one of two: %v", err)
 	}
 	values, err := json.Marshal(image2.Reference("sekisho", "2"))

@@ -316,6 +316,7 @@ func TestPolicyLife(t *testing.T) {
 	o.until("the hold", func(s string) bool { return strings.Contains(s, "HELD") }, "policy", "status")
 	o.ctl(1, "policy", "status")
 	o.ctl(1, "result", "last")
+	o.until("its refusal", func(s string) bool { return strings.Contains(s, `"status": "contraindicated"`) }, "device", "show", device, "-json")
 	o.ctl(1, "device", "show", device)
 	o.ctl(2, "policy", "publish", o.file("p1.cose"))
 	o.ctl(0, "policy", "release")
