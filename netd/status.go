@@ -124,6 +124,7 @@ type Status struct {
 	Since   time.Time `json:"since"`
 	Reason  string    `json:"reason"`            // code, empty when all is well
 	Detail  string    `json:"detail"`            // one sentence
+	Words   Words     `json:"words"`             // for the person at the laptop
 	Uplink  Uplink    `json:"uplink"`            // the one in use
 	Uplinks []Uplink  `json:"uplinks,omitempty"` // all there are, the one in use among them
 	// Unserved names network hardware that the kernel makes no link of.

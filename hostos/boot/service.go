@@ -103,7 +103,7 @@ func Services() []Service {
 		{
 			Name: "netd",
 			Args: []string{"/bbin/netd", "run", "-config", config, "-attestd", AttestdSocket, "-linkd", LinkdSocket, "-inside", InsideNetns},
-			User: "netd", Caps: []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_NET_BIND_SERVICE, unix.CAP_SYS_ADMIN},
+			User: "netd", Caps: []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_NET_BIND_SERVICE, unix.CAP_SYS_ADMIN, unix.CAP_SYS_TIME},
 			Socket: NetdSocket, Notify: true, Watchdog: watchdog,
 		},
 		{

@@ -21,8 +21,10 @@ import (
 	"sekisho/attest/gate"
 	"sekisho/guestlink"
 	"sekisho/netd"
+	"sekisho/netd/journal"
 	"sekisho/netd/kernel"
 	"sekisho/netd/office"
+	"sekisho/netd/path"
 	"sekisho/netd/plan"
 	"sekisho/netd/tunnel"
 	"sekisho/netd/uplink"
@@ -56,7 +58,7 @@ type Uplinks interface {
 	SetDevice(ctx context.Context, id string)
 }
 
-// Config is what a Daemon works with. Every field is needed but Notify and Pipe.
+// Config is what a Daemon works with. Every field is needed but Notify, SetClock and Pipe.
 type Config struct {
 	Organization    *attest.Organization
 	Outside, Inside Namespace
@@ -68,6 +70,8 @@ type Config struct {
 	Configure func(context.Context, guestlink.Config) error
 	// Notify tells the service manager (sd_notify(3)).
 	Notify func(string)
+	// SetClock sets the system's clock to a signed time. Nil: nobody does.
+	SetClock func(time.Time) error
 	// Pipe is the way to an office's LAN, whose ends are netd.OfficeLink and
 	// netd.OfficeOuterLink. Nil: there is none.
 	Pipe Pipe
@@ -88,10 +92,15 @@ type Daemon struct {
 	keeper chan struct{} // for the tunnel's keeper
 	pusher chan struct{} // for linkd's
 	paths  chan office.Path
+	asker  chan struct{} // for the path's watcher
+	probe  func(context.Context, path.Prober, attest.Endpoint, bool) path.Result
+	// Journal is what has happened lately.
+	Journal journal.Journal
 
 	mu     sync.Mutex
 	in     reports
 	want   wanted
+	ask    asked
 	status netd.Status
 	ready  bool
 }
@@ -101,10 +110,12 @@ type reports struct {
 	candidates []uplink.Candidate // the uplinks there are
 	uplink     netd.Uplink        // the one in use; the loop's choice
 	gate       gate.Status
+	granted    time.Time // end of the last credential, once it has lapsed
 	asked      bool      // attestd's last answer was one
 	silent     time.Time // since when it is not
 	trouble    trouble   // of the tunnel
 	office     office.Finding
+	path       pathFinding
 	kernel     bool // something in the kernel changed
 	unserved   []netd.Unserved
 }
@@ -127,7 +138,10 @@ type wanted struct {
 func New(c Config) *Daemon {
 	d := &Daemon{
 		Config: c, wake: make(chan struct{}, 1), links: make(chan []uplink.Link, 1),
-		keeper: make(chan struct{}, 1), pusher: make(chan struct{}, 1), paths: make(chan office.Path, 1),
+		keeper: make(chan struct{}, 1), pusher: make(chan struct{}, 1), paths: make(chan office.Path, 1), asker: make(chan struct{}, 1),
+		probe: func(ctx context.Context, p path.Prober, e attest.Endpoint, clock bool) path.Result {
+			return p.Ask(ctx, e, clock)
+		},
 	}
 	keeper := uplink.Config{
 		Report: d.reportUplinks, Policy: uplink.Policy{Rules: c.Organization.Uplinks, Groups: c.Organization.Groups},
@@ -144,6 +158,9 @@ func New(c Config) *Daemon {
 	d.uplinks = uplink.New(keeper)
 	d.in.silent = time.Now()
 	d.status = netd.Status{Since: time.Now(), Reason: netd.ReasonKernel, Detail: "starting"}
+	if d.SetClock == nil {
+		d.SetClock = func(time.Time) error { return errors.ErrUnsupported }
+	}
 	if d.Notify == nil {
 		d.Notify = func(string) {}
 	}
@@ -165,6 +182,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	parts.Go(func() { d.keepTunnel(ctx) })
 	parts.Go(func() { d.pushConfig(ctx) })
 	parts.Go(func() { d.watchOffice(ctx) })
+	parts.Go(func() { d.watchPath(ctx) })
 
 	l := loop{d: d}
 	tick := time.NewTimer(beat)
@@ -285,16 +303,22 @@ func explain(s netd.State, r reports, u netd.Uplink, fault error, affirming bool
 		return cmp.Or(u.Reason, netd.ReasonNoLink), u.Detail
 	case netd.Linked:
 		return netd.ReasonAttestd, "attestd does not answer since " + at(r.silent)
+	case netd.Portal:
+		return netd.ReasonPortal, fmt.Sprintf("%s is answered by somebody else: %s", r.path.who, r.path.what)
 	case netd.Attesting:
 		switch {
+		case !affirming && !r.granted.IsZero() && (r.gate.State == gate.StateUnreachable || r.gate.State == gate.StateAttesting || r.gate.State == gate.StateAffirming || !r.asked):
+			detail := "attestation lapsed at " + at(r.granted)
+			if r.gate.State == gate.StateUnreachable {
+				detail += ", verifier unreachable since " + at(r.gate.Since)
+			}
+			return netd.ReasonLapsed, detail
 		case affirming && r.trouble.reason != "":
 			return r.trouble.reason, fmt.Sprintf("%s since %s", r.trouble.what, at(r.trouble.since))
 		case affirming:
 			return netd.ReasonConnecting, "opening the tunnel"
 		case r.gate.State == gate.StateUnreachable:
 			return cmp.Or(r.gate.Reason, netd.ReasonVerifier), "verifier unreachable since " + at(r.gate.Since)
-		case r.gate.State == gate.StateAffirming:
-			return netd.ReasonLapsed, "credential lapsed at " + at(r.gate.NotAfter)
 		}
 		return cmp.Or(r.gate.Reason, netd.ReasonAttestation), cmp.Or(r.gate.Detail, "attestation is "+r.gate.State)
 	}

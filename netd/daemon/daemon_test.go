@@ -26,6 +26,7 @@ import (
 	"sekisho/guestlink"
 	"sekisho/netd"
 	"sekisho/netd/kernel"
+	"sekisho/netd/path"
 	"sekisho/netd/plan"
 	"sekisho/netd/tunnel"
 	"sekisho/netd/uplink"
@@ -123,7 +124,10 @@ type rig struct {
 	attestd         *fakeAttestd
 	d               *Daemon
 	lines           []string
-	doubted         []string // uplinks that were said to be dead
+	answer          path.Answer // of every server
+	signed          time.Time   // what the verifier signs
+	clock           []time.Time // to which the clock was set
+	doubted         []string    // uplinks that were said to be dead
 }
 
 func runRig(t *testing.T, script func(*rig)) {
@@ -139,11 +143,21 @@ func runRig(t *testing.T, script func(*rig)) {
 			Organization: &attest.Organization{CA: newCA(t), Verifiers: []attest.Endpoint{e}, Gateways: []attest.Endpoint{e}},
 			Outside:      r.outside, Inside: r.inside, Driver: r.driver, Attestation: r.attestd,
 			Configure: func(context.Context, guestlink.Config) error { return nil },
+			SetClock:  func(at time.Time) error { r.set(func() { r.clock = append(r.clock, at) }); return nil },
 			Notify:    func(s string) { r.set(func() { r.lines = append(r.lines, s) }) },
 			Log:       slog.New(slog.DiscardHandler),
 		})
 		r.d.uplinks = r
 		r.report(netd.Uplink{Name: "eth0", Reason: netd.ReasonNoCarrier, Detail: "no carrier on eth0"})
+		r.d.probe = func(_ context.Context, _ path.Prober, e attest.Endpoint, clock bool) path.Result {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			a := path.Result{Endpoint: e.Address, Answer: r.answer}
+			if clock {
+				a.Time = r.signed
+			}
+			return a
+		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- r.d.Run(ctx) }()
@@ -242,7 +256,9 @@ func TestExplain(t *testing.T) {
 		{state: netd.Linked, in: reports{silent: at}, reason: netd.ReasonAttestd, detail: "attestd does not answer since 2026-11-21T10:00:00Z"},
 		{state: netd.Attesting, in: reports{gate: gate.Status{State: gate.StateUnreachable, Since: at}}, reason: netd.ReasonVerifier, detail: "verifier unreachable since 2026-11-21T10:00:00Z"},
 		{state: netd.Attesting, in: reports{gate: gate.Status{State: gate.StateRefused, Reason: "pcr-mismatch", Detail: "kernel differs"}}, reason: "pcr-mismatch", detail: "kernel differs"},
-		{state: netd.Attesting, in: reports{gate: gate.Status{State: gate.StateAffirming, NotAfter: at}}, reason: netd.ReasonLapsed, detail: "credential lapsed at 2026-11-21T10:00:00Z"},
+		{state: netd.Attesting, in: reports{gate: gate.Status{State: gate.StateAffirming, NotAfter: at}, granted: at}, reason: netd.ReasonLapsed, detail: "attestation lapsed at 2026-11-21T10:00:00Z"},
+		{state: netd.Attesting, in: reports{gate: gate.Status{State: gate.StateUnreachable, Since: at}, granted: at, asked: true}, reason: netd.ReasonLapsed, detail: "attestation lapsed at 2026-11-21T10:00:00Z, verifier unreachable since 2026-11-21T10:00:00Z"},
+		{state: netd.Portal, in: reports{path: pathFinding{who: netip.MustParseAddrPort("203.0.113.10:443"), what: "not TLS"}}, reason: netd.ReasonPortal, detail: "203.0.113.10:443 is answered by somebody else: not TLS"},
 		{state: netd.Attesting, affirming: true, reason: netd.ReasonConnecting, detail: "opening the tunnel"},
 		{state: netd.Attesting, affirming: true, in: reports{trouble: trouble{netd.ReasonGateway, "gateway 203.0.113.20:443 unreachable", at}}, reason: netd.ReasonGateway, detail: "gateway 203.0.113.20:443 unreachable since 2026-11-21T10:00:00Z"},
 		{state: netd.Tunnel},
@@ -278,7 +294,7 @@ func TestFromDarkToTunnelAndBack(t *testing.T) {
 		sleep(2 * time.Second)
 		r.want(netd.Tunnel, "")
 		r.set(func() {
-			if line := r.lines[len(r.lines)-1]; line != "STATUS=Tunnel inner 10.80.0.2 gateway 203.0.113.20:443" {
+			if line := r.lines[len(r.lines)-1]; line != "STATUS=Tunnel inner 10.80.0.2 gateway 203.0.113.20:443 / LGWAN に接続中" {
 				t.Errorf("last line %q", line)
 			}
 		})
@@ -427,6 +443,57 @@ func TestUplinkIsLostAndAnotherTaken(t *testing.T) {
 		r.set(func() {
 			if !slices.Contains(r.doubted, "eth0") {
 				t.Errorf("doubted %q", r.doubted)
+			}
+		})
+	})
+}
+
+// TestPortal: somebody else answers in place of every server; then the user has
+// signed in.
+func TestPortal(t *testing.T) {
+	runRig(t, func(r *rig) {
+		r.set(func() { r.answer, r.driver.err = path.Foreign, errors.New("certificate of a hotel") })
+		r.attestd.answers <- affirming(time.Hour)
+		r.lease("192.168.50.23/24")
+		sleep(askEvery)
+		r.want(netd.Portal, netd.ReasonPortal)
+		if s := r.d.Status(); s.Words.EN != "Sign in to this network" {
+			t.Errorf("words %+v", s.Words)
+		}
+		sleep(time.Hour - time.Minute) // a portal stays one for as long as it answers
+		r.want(netd.Portal, netd.ReasonPortal)
+		r.set(func() { r.answer, r.driver.err = path.Ours, nil })
+		r.attestd.answers <- affirming(time.Hour)
+		sleep(maxPause)
+		r.want(netd.Tunnel, "")
+		// Another network is not that portal.
+		r.set(func() { r.answer, r.driver.err = path.Foreign, errors.New("certificate of a hotel") })
+		r.driver.Down()
+		sleep(2 * askEvery)
+		r.want(netd.Portal, netd.ReasonPortal)
+		r.set(func() { r.answer = path.Silent })
+		r.lease("192.168.60.23/24")
+		r.want(netd.Attesting, netd.ReasonGateway)
+	})
+}
+
+// TestClock: a signed time sets a wrong clock, once, and one from before what
+// is known to be past does not.
+func TestClock(t *testing.T) {
+	runRig(t, func(r *rig) {
+		r.set(func() { r.answer, r.signed = path.Ours, time.Now().AddDate(1, 0, 0) })
+		r.lease("192.168.50.23/24")
+		sleep(askEvery)
+		r.set(func() {
+			if len(r.clock) == 0 || r.clock[0].Sub(r.signed).Abs() > path.Tolerance {
+				t.Fatalf("clock set to %v, signed %v", r.clock, r.signed)
+			}
+			r.clock, r.signed = nil, time.Now().AddDate(0, 6, 0) // later than now, but before what was signed
+		})
+		sleep(3 * askEvery)
+		r.set(func() {
+			if len(r.clock) != 0 {
+				t.Errorf("clock set back to %v", r.clock)
 			}
 		})
 	})

@@ -11,6 +11,7 @@ import (
 
 	"sekisho/attest/gate"
 	"sekisho/netd"
+	"sekisho/netd/journal"
 	"sekisho/netd/kernel"
 	"sekisho/netd/office"
 	"sekisho/netd/plan"
@@ -27,6 +28,9 @@ type loop struct {
 	inner   netip.Addr // assigned last: it stays while the tunnel is away
 	mtu     int        // of inner packets
 	sent    office.Path
+	ask     asked
+	looked0 time.Time // when the clocks were compared
+	granted time.Time // end of the last credential that was in force
 	outside []kernel.Link
 	inside  []kernel.Link
 
@@ -37,6 +41,7 @@ type loop struct {
 	checked time.Time
 	looked  time.Time // for hardware without a link
 	line    string
+	shown   netd.Status
 	pushed  push
 }
 
@@ -75,6 +80,7 @@ func (l *loop) step(now time.Time) {
 			}
 		}
 	}
+	l.look(state, now)
 	l.lead(affirming) // after the plan, which lets the watcher reach its beacons
 	l.publish(state, affirming, now)
 }
@@ -128,7 +134,7 @@ func (l *loop) observe(now time.Time) {
 	var links []uplink.Link
 	for _, k := range l.outside {
 		if k.Ethernet {
-			links = append(links, uplink.Link{Index: k.Index, Name: k.Name, Hardware: k.Hardware, Carrier: k.Carrier, Kind: k.Kind, Driver: k.Driver, Device: k.Device})
+			links = append(links, uplink.Link{Index: k.Index, Name: k.Name, Hardware: k.Hardware, Carrier: k.Carrier, Flaps: k.Flaps, Kind: k.Kind, Driver: k.Driver, Device: k.Device})
 		}
 	}
 	select { // the newest list is the only one that counts
@@ -173,7 +179,15 @@ func (l *loop) choose(links []uplink.Link, now time.Time) {
 }
 
 func (l *loop) affirming(now time.Time) bool {
-	_, open := gate.Open(l.in.gate, gate.Tunnel, now)
+	until, open := gate.Open(l.in.gate, gate.Tunnel, now)
+	switch {
+	case open:
+		l.granted = until
+	case l.in.gate.State == gate.StateRefused:
+		l.granted = time.Time{} // it did not lapse
+	case !l.granted.IsZero():
+		l.in.granted = l.granted
+	}
 	return open
 }
 
@@ -185,6 +199,7 @@ func (l *loop) state(affirming bool, now time.Time) netd.State {
 		Affirming: affirming,
 		Session:   l.tunnel.Open,
 		Office:    l.office(affirming, now),
+		Portal:    l.portal(),
 	})
 }
 
@@ -196,10 +211,13 @@ func (l *loop) office(affirming bool, now time.Time) bool {
 
 // next is when the loop has to look again if nothing happens.
 func (l *loop) next(now time.Time) time.Duration {
-	if until := l.in.office.Proof.Until; until.After(now) {
-		return min(beat, until.Sub(now))
+	next := beat
+	for _, t := range []time.Time{l.in.office.Proof.Until, l.in.gate.NotAfter} {
+		if t.After(now) {
+			next = min(next, t.Sub(now))
+		}
 	}
-	return beat
+	return next
 }
 
 func (l *loop) situation(state netd.State) plan.Situation {
@@ -265,7 +283,12 @@ func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 	first := !d.ready && l.sealed
 	d.ready = d.ready || l.sealed
 	show := *s
+	show.Tunnel = d.tunnelStatus()
+	show.Words = show.Say()
+	s.Words = show.Words
 	d.mu.Unlock()
+	d.Journal.Add(journal.Diff(l.shown, show, now)...)
+	l.shown = show
 	if wish {
 		signal(d.keeper)
 	}
@@ -276,10 +299,7 @@ func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 	if first {
 		d.Notify("READY=1")
 	}
-	if l.tunnel.Open {
-		show.Tunnel = &netd.TunnelStatus{Inner: l.tunnel.Assignment.Inner, Gateway: l.tunnel.Gateway}
-	}
-	if line := show.Line(); line != l.line {
+	if line := show.Line() + " / " + show.Words.JA; line != l.line {
 		l.line = line
 		d.Notify("STATUS=" + line)
 	}

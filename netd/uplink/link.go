@@ -14,6 +14,7 @@ type Link struct {
 	Name     string
 	Hardware net.HardwareAddr
 	Carrier  bool
+	Flaps    uint32 // how often the carrier came or went: after it, the network may be another
 	Kind     string // netd.KindWired, KindWifi or KindUSB
 	Driver   string // the kernel's name of it
 	Device   string // vendor and product of a USB device, "12d1:14db"

@@ -142,7 +142,7 @@ func (m *Manager) follow(ctx context.Context, list []Link) (changed bool) {
 		if r == nil {
 			r = &record{uplink: netd.Uplink{Name: l.Name}}
 			m.known[l.Name] = r
-		} else if r.link.Carrier == l.Carrier {
+		} else if r.link.Carrier == l.Carrier && (r.link.Flaps == l.Flaps || !l.Carrier) {
 			continue
 		}
 		r.link, changed = l, true

@@ -20,6 +20,7 @@ import (
 const usage = `usage: netd run [-config FILE] [-attestd SOCKET] [-linkd SOCKET] [-inside FILE] [-socket PATH]
        netd close [-inside FILE]
        netd status [-socket PATH] [--json]
+       netd journal [-socket PATH] [--json] [--save FILE]
        netd ciphers [--json]
 
 run      Keeps a DHCPv4 lease on one wired link, opens the tunnel while
@@ -31,19 +32,24 @@ run      Keeps a DHCPv4 lease on one wired link, opens the tunnel while
 close    Applies the closed ruleset to both namespaces, makes "inside" if there
          is none, switches IPv6 autoconfiguration off, and reads it all back.
          Exit status 0 means: nothing passes.
-status   Shows the state, uplink and tunnel of the running netd.
+status   Shows the state, uplinks, tunnel and office of the running netd, first
+         in words, in English and Japanese.
+journal  Shows what happened to the network lately: changes of state, uplink,
+         MTU, radio, tunnel, office and clock, nothing of what was carried.
+         --save writes it to a file for the help desk.
 ciphers  Lists the algorithms in force.
 
-states: Dark (no usable uplink), Linked (uplink only), Attesting (waiting for
-the verifier or the gateway), Tunnel (open)
+states: Dark (no usable uplink), Linked (uplink only), Portal (somebody else
+answers in place of our servers: sign in), Attesting (waiting for the verifier
+or the gateway), Tunnel (open), Office (open, the LAN is proven to be ours)
 
 exit status: 0 done, or ended by a signal; 1 failure; 2 wrong usage
 `
 
 // options are the flags of every subcommand.
 type options struct {
-	config, attestd, linkd, inside, socket string
-	json                                   bool
+	config, attestd, linkd, inside, socket, save string
+	json                                         bool
 }
 
 func main() {
@@ -54,7 +60,7 @@ func main() {
 }
 
 func command(ctx context.Context, args []string) int {
-	commands := map[string]func(context.Context, options) error{"run": run, "close": closed, "status": status, "ciphers": ciphers}
+	commands := map[string]func(context.Context, options) error{"run": run, "close": closed, "status": status, "journal": showJournal, "ciphers": ciphers}
 	if len(args) == 0 {
 		fmt.Fprint(os.Stderr, usage)
 		return 2
@@ -76,6 +82,7 @@ func command(ctx context.Context, args []string) int {
 	flags.StringVar(&o.linkd, "linkd", "/run/sekisho/linkd.sock", "socket of linkd")
 	flags.StringVar(&o.inside, "inside", "/run/netns/inside", "file of the namespace inside")
 	flags.StringVar(&o.socket, "socket", "/run/sekisho/netd.sock", "own socket, unless LISTEN_FDS passes it")
+	flags.StringVar(&o.save, "save", "", "write the journal to this file")
 	flags.BoolVar(&o.json, "json", false, "print JSON")
 	switch err := flags.Parse(args[1:]); {
 	case errors.Is(err, flag.ErrHelp):

@@ -10,8 +10,10 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"time"
 
 	notify "github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
 
 	"sekisho/attest"
 	"sekisho/attest/gate"
@@ -68,6 +70,7 @@ func run(ctx context.Context, o options) error {
 		Attestation: gate.NewClient(o.attestd),
 		Configure:   func(ctx context.Context, c guestlink.Config) error { return configure(ctx, o.linkd, c) },
 		Notify:      func(s string) { notify.SdNotify(false, s) },
+		SetClock:    setClock,
 		Watchdog:    watchdog > 0,
 		Unserved:    func() []netd.Unserved { return kernel.Unserved(os.DirFS("/sys")) },
 		Log:         log,
@@ -85,7 +88,8 @@ func run(ctx context.Context, o options) error {
 		parts.Go(func() { cancel(pipe.Run(ctx)) })
 	}
 	parts.Go(func() {
-		cancel(api.Serve(ctx, socket, api.OwnerOrRoot, func() any { return d.Status() }))
+		cancel(api.Serve(ctx, socket, api.OwnerOrRoot, func() any { return d.Status() },
+			api.JSON("/v1/journal", func() any { return d.Journal.Report(time.Now()) })))
 	})
 	err = d.Run(ctx)
 	cause := context.Cause(ctx)
@@ -95,6 +99,12 @@ func run(ctx context.Context, o options) error {
 		return nil
 	}
 	return fmt.Errorf("%w (%w)", cause, err)
+}
+
+// setClock sets the system's clock (clock_settime(2)); it needs CAP_SYS_TIME.
+func setClock(t time.Time) error {
+	ts := unix.NsecToTimespec(t.UnixNano())
+	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
 }
 
 // officePipe makes the way to an office's LAN, if the organisation has offices.

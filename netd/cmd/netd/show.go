@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"sekisho/attest/cryptrec"
 	"sekisho/netd"
 	"sekisho/netd/internal/api"
+	"sekisho/netd/journal"
 )
 
 // status is "netd status".
@@ -30,6 +32,7 @@ func status(ctx context.Context, o options) error {
 
 func printStatus(w io.Writer, s netd.Status) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(t, "%s\n%s\n\n", s.Words.EN, s.Words.JA)
 	fmt.Fprintf(t, "state\t%s\n", s.Line())
 	fmt.Fprintf(t, "since\t%s\n", s.Since.Format(time.DateTime))
 	if s.Reason != "" {
@@ -46,12 +49,62 @@ func printStatus(w io.Writer, s netd.Status) error {
 		fmt.Fprintf(t, "\tsent %d packets %d B, received %d packets %d B, dropped %d\n",
 			n.Counters.SentPackets, n.Counters.SentBytes, n.Counters.ReceivedPackets, n.Counters.ReceivedBytes, n.Counters.Dropped)
 	}
+	if o := s.Office; o != nil {
+		stay := ""
+		if o.StayInTunnel {
+			stay = ", but the organisation stays in the tunnel"
+		}
+		fmt.Fprintf(t, "office\t%s proven by %s on %s since %s%s\n", o.Site, o.Beacon, o.Link, o.Since.Format(time.DateTime), stay)
+		fmt.Fprintf(t, "\treached directly: %v\n", o.Networks)
+	}
+	for _, u := range s.Uplinks {
+		if u.Name == s.Uplink.Name {
+			continue
+		}
+		fmt.Fprintf(t, "other\t%s %s %s %s", u.Name, u.Kind, u.Address, u.Detail)
+		if u.Network != "" {
+			fmt.Fprintf(t, " signal %d dBm", u.Signal)
+		}
+		fmt.Fprintln(t)
+	}
 	for i, h := range s.History {
 		label := ""
 		if i == 0 {
 			label = "history"
 		}
 		fmt.Fprintf(t, "%s\t%s %s %s\n", label, h.At.Format(time.DateTime), h.State, h.Detail)
+	}
+	return t.Flush()
+}
+
+// showJournal is "netd journal".
+func showJournal(ctx context.Context, o options) error {
+	var r journal.Report
+	if err := api.Do(ctx, o.socket, "GET", "/v1/journal", nil, &r); err != nil {
+		return fmt.Errorf("%w; is netd running?", err)
+	}
+	out := os.Stdout
+	if o.save != "" {
+		f, err := os.OpenFile(o.save, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		out = f
+	}
+	if o.json {
+		return printJSON(out, r)
+	}
+	return errors.Join(printJournal(out, r), out.Sync())
+}
+
+func printJournal(w io.Writer, r journal.Report) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	if r.Dropped > 0 {
+		fmt.Fprintf(t, "%d older events are forgotten / 古い %d 件は破棄されました\n", r.Dropped, r.Dropped)
+	}
+	for _, e := range r.Events {
+		fmt.Fprintf(t, "%s\t%s\t%s / %s\n", e.At.Format(time.DateTime+".000"), e.Kind, e.EN, e.JA)
 	}
 	return t.Flush()
 }

@@ -55,14 +55,23 @@ func Listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
+// JSON shows what get returns at GET path.
+func JSON(path string, get func() any) func(*http.ServeMux) {
+	return func(mux *http.ServeMux) {
+		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			json.NewEncoder(w).Encode(get())
+		})
+	}
+}
+
 // Serve answers GET /v1/status with what status returns, in JSON, until ctx is
-// done. allow decides about each connection. It closes l.
-func Serve(ctx context.Context, l net.Listener, allow func(net.Conn) error, status func() any) error {
+// done, and what more adds. allow decides about each connection. It closes l.
+func Serve(ctx context.Context, l net.Listener, allow func(net.Conn) error, status func() any, more ...func(*http.ServeMux)) error {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		json.NewEncoder(w).Encode(status())
-	})
+	for _, add := range append(more, JSON("/v1/status", status)) {
+		add(mux)
+	}
 	srv := &http.Server{
 		Handler: mux, ReadTimeout: timeout, WriteTimeout: timeout, IdleTimeout: timeout, MaxHeaderBytes: 8 << 10,
 	}

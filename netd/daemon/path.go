@@ -1,0 +1,190 @@
+//go:build linux
+
+package daemon
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"time"
+
+	"sekisho/netd"
+	"sekisho/netd/journal"
+	"sekisho/netd/path"
+)
+
+const (
+	// askEvery is how often the servers are asked who they are while nothing is
+	// open, and clockEvery how often the verifier is asked for the time at least.
+	askEvery, clockEvery = 5 * time.Second, 10 * time.Minute
+	// slept is how far the wall clock may run away from the monotonic one,
+	// which stands still while the laptop is suspended, before it is doubted.
+	slept = 5 * time.Second
+)
+
+// asked is what the path's watcher is to find out.
+type asked struct {
+	link    string
+	source  netip.Addr
+	flaps   uint32
+	closed  bool // nothing is open: ask often, and who answers
+	doubted int  // rises when the clock is in doubt
+}
+
+// pathFinding is what the path's watcher found on an uplink.
+type pathFinding struct {
+	link   string
+	source netip.Addr
+	flaps  uint32
+	portal bool
+	who    netip.AddrPort // where somebody else answers
+	what   string
+}
+
+// watchPath asks the servers who they are, and verifiers for the time.
+func (d *Daemon) watchPath(ctx context.Context) {
+	roots, err := d.Organization.Roots()
+	if err != nil {
+		d.Log.Error("no path probe", "err", err)
+		return
+	}
+	floor := path.Floor(certificates(d.Organization.CA))
+	var last, want asked
+	var clocked time.Time // when the verifier signed the time last
+	for ctx.Err() == nil {
+		d.mu.Lock()
+		want = d.ask
+		d.mu.Unlock()
+		due := want != last && (want.closed || want.doubted != last.doubted) || want.closed || time.Since(clocked) > clockEvery
+		if want.link != "" && due {
+			var signed bool
+			if floor, signed = d.askPath(ctx, want, path.Prober{Roots: roots, Floor: floor, Link: want.link, Source: want.source}); signed {
+				clocked = time.Now()
+			} else if !want.closed {
+				clocked = time.Now().Add(askEvery - clockEvery) // soon again
+			}
+		}
+		last = want
+		wait(ctx, askEvery/2+rand.N(askEvery/2), d.asker)
+	}
+}
+
+// askPath asks every server once. It returns the floor for the next time, and
+// whether a verifier signed the time.
+func (d *Daemon) askPath(ctx context.Context, want asked, p path.Prober) (floor time.Time, signed bool) {
+	var mu sync.Mutex
+	var all sync.WaitGroup
+	var results []path.Result
+	ask := func(r path.Result) {
+		mu.Lock()
+		defer mu.Unlock()
+		results = append(results, r)
+	}
+	for _, e := range d.Organization.Verifiers {
+		all.Go(func() { ask(d.probe(ctx, p, e, true)) })
+	}
+	if want.closed {
+		for _, e := range d.Organization.Gateways {
+			all.Go(func() { ask(d.probe(ctx, p, e, false)) })
+		}
+	}
+	all.Wait()
+	f := pathFinding{link: want.link, source: want.source, flaps: want.flaps}
+	var answers []path.Answer
+	floor = p.Floor
+	for _, r := range results {
+		answers = append(answers, r.Answer)
+		if r.Answer == path.Foreign && !f.who.IsValid() {
+			f.who, f.what = r.Endpoint, r.What
+		}
+		if !r.Time.IsZero() && !signed {
+			floor, signed = d.correct(r, p.Floor)
+		}
+	}
+	f.portal = path.Portal(answers)
+	if ctx.Err() == nil && want.closed {
+		d.update(func(r *reports) { r.path = f })
+	}
+	return floor, signed
+}
+
+// correct sets the clock if a signed time says that it is wrong, and returns
+// the floor that follows: the right time itself, for time does not go back.
+func (d *Daemon) correct(r path.Result, floor time.Time) (time.Time, bool) {
+	local := time.Now()
+	right, set, err := path.Correct(local, r.Time, r.Trip, floor)
+	if err != nil {
+		d.Log.Warn("time refused", "from", r.Endpoint, "err", err)
+		return floor, false
+	}
+	if set {
+		err := d.SetClock(right)
+		d.Log.Warn("clock", "was", local.UTC().Format(time.RFC3339), "right", right.UTC().Format(time.RFC3339), "err", err)
+		e := journal.Event{At: right, Kind: journal.Clock, Code: "set",
+			EN: fmt.Sprintf("clock was %s, set to %s, signed by %s", local.UTC().Format(time.RFC3339), right.UTC().Format(time.RFC3339), r.Endpoint),
+			JA: fmt.Sprintf("時計を %s から %s に修正（%s の署名付き時刻）", local.UTC().Format(time.RFC3339), right.UTC().Format(time.RFC3339), r.Endpoint)}
+		if err != nil {
+			e.Code, e.EN, e.JA = "wrong", e.EN+": "+err.Error(), e.JA+": 失敗"
+		}
+		d.Journal.Add(e)
+		signal(d.wake)
+	}
+	return right, true
+}
+
+// look tells the path's watcher what the loop wants to know.
+func (l *loop) look(state netd.State, now time.Time) {
+	u := l.in.uplink
+	// The monotonic clock does not run in suspend, the wall clock does, and
+	// neither does anybody who sets it: both are reasons to ask.
+	if !l.looked0.IsZero() && (now.Round(0).Sub(l.looked0.Round(0))-now.Sub(l.looked0)).Abs() > slept {
+		l.ask.doubted++
+	}
+	l.looked0 = now
+	want := asked{doubted: l.ask.doubted}
+	if u.Usable() {
+		want.link, want.source, want.flaps = u.Name, u.Address.Addr(), l.flaps(u.Name)
+		want.closed = !l.tunnel.Open
+	}
+	if want == l.ask {
+		return
+	}
+	l.ask = want
+	l.d.mu.Lock()
+	l.d.ask = want
+	l.d.mu.Unlock()
+	signal(l.d.asker)
+}
+
+// portal reports whether the last answers on the present uplink were somebody else's.
+func (l *loop) portal() bool {
+	p, u := l.in.path, l.in.uplink
+	return p.portal && p.link == u.Name && p.source == u.Address.Addr() && p.flaps == l.flaps(u.Name)
+}
+
+func (l *loop) flaps(name string) uint32 {
+	for _, k := range l.outside {
+		if k.Name == name {
+			return k.Flaps
+		}
+	}
+	return 0
+}
+
+// certificates parses those in PEM that can be; the pool made of the same text
+// has refused the rest.
+func certificates(text string) (out []*x509.Certificate) {
+	for rest := []byte(text); ; {
+		var b *pem.Block
+		if b, rest = pem.Decode(rest); b == nil {
+			return out
+		}
+		if c, err := x509.ParseCertificate(b.Bytes); err == nil {
+			out = append(out, c)
+		}
+	}
+}

@@ -1,0 +1,47 @@
+package netd
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"strings"
+	"testing"
+	"unicode"
+)
+
+// TestEveryReasonHasWords reads the reason codes from the source, so that none
+// can be forgotten.
+func TestEveryReasonHasWords(t *testing.T) {
+	known := reasons()
+	for _, file := range []string{"status.go", "words.go"} {
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(f, func(n ast.Node) bool {
+			if v, ok := n.(*ast.ValueSpec); ok && strings.HasPrefix(v.Names[0].Name, "Reason") && len(v.Values) == 1 {
+				code := strings.Trim(v.Values[0].(*ast.BasicLit).Value, `"`)
+				if w := known[code]; w.EN == "" || !strings.ContainsFunc(w.JA, func(r rune) bool { return unicode.In(r, unicode.Hiragana) }) {
+					t.Errorf("reason %q: words %+v", code, w)
+				}
+			}
+			return true
+		})
+	}
+}
+
+func TestSay(t *testing.T) {
+	for want, s := range map[string]Status{
+		"Office hq": {State: Office, Office: &OfficeStatus{Site: "hq"}, Tunnel: &TunnelStatus{}},
+		"Office hq; LGWAN is not reachable at the moment": {State: Office, Office: &OfficeStatus{Site: "hq"}},
+		"LGWAN":                          {State: Tunnel},
+		"Sign in to this Wi-Fi":          {State: Portal, Uplink: Uplink{Kind: KindWifi}},
+		"Sign in to this network":        {State: Portal},
+		"Blocked: no network card found": {Reason: ReasonNoLink},
+		"Blocked: the security check does not admit this laptop (pcr-mismatch); tell the help desk": {State: Attesting, Reason: "pcr-mismatch"},
+	} {
+		if got := s.Say(); got.EN != want || got.JA == "" {
+			t.Errorf("%+v, want %q", got, want)
+		}
+	}
+}
