@@ -5,6 +5,8 @@ package attest
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -37,11 +39,21 @@ const (
 	FirmwareBIOS = "bios"
 )
 
+// What becomes of what the work domain writes to its disk. The disk is
+// encrypted either way.
+const (
+	DiskPersistent = "persistent"
+	// DiskEphemeral sends writes to a layer whose key is in memory alone: they
+	// are gone when the laptop is switched off.
+	DiskEphemeral = "ephemeral"
+)
+
 // WorkDomain says how the host domain runs the work domain.
 type WorkDomain struct {
 	MemoryMiB int    `json:"memory_mib"`
 	VCPUs     int    `json:"vcpus"`
 	Firmware  string `json:"firmware"` // FirmwareUEFI or FirmwareBIOS
+	Disk      string `json:"disk"`     // DiskPersistent or DiskEphemeral
 }
 
 // Organization is the configuration of one organisation's laptops. It is part
@@ -60,6 +72,9 @@ type Organization struct {
 	// Groups names devices by their ids in hexadecimal, for rules.
 	Groups map[string][]string `json:"groups,omitempty"`
 	Logon  *Logon              `json:"logon,omitempty"` // absent: the work domain has no card reader
+	// EscrowKey is the public key (PEM, P-256) to which the recovery keys of
+	// the work domains' disks are encrypted. Without it no disk is made.
+	EscrowKey string `json:"escrow_key,omitempty"`
 }
 
 // Beacon is the server that proves a LAN to be one of the organisation's.
@@ -195,6 +210,14 @@ func (o *Organization) Validate() error {
 	if o.Logon != nil {
 		errs = append(errs, o.Logon.Validate())
 	}
+	if d := o.WorkDomain.Disk; d != DiskPersistent && d != DiskEphemeral {
+		fail("work_domain: disk %q: want %q or %q", d, DiskPersistent, DiskEphemeral)
+	}
+	if o.EscrowKey != "" {
+		if _, err := o.Escrow(); err != nil {
+			errs = append(errs, err)
+		}
+	}
 	return errors.Join(errs...)
 }
 
@@ -202,6 +225,29 @@ func (o *Organization) Validate() error {
 func (e Endpoint) unicast() bool {
 	a := e.Address.Addr()
 	return e.Address.IsValid() && e.Address.Port() != 0 && !a.IsLoopback() && !a.IsMulticast() && !a.IsUnspecified()
+}
+
+// ErrNoEscrow: the organisation has no escrow key.
+var ErrNoEscrow = errors.New("organization: escrow_key is empty: recovery keys could not be escrowed, so no disk is made")
+
+// Escrow returns the public key made of o.EscrowKey.
+func (o *Organization) Escrow() (*ecdsa.PublicKey, error) {
+	if o.EscrowKey == "" {
+		return nil, ErrNoEscrow
+	}
+	b, rest := pem.Decode([]byte(o.EscrowKey))
+	if b == nil || len(bytes.TrimSpace(rest)) > 0 {
+		return nil, errors.New("organization: escrow_key: want one PEM block with a public key")
+	}
+	k, err := x509.ParsePKIXPublicKey(b.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("organization: escrow_key: %w", err)
+	}
+	ec, ok := k.(*ecdsa.PublicKey)
+	if !ok || ec.Curve != elliptic.P256() {
+		return nil, fmt.Errorf("organization: escrow_key of type %T, want ECDSA on P-256", k)
+	}
+	return ec, nil
 }
 
 // Roots returns the certificate pool made of o.CA.

@@ -15,6 +15,7 @@ const (
 	PathEnrolFinish = "/v1/enroll/finish" // POST EnrolAnswer → Enrolment
 	PathChallenge   = "/v1/challenge"     // POST ChallengeRequest → Challenge
 	PathAttest      = "/v1/attest"        // POST Evidence → AttestResponse
+	PathEscrow      = "/v1/escrow"        // POST EscrowRequest → {}
 )
 
 // MaxMessage bounds every JSON body of the API in bytes.
@@ -65,6 +66,22 @@ type AttestResponse struct {
 	Result Result   `json:"result"`
 	Chain  [][]byte `json:"chain,omitempty"` // DER, the device's first
 	Token  []byte   `json:"token,omitempty"` // the result as an EAR, signed by the verifier
+}
+
+// EscrowRequest hands an escrowed recovery key over. The credential in force
+// signs it, so that no one but the device itself has anything stored.
+type EscrowRequest struct {
+	Escrow    []byte   `json:"escrow"`    // seal.Escrow in JSON
+	Chain     [][]byte `json:"chain"`     // DER, the device's certificate first
+	Signature []byte   `json:"signature"` // ASN.1, of EscrowDigest
+}
+
+// EscrowDigest is what the credential key signs for an escrow.
+func EscrowDigest(escrow []byte) Digest {
+	h := sha256.New()
+	h.Write([]byte("sekisho/escrow/1"))
+	h.Write(escrow)
+	return Digest(h.Sum(nil))
 }
 
 // EnrolProof is HMAC-SHA-256, keyed with the unwrapped secret, over the whole

@@ -30,12 +30,15 @@ const (
 	HostReference = "host.reference.json" // attest.ReferenceValues of it
 	WorkImage     = "work.img"            // disk of the stand-in work domain
 	WorkManifest  = "work.manifest.json"
-	LaptopDisk    = "laptop.img"   // GPT disk: esp, sekisho-state, sekisho-work
+	LaptopDisk    = "laptop.img"   // GPT disk, docs/host-domain.md
 	LaptopVars    = "OVMF_VARS.fd" // firmware variables with our keys alone
 )
 
 // BlankVars is the blank variable file of Debian's package ovmf.
 const BlankVars = "/usr/share/OVMF/OVMF_VARS_4M.fd"
+
+// scratchSize is of the partition sekisho-scratch in bytes.
+const scratchSize = 256 << 20
 
 // maxOrganization bounds the organisation file before it is read, in bytes.
 const maxOrganization = 256 << 10
@@ -199,7 +202,7 @@ func (b *Builder) Work(ctx context.Context, lab, refresh bool) ([]File, error) {
 	b.step("writing the work domain's disk")
 	name := filepath.Join(b.Out, WorkImage)
 	bios := &disk.BIOS{Kernel: img.Kernel, Initrd: img.Initrd, Cmdline: workCommandLine}
-	if err := disk.Create(name, disk.Layout{Boot: image, BIOS: bios}); err != nil {
+	if err := disk.Create(name, disk.Layout{Boot: image, BIOS: bios, Small: true}); err != nil {
 		return nil, err
 	}
 	return append(files, File{name, size(name)}), nil
@@ -229,7 +232,7 @@ func (b *Builder) Disk(work string) ([]File, error) {
 	}
 	b.step("writing the laptop's disk")
 	name := filepath.Join(b.Out, LaptopDisk)
-	if err := disk.Create(name, disk.Layout{Boot: image, State: true, Work: work}); err != nil {
+	if err := disk.Create(name, disk.Layout{Boot: image, State: true, Factory: work, Scratch: scratchSize}); err != nil {
 		return nil, err
 	}
 	files, err := b.write(content{LaptopVars, vars})

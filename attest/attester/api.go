@@ -67,10 +67,10 @@ func (a *Attester) handler() http.Handler {
 	})
 	mux.HandleFunc("POST /v1/sign", a.serveSign)
 	mux.HandleFunc("POST /v1/events", a.serveEvent)
-	mux.HandleFunc("POST /v1/unlock", a.serveUnlock)
 	if a.Logon != nil {
 		a.logonRoutes(mux)
 	}
+	a.volumeRoutes(mux)
 	return mux
 }
 

@@ -20,6 +20,7 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/gate"
+	"sekisho/attest/seal"
 	"sekisho/attest/tpm"
 )
 
@@ -94,6 +95,7 @@ type Attester struct {
 	facts  Facts
 	chain  []*x509.Certificate // credential, while one was given
 	lapse  *time.Timer         // publishes at the credential's end
+	making *seal.Unbound       // volume in the making
 	status gate.Status
 	change chan struct{} // closed at the next change of status
 }

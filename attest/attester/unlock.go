@@ -1,13 +1,10 @@
 package attester
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 
 	"sekisho/attest"
-	"sekisho/attest/gate"
 	"sekisho/attest/seal"
 )
 
@@ -54,32 +51,4 @@ func (a *Attester) Unlock(v *seal.Volume, header attest.Digest, release []byte) 
 		return seal.Secret{}, fmt.Errorf("unlock: the use of the key could not be measured, so it is not given: %w", err)
 	}
 	return key, nil
-}
-
-// serveUnlock answers POST /v1/unlock, for root alone.
-func (a *Attester) serveUnlock(w http.ResponseWriter, r *http.Request) {
-	if !isRoot(r) {
-		http.Error(w, "only root may have a key", http.StatusForbidden)
-		return
-	}
-	var req gate.UnlockRequest
-	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxUnlock))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&req); err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
-		return
-	}
-	v, err := seal.ParseVolume(req.Volume)
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
-		return
-	}
-	key, err := a.Unlock(v, req.Header, req.Release)
-	if err != nil {
-		a.Log.Warn("unlock", "purpose", v.Purpose, "error", err)
-		http.Error(w, err.Error(), http.StatusForbidden)
-		return
-	}
-	defer key.Wipe()
-	writeJSON(w, gate.UnlockResponse{Key: key.Reveal()})
 }

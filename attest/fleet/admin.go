@@ -90,6 +90,7 @@ func AdminHandler(s *Service, log *slog.Logger) http.Handler {
 	mux.HandleFunc("GET "+AdminReferences, a.references)
 	mux.HandleFunc("POST "+AdminReferences, a.addReference)
 	mux.HandleFunc("DELETE "+AdminReferences, a.removeReference)
+	mux.HandleFunc("GET "+AdminEscrows+"/{id}", a.escrows)
 	a.identityRoutes(mux)
 	a.policyRoutes(mux)
 	return mux

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/seal"
 )
 
 // maxAdminAnswer bounds an answer of the admin API in bytes.
@@ -53,6 +54,11 @@ func (a *Admin) Device(ctx context.Context, id string) (d Device, err error) {
 // Retire ends a device.
 func (a *Admin) Retire(ctx context.Context, id, reason string) (f Former, err error) {
 	return f, a.do(ctx, http.MethodDelete, AdminDevices+"/"+url.PathEscape(id)+"?reason="+url.QueryEscape(reason), nil, &f)
+}
+
+// Escrows lists the escrowed recovery keys of a device, oldest first.
+func (a *Admin) Escrows(ctx context.Context, id string) (list []seal.Escrow, err error) {
+	return list, a.do(ctx, http.MethodGet, AdminEscrows+"/"+url.PathEscape(id), nil, &list)
 }
 
 // Results lists the last results, oldest first.

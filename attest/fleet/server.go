@@ -81,7 +81,7 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 	return err
 }
 
-// Handler returns the API. What is not one of its four routes is refused.
+// Handler returns the API. What is not one of its five routes is refused.
 func Handler(s *Service, log *slog.Logger) http.Handler {
 	a := &api{s, log, newLimiter(s.Now), make(chan struct{}, maxWork)}
 	mux := http.NewServeMux()
@@ -89,6 +89,7 @@ func Handler(s *Service, log *slog.Logger) http.Handler {
 	mux.HandleFunc("POST "+attest.PathEnrolFinish, a.limited(a.finish))
 	mux.HandleFunc("POST "+attest.PathChallenge, a.limited(a.challenge))
 	mux.HandleFunc("POST "+attest.PathAttest, a.limited(a.attest))
+	mux.HandleFunc("POST "+attest.PathEscrow, a.limited(a.escrow))
 	return mux
 }
 

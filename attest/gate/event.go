@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"time"
 
 	"sekisho/attest"
 )
@@ -50,27 +51,129 @@ type UnlockResponse struct {
 	Key []byte `json:"key"`
 }
 
+// VolumeRequest asks attestd to make the key of a new volume.
+type VolumeRequest struct {
+	Release json.RawMessage `json:"release"` // the image's signed policies
+}
+
+// NewVolume is a volume in the making. All of it is secret but the id.
+type NewVolume struct {
+	ID       []byte `json:"id"`
+	Key      []byte `json:"key"`
+	Recovery string `json:"recovery"` // recovery key, to be shown once
+}
+
+// BindRequest ties the volume in the making to its header.
+type BindRequest struct {
+	ID     []byte        `json:"id"`
+	Header attest.Digest `json:"header"`
+}
+
+// RecoverRequest asks for a volume's key by its recovery key.
+type RecoverRequest struct {
+	UnlockRequest
+	Recovery string `json:"recovery"` // secret
+}
+
+// BoundVolume is what stands on the disk beside an encrypted volume.
+type BoundVolume struct {
+	Volume []byte `json:"volume"`
+}
+
+// RecoverResponse is the key, a secret, and the volume sealed anew to this
+// TPM, if that could be done.
+type RecoverResponse struct {
+	Key    []byte `json:"key"`
+	Volume []byte `json:"volume,omitempty"`
+}
+
+// volumeTimeout bounds a request about a volume: a discrete TPM may take
+// most of a minute to count up to the first epoch.
+const volumeTimeout = 2 * time.Minute
+
+// Codes of KeyRefused: what keeps a key shut until somebody does something.
+const (
+	CodeSecureBoot = "pcr-7"       // Secure Boot is off, or its keys are others
+	CodeImage      = "pcr-11"      // not the image or command line that was signed
+	CodeUsed       = "pcr-15"      // a key was used already in this boot
+	CodeRolledBack = "rolled-back" // older than a release that this device has run
+	CodeOtherTPM   = "other-tpm"   // not the TPM that sealed, or it was cleared
+	CodeHeader     = "header"      // not the header that the key belongs to
+	CodeNoEscrow   = "no-escrow"   // the organisation has no escrow key
+	CodePolicy     = "no-policy"   // the image has no usable signed policies
+	CodeRecovery   = "recovery"    // not the volume's recovery key
+	CodeRefused    = "refused"     // the TPM refused and nothing shows why
+)
+
+// KeyRefused is attestd's answer when there is no key. Without codes trying
+// again may help.
+type KeyRefused struct {
+	Codes  []string `json:"codes"`
+	Detail string   `json:"detail"`
+}
+
+func (k *KeyRefused) Error() string { return k.Detail }
+
+// ErrNotEscrowed: the recovery key could not be handed to the organisation
+// yet. Try again.
+var ErrNotEscrowed = errors.New("the recovery key is not in the organisation's hands yet")
+
 // Unlock returns the key of a sealed volume. A nil error means that this boot
 // is one that the release signed, that the header is the volume's own, and
-// that the use is measured. The error says what differs. Only root may do
-// this, once in a boot.
+// that the use is measured. The error, a *KeyRefused, says what differs. Only
+// root may do this, once in a boot.
 func (c *Client) Unlock(ctx context.Context, r UnlockRequest) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	body, err := json.Marshal(r)
-	if err != nil {
-		return nil, err
-	}
-	code, answer, err := c.do(ctx, http.MethodPost, "/v1/unlock", body)
-	if err != nil {
-		return nil, err
-	}
-	if code != http.StatusOK {
-		return nil, fmt.Errorf("attestd: POST /v1/unlock: %.800s", bytes.TrimSpace(answer))
-	}
 	var k UnlockResponse
-	if err := json.Unmarshal(answer, &k); err != nil {
-		return nil, fmt.Errorf("attestd: POST /v1/unlock: %w", err)
+	err := c.ask(ctx, "/v1/unlock", r, &k)
+	return k.Key, err
+}
+
+// NewVolume has attestd make a key and seal it, with the rollback counter that
+// goes with it. Nothing of it lasts until BindVolume.
+func (c *Client) NewVolume(ctx context.Context, r VolumeRequest) (v NewVolume, err error) {
+	return v, c.ask(ctx, "/v1/volume", r, &v)
+}
+
+// BindVolume returns the volume for its header. A nil error means that the
+// organisation has the recovery key in escrow and that the use of the key is
+// measured; ErrNotEscrowed, that the verifier has not affirmed this laptop yet
+// or does not answer.
+func (c *Client) BindVolume(ctx context.Context, r BindRequest) ([]byte, error) {
+	var v BoundVolume
+	err := c.ask(ctx, "/v1/volume/bind", r, &v)
+	return v.Volume, err
+}
+
+// Recover is Unlock by the recovery key instead of by policy.
+func (c *Client) Recover(ctx context.Context, r RecoverRequest) (k RecoverResponse, err error) {
+	return k, c.ask(ctx, "/v1/volume/recover", r, &k)
+}
+
+// ask posts a request about a volume.
+func (c *Client) ask(ctx context.Context, path string, question, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, volumeTimeout)
+	defer cancel()
+	body, err := json.Marshal(question)
+	if err != nil {
+		return err
 	}
-	return k.Key, nil
+	code, text, err := c.do(ctx, http.MethodPost, path, body)
+	switch {
+	case err != nil:
+		return err
+	case code == http.StatusServiceUnavailable:
+		return fmt.Errorf("%w: %.400s", ErrNotEscrowed, bytes.TrimSpace(text))
+	case code == http.StatusForbidden:
+		var k KeyRefused
+		if err := json.Unmarshal(text, &k); err != nil {
+			return fmt.Errorf("attestd: POST %s: %.400s", path, bytes.TrimSpace(text))
+		}
+		return &k
+	case code != http.StatusOK:
+		return fmt.Errorf("attestd: POST %s: http status %d: %.400s", path, code, bytes.TrimSpace(text))
+	}
+	if err := json.Unmarshal(text, answer); err != nil {
+		return fmt.Errorf("attestd: POST %s: %w", path, err)
+	}
+	return nil
 }

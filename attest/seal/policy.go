@@ -60,9 +60,8 @@ func PCRsOf(purpose string) []int {
 const (
 	CounterIndex = 0x01805345 // in the owner's range (TCG Registry of Reserved TPM 2.0 Handles, section 2.2.2)
 	// FirstEpoch is the epoch of the first release. A new TPM's counter starts
-	// a little above zero, by what other counters it has had; the device
-	// counts it up to this when the disk is sealed.
-	FirstEpoch = 64
+	// a little above zero, by what other counters it has had.
+	FirstEpoch = 16
 	// maxEpoch keeps counting up within what an NV memory bears.
 	maxEpoch = FirstEpoch + 1<<12
 )

@@ -36,20 +36,23 @@ func NewRecovery() Recovery {
 	return Recovery{Secret{b}}
 }
 
+// ErrRecovery: not a recovery key, or not the volume's.
+var ErrRecovery = errors.New("wrong recovery key")
+
 // ParseRecovery reads what Reveal gave; people may put spaces for the hyphens.
 func ParseRecovery(text string) (Recovery, error) {
 	if len(text) > 128 {
-		return Recovery{}, fmt.Errorf("recovery key of %d characters", len(text))
+		return Recovery{}, fmt.Errorf("%w: %d characters", ErrRecovery, len(text))
 	}
 	groups := strings.FieldsFunc(text, func(r rune) bool { return r == '-' || r == ' ' || r == '\n' })
 	if len(groups) != recoveryGroups {
-		return Recovery{}, fmt.Errorf("recovery key of %d groups, want %d of six digits", len(groups), recoveryGroups)
+		return Recovery{}, fmt.Errorf("%w: %d groups, want %d of six digits", ErrRecovery, len(groups), recoveryGroups)
 	}
 	var b []byte
 	for i, g := range groups {
 		n, err := strconv.ParseUint(g, 10, 32)
 		if err != nil || len(g) != 6 || n%groupFactor != 0 || n/groupFactor > 0xffff {
-			return Recovery{}, fmt.Errorf("recovery key: group %d is mistyped", i+1)
+			return Recovery{}, fmt.Errorf("%w: group %d is mistyped", ErrRecovery, i+1)
 		}
 		b = binary.BigEndian.AppendUint16(b, uint16(n/groupFactor))
 	}
@@ -87,9 +90,10 @@ func (e *Escrow) info() []byte {
 	return append(append([]byte("sekisho/escrow/1"), e.Device[:]...), e.Volume...)
 }
 
-// NewEscrow encrypts r to the organisation's escrow key.
-func NewEscrow(to *ecdsa.PublicKey, device attest.Digest, v *Volume, r Recovery, now time.Time) (*Escrow, error) {
-	e := &Escrow{Profile: escrowProfile, Device: device, Volume: v.ID, Created: now.UTC().Truncate(time.Second)}
+// NewEscrow encrypts r, of the volume with this id, to the organisation's
+// escrow key.
+func NewEscrow(to *ecdsa.PublicKey, device attest.Digest, volume []byte, r Recovery, now time.Time) (*Escrow, error) {
+	e := &Escrow{Profile: escrowProfile, Device: device, Volume: volume, Created: now.UTC().Truncate(time.Second)}
 	dh, err := to.ECDH()
 	if err != nil {
 		return nil, fmt.Errorf("escrow key: %w", err)

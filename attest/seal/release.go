@@ -108,6 +108,9 @@ func (r *Release) policy(key ReleaseKey, u use) (attest.Digest, error) {
 	return key.bootPolicy(u.ref, r.PCRs, r.Epoch)
 }
 
+// ErrRelease: these are not the signed policies of a release.
+var ErrRelease = errors.New("release policy cannot be used")
+
 // ParseRelease reads a Release. A nil error proves: it is signed by key, for
 // exactly the PCR values and the epoch that it states.
 func ParseRelease(data []byte, key ReleaseKey) (*Release, error) {
@@ -125,8 +128,17 @@ func ParseRelease(data []byte, key ReleaseKey) (*Release, error) {
 }
 
 // ReadRelease is ParseRelease with whatever key the release names: it proves
-// only that the release is consistent, and returns that key.
+// only that the release is consistent, and returns that key. Errors are
+// ErrRelease.
 func ReadRelease(data []byte) (*Release, ReleaseKey, error) {
+	r, key, err := readRelease(data)
+	if err != nil {
+		err = fmt.Errorf("%w: %w", ErrRelease, err)
+	}
+	return r, key, err
+}
+
+func readRelease(data []byte) (*Release, ReleaseKey, error) {
 	if len(data) > maxRelease {
 		return nil, ReleaseKey{}, fmt.Errorf("release policy: %d bytes, at most %d: %w", len(data), maxRelease, attest.ErrTooLarge)
 	}

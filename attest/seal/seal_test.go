@@ -256,7 +256,7 @@ func TestEscrow(t *testing.T) {
 		t.Fatal(err)
 	}
 	device := attest.Digest{9}
-	e, err := NewEscrow(&org.PublicKey, device, v, recovery, now)
+	e, err := NewEscrow(&org.PublicKey, device, v.ID, recovery, now)
 	if err != nil {
 		t.Fatal(err)
 	}

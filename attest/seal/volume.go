@@ -73,37 +73,69 @@ type Volume struct {
 	Recovery []byte `cbor:"6,keyasint"` // the secret once more, under the recovery key
 }
 
-// NewVolume makes a secret, has seal put it into the TPM, and returns the
-// volume for it with its key and with the recovery key, which is shown once
-// and kept nowhere. header is the SHA-256 of the volume's header.
-func NewVolume(purpose string, header attest.Digest, sealTo func(Secret) (Sealed, error)) (*Volume, Secret, Recovery, error) {
-	fail := func(err error) (*Volume, Secret, Recovery, error) {
-		return nil, Secret{}, Recovery{}, fmt.Errorf("new volume: %w", err)
-	}
+// Unbound is a volume in the making: it has a key, with which its header is
+// made, and it is nothing until Bind ties it to that header.
+type Unbound struct {
+	Key      Secret
+	Recovery Recovery // to be shown once and kept nowhere
+	volume   *Volume
+	secret   Secret
+}
+
+// Make makes a secret, has sealTo put it into the TPM, and returns the volume
+// to be made with it.
+func Make(purpose string, sealTo func(Secret) (Sealed, error)) (*Unbound, error) {
+	fail := func(err error) (*Unbound, error) { return nil, fmt.Errorf("new volume: %w", err) }
 	if purpose != PurposeDisk && purpose != PurposeLogin {
 		return fail(fmt.Errorf("nothing is sealed for %.64q", purpose))
 	}
-	secret := Secret{make([]byte, SecretSize)}
-	rand.Read(secret.b)
-	defer secret.Wipe()
-	v := &Volume{Profile: volumeProfile, Purpose: purpose, ID: make([]byte, 16)}
-	rand.Read(v.ID)
+	u := &Unbound{secret: Secret{make([]byte, SecretSize)}, Recovery: NewRecovery(),
+		volume: &Volume{Profile: volumeProfile, Purpose: purpose, ID: make([]byte, 16)}}
+	rand.Read(u.secret.b)
+	rand.Read(u.volume.ID)
 	var err error
-	if v.Sealed, err = sealTo(secret); err != nil {
+	if u.volume.Sealed, err = sealTo(u.secret); err != nil {
 		return fail(err)
 	}
-	if v.Header, err = v.tag(secret, header); err != nil {
+	if u.volume.Recovery, err = u.volume.wrap(u.Recovery, u.secret); err != nil {
 		return fail(err)
 	}
-	recovery := NewRecovery()
-	if v.Recovery, err = v.wrap(recovery, secret); err != nil {
+	if u.Key, err = u.volume.key(u.secret); err != nil {
 		return fail(err)
 	}
-	key, err := v.key(secret)
+	return u, nil
+}
+
+// ID names the volume, for the escrow of its recovery key.
+func (u *Unbound) ID() []byte { return u.volume.ID }
+
+// Lockout is the authorisation of the lock-out hierarchy of a TPM that the
+// volume is sealed to: who has the recovery key has it too.
+func (u *Unbound) Lockout() ([]byte, error) { return u.volume.derive(u.secret.b, "lockout") }
+
+// Bind returns the volume for the header with this SHA-256.
+func (u *Unbound) Bind(header attest.Digest) (*Volume, error) {
+	v := *u.volume
+	var err error
+	v.Header, err = v.tag(u.secret, header)
+	return &v, err
+}
+
+// Wipe overwrites the secrets.
+func (u *Unbound) Wipe() {
+	u.Key.Wipe()
+	u.secret.Wipe()
+	u.Recovery.secret.Wipe()
+}
+
+// NewVolume is Make and Bind in one, for a header that is there already.
+func NewVolume(purpose string, header attest.Digest, sealTo func(Secret) (Sealed, error)) (*Volume, Secret, Recovery, error) {
+	u, err := Make(purpose, sealTo)
 	if err != nil {
-		return fail(err)
+		return nil, Secret{}, Recovery{}, err
 	}
-	return v, key, recovery, nil
+	v, err := u.Bind(header)
+	return v, u.Key, u.Recovery, err
 }
 
 // ErrHeader: the volume's header is not the one that the key belongs to.
@@ -138,7 +170,7 @@ func (v *Volume) OpenRecovery(r Recovery, header attest.Digest) (key, secret Sec
 	}
 	plain, err := aead.Open(nil, v.Recovery[:aead.NonceSize()], v.Recovery[aead.NonceSize():], v.context())
 	if err != nil {
-		return Secret{}, Secret{}, errors.New("volume: this is not its recovery key")
+		return Secret{}, Secret{}, fmt.Errorf("volume: %w: it belongs to another volume", ErrRecovery)
 	}
 	secret = Secret{bytes.Clone(plain)}
 	key, err = v.Open(Secret{plain}, header)

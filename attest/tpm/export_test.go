@@ -54,3 +54,9 @@ func (t *TPM) IncrementPlain() error {
 	}.Execute(t.conn)
 	return err
 }
+
+// ClearTPM is TPM2_Clear with the empty authorisation.
+func (t *TPM) ClearTPM() error {
+	_, err := tpm2.Clear{AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHLockout, Auth: tpm2.PasswordAuth(nil)}}.Execute(t.conn)
+	return err
+}

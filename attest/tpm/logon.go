@@ -246,9 +246,8 @@ func (t *TPM) createChild(b Boot, template tpm2.TPMTPublic, data []byte) (out se
 	}
 	defer func() { err = errors.Join(err, t.flush(parent.handle)) }()
 	create := tpm2.Create{
-		ParentHandle: tpm2.AuthHandle{Handle: parent.handle, Name: parent.name,
-			Auth: tpm2.HMAC(tpm2.TPMAlgSHA256, 16, salted(parent), tpm2.AESEncryption(128, tpm2.EncryptIn))},
-		InPublic: tpm2.New2B(template),
+		ParentHandle: t.underStorage(parent),
+		InPublic:     tpm2.New2B(template),
 	}
 	if data != nil {
 		create.InSensitive = tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
@@ -265,23 +264,13 @@ func (t *TPM) createChild(b Boot, template tpm2.TPMTPublic, data []byte) (out se
 // loadChild loads an object under the storage key, and says how to unload
 // both. t.mu is held, and the attestation key put aside.
 func (t *TPM) loadChild(s seal.Sealed) (object, parent loaded, err error) {
-	public, err := parse[tpm2.TPMTPublic](s.Public)
-	if err != nil {
-		return object, parent, fmt.Errorf("public area: %w", err)
-	}
 	if parent, err = t.storage(s.Storage); err != nil {
 		return object, parent, err
 	}
-	rsp, err := tpm2.Load{
-		ParentHandle: tpm2.AuthHandle{Handle: parent.handle, Name: parent.name,
-			Auth: tpm2.HMAC(tpm2.TPMAlgSHA256, 16, salted(parent), tpm2.AESEncryption(128, tpm2.EncryptIn))},
-		InPrivate: tpm2.TPM2BPrivate{Buffer: s.Private},
-		InPublic:  tpm2.New2B(*public),
-	}.Execute(t.conn)
-	if err != nil {
-		return object, parent, errors.Join(fmt.Errorf("load: %w", err), t.flush(parent.handle))
+	if object, err = t.load(parent, s); err != nil {
+		return object, parent, errors.Join(err, t.flush(parent.handle))
 	}
-	return loaded{handle: rsp.ObjectHandle, name: rsp.Name}, parent, nil
+	return object, parent, nil
 }
 
 // certifyChild has the attestation key certify an object. Certifying is of the
@@ -343,17 +332,7 @@ func (t *TPM) withChild(b Boot, s seal.Sealed, options []tpm2.AuthOption, use fu
 		handle.Auth = tpm2.HMAC(tpm2.TPMAlgSHA256, 16, options...)
 		return use(handle)
 	}
-	pcrs, err := seal.PCRDigestOf(seal.LoginPCRs[:], b.Release.PCRs)
-	if err != nil {
-		return err
-	}
-	steps := func(session tpm2.TPMISHPolicy) error {
-		if _, err := (tpm2.PolicyPCR{PolicySession: session, PcrDigest: tpm2.TPM2BDigest{Buffer: pcrs[:]}, Pcrs: selection(seal.LoginPCRs[:])}).Execute(t.conn); err != nil {
-			return fmt.Errorf("PCRs: %w", err)
-		}
-		return t.policyCounter(session, b.Release.Epoch, tpm2.TPMEO(seal.OpUnsignedLE))
-	}
-	err = t.withPolicy(b.Key, approved, ticket, steps, func(auth tpm2.Session) error {
+	err = t.withPolicy(b.Key, approved, ticket, t.bootSteps(b.Release, seal.PurposeLogin), func(auth tpm2.Session) error {
 		handle.Auth = auth
 		return use(handle)
 	}, options...)

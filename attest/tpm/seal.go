@@ -17,6 +17,9 @@ import (
 // ErrStorageKey: the TPM's storage key is not the one that was pinned.
 var ErrStorageKey = errors.New("this is not the TPM that the key was sealed to, or it was cleared; use the recovery key")
 
+// ErrUnseal: the TPM refused to unseal.
+var ErrUnseal = errors.New("the TPM refuses to unseal")
+
 // storage makes the storage key (TCG TPM v2.0 Provisioning Guidance, section
 // 7.5.1: P-256 template) and insists on its name, if one is pinned. Sessions
 // are salted to it, so whoever sits on the bus and shows a key of his own is
@@ -97,8 +100,7 @@ func (t *TPM) Seal(key seal.ReleaseKey, purpose string, pinned []byte, secret se
 	}
 	defer t.flush(parent.handle)
 	rsp, err := tpm2.Create{
-		ParentHandle: tpm2.AuthHandle{Handle: parent.handle, Name: parent.name,
-			Auth: tpm2.HMAC(tpm2.TPMAlgSHA256, 16, salted(parent), tpm2.AESEncryption(128, tpm2.EncryptIn))},
+		ParentHandle: t.underStorage(parent),
 		InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
 			Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: secret.Reveal()}),
 		}},
@@ -129,14 +131,6 @@ func (t *TPM) Unseal(s seal.Sealed, release *seal.Release, key seal.ReleaseKey, 
 	if err != nil {
 		return fail(err)
 	}
-	pcrs, err := seal.PCRDigest(release.PCRs)
-	if err != nil {
-		return fail(err)
-	}
-	public, err := parse[tpm2.TPMTPublic](s.Public)
-	if err != nil {
-		return fail(fmt.Errorf("sealed object: %w", err))
-	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	ticket, err := t.ticket(key, approved)
@@ -153,35 +147,61 @@ func (t *TPM) Unseal(s seal.Sealed, release *seal.Release, key seal.ReleaseKey, 
 		return fail(err)
 	}
 	defer t.flush(parent.handle)
-	object, err := tpm2.Load{
-		ParentHandle: tpm2.AuthHandle{Handle: parent.handle, Name: parent.name,
-			Auth: tpm2.HMAC(tpm2.TPMAlgSHA256, 16, salted(parent), tpm2.AESEncryption(128, tpm2.EncryptIn))},
-		InPrivate: tpm2.TPM2BPrivate{Buffer: s.Private},
-		InPublic:  tpm2.New2B(*public),
-	}.Execute(t.conn)
+	object, err := t.load(parent, s)
 	if err != nil {
-		return fail(fmt.Errorf("load the sealed object: %w", err))
+		return fail(err)
 	}
-	defer t.flush(object.ObjectHandle)
-
-	steps := func(session tpm2.TPMISHPolicy) error {
-		if _, err := (tpm2.PolicyPCR{PolicySession: session, PcrDigest: tpm2.TPM2BDigest{Buffer: pcrs[:]}, Pcrs: selection(seal.PCRs[:])}).Execute(t.conn); err != nil {
-			return fmt.Errorf("PCRs: %w", err)
-		}
-		return t.policyCounter(session, release.Epoch, tpm2.TPMEO(seal.OpUnsignedLE))
-	}
+	defer t.flush(object.handle)
 	var out []byte
-	err = t.withPolicy(key, approved, ticket, steps, func(auth tpm2.Session) error {
-		rsp, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.ObjectHandle, Name: object.Name, Auth: auth}}.Execute(t.conn)
+	err = t.withPolicy(key, approved, ticket, t.bootSteps(release, purpose), func(auth tpm2.Session) error {
+		rsp, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.handle, Name: object.name, Auth: auth}}.Execute(t.conn)
 		if err == nil {
 			out = rsp.OutData.Buffer
 		}
 		return err
 	}, salted(parent), encrypted())
 	if err != nil {
-		return fail(errors.Join(t.explain(release), err))
+		return fail(errors.Join(t.explain(release), fmt.Errorf("%w: %w", ErrUnseal, err)))
 	}
 	return seal.NewSecret(out), nil
+}
+
+// underStorage authorises a command that puts something secret under the
+// storage key: it crosses the bus encrypted.
+func (t *TPM) underStorage(parent loaded) tpm2.AuthHandle {
+	return tpm2.AuthHandle{Handle: parent.handle, Name: parent.name,
+		Auth: tpm2.HMAC(tpm2.TPMAlgSHA256, 16, salted(parent), tpm2.AESEncryption(128, tpm2.EncryptIn))}
+}
+
+// load puts an object under the storage key into the TPM.
+func (t *TPM) load(parent loaded, s seal.Sealed) (loaded, error) {
+	public, err := parse[tpm2.TPMTPublic](s.Public)
+	if err != nil {
+		return loaded{}, fmt.Errorf("object under the storage key: %w", err)
+	}
+	object, err := tpm2.Load{
+		ParentHandle: t.underStorage(parent),
+		InPrivate:    tpm2.TPM2BPrivate{Buffer: s.Private},
+		InPublic:     tpm2.New2B(*public),
+	}.Execute(t.conn)
+	if err != nil {
+		return loaded{}, fmt.Errorf("%w: load: %w", ErrUnseal, err)
+	}
+	return loaded{handle: object.ObjectHandle, name: object.Name}, nil
+}
+
+// bootSteps are the commands of a boot policy.
+func (t *TPM) bootSteps(release *seal.Release, purpose string) func(tpm2.TPMISHPolicy) error {
+	return func(session tpm2.TPMISHPolicy) error {
+		pcrs, err := seal.PCRDigestOf(seal.PCRsOf(purpose), release.PCRs)
+		if err != nil {
+			return err
+		}
+		if _, err := (tpm2.PolicyPCR{PolicySession: session, PcrDigest: tpm2.TPM2BDigest{Buffer: pcrs[:]}, Pcrs: selection(seal.PCRsOf(purpose))}).Execute(t.conn); err != nil {
+			return fmt.Errorf("PCRs: %w", err)
+		}
+		return t.policyCounter(session, release.Epoch, tpm2.TPMEO(seal.OpUnsignedLE))
+	}
 }
 
 // explain says what keeps a key shut, as far as can be seen. t.mu is held.
@@ -319,9 +339,10 @@ func (t *TPM) Counter() (uint64, error) {
 	return t.counter()
 }
 
-// CreateRollbackCounter makes the rollback counter for a release key and
-// counts it up to the release's epoch. It may be called again at any time: it
-// goes on where it was interrupted, and refuses an index of another making.
+// CreateRollbackCounter makes the rollback counter for a release key; raising
+// it to the release's epoch is RaiseRollback's. It may be called again at any
+// time: it goes on where it was interrupted, and refuses an index of another
+// making, and a release that the counter has passed.
 func (t *TPM) CreateRollbackCounter(release *seal.Release, key seal.ReleaseKey) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -360,45 +381,48 @@ func (t *TPM) CreateRollbackCounter(release *seal.Release, key seal.ReleaseKey) 
 	default:
 		return fail(fmt.Errorf("NV index 0x%08x is defined already for something else, or for another release key", uint32(seal.CounterIndex)))
 	}
-	if err := t.raise(release, key); err != nil {
-		return fail(err)
+	if n, err := t.counter(); err != nil || n > release.Epoch {
+		return fail(errors.Join(err, fmt.Errorf("%w: epoch %d, the counter is %d", seal.ErrRolledBack, release.Epoch, n)))
 	}
 	return nil
 }
 
 // RaiseRollback raises the counter to the release's epoch: from then on no
 // older release opens anything. Call it when the running slot is marked good
-// (seal.RaiseTo), and again if power was lost meanwhile.
+// (seal.RaiseTo), and again if power was lost meanwhile. Each count is one
+// command, and others get the TPM between two.
 func (t *TPM) RaiseRollback(release *seal.Release, key seal.ReleaseKey) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if err := t.raise(release, key); err != nil {
-		return fmt.Errorf("tpm: raise the rollback counter: %w", err)
-	}
-	return nil
-}
-
-func (t *TPM) raise(release *seal.Release, key seal.ReleaseKey) error {
 	for {
-		n, err := t.counter()
+		done, err := t.raise(release, key)
 		if err != nil {
-			return err
+			return fmt.Errorf("tpm: raise the rollback counter: %w", err)
 		}
-		if n > release.Epoch {
-			return fmt.Errorf("%w: epoch %d, the counter is %d already", seal.ErrRolledBack, release.Epoch, n)
-		}
-		if n == release.Epoch {
+		if done {
 			return nil
 		}
-		if err := t.increment(release, key, false); err != nil {
-			return err
-		}
 	}
+}
+
+// raise counts one up, if the counter is below the release's epoch.
+func (t *TPM) raise(release *seal.Release, key seal.ReleaseKey) (done bool, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n, err := t.counter()
+	if err != nil {
+		return false, err
+	}
+	if n > release.Epoch {
+		return false, fmt.Errorf("%w: epoch %d, the counter is %d already", seal.ErrRolledBack, release.Epoch, n)
+	}
+	if n == release.Epoch {
+		return true, nil
+	}
+	return n+1 == release.Epoch, t.increment(release, key, false)
 }
 
 // increment counts one up, by the release's approval: of the first count, or
 // of any below its epoch.
-func (t *TPM) increment(release *seal.Release, key seal.ReleaseKey, first bool) error {
+func (t *TPM) increment(release *seal.Release, key seal.ReleaseKey, first bool) (err error) {
 	approved, err := release.Counter(key, first)
 	if err != nil {
 		return err
@@ -411,7 +435,7 @@ func (t *TPM) increment(release *seal.Release, key seal.ReleaseKey, first bool) 
 	if err != nil {
 		return err
 	}
-	defer t.flush(parent.handle)
+	defer func() { err = errors.Join(err, t.flush(parent.handle)) }()
 	steps := func(session tpm2.TPMISHPolicy) error {
 		if first {
 			if _, err := (tpm2.PolicyNVWritten{PolicySession: session, WrittenSet: false}).Execute(t.conn); err != nil {
@@ -423,7 +447,7 @@ func (t *TPM) increment(release *seal.Release, key seal.ReleaseKey, first bool) 
 		_, err := tpm2.PolicyCommandCode{PolicySession: session, Code: tpm2.TPMCCNVIncrement}.Execute(t.conn)
 		return err
 	}
-	return t.withPolicy(key, approved, ticket, steps, func(auth tpm2.Session) error {
+	count := func(auth tpm2.Session) error {
 		index, err := t.counterHandle()
 		if err != nil {
 			return err
@@ -433,5 +457,7 @@ func (t *TPM) increment(release *seal.Release, key seal.ReleaseKey, first bool) 
 			NVIndex:    *index,
 		}.Execute(t.conn)
 		return err
-	}, salted(parent)) // its answer has nothing to encrypt
+	}
+	// Its answer has nothing to encrypt.
+	return t.withPolicy(key, approved, ticket, steps, count, salted(parent))
 }

@@ -98,7 +98,7 @@ var header = attest.Digest{0xbe}
 // provision makes the counter and a volume.
 func (l *laptop) provision(r *seal.Release) (*seal.Volume, seal.Secret) {
 	l.t.Helper()
-	if err := l.dev.CreateRollbackCounter(r, l.key); err != nil {
+	if err := errors.Join(l.dev.CreateRollbackCounter(r, l.key), l.dev.RaiseRollback(r, l.key)); err != nil {
 		l.t.Fatal(err)
 	}
 	pinned, err := l.dev.StorageName()
@@ -356,7 +356,8 @@ func TestPowerCuts(t *testing.T) {
 		if !errors.Is(err, tpm.ErrCut) {
 			t.Fatal(err)
 		}
-		if !raise || to != epoch {
+		// A cut after the last count, while keys are unloaded, leaves nothing to do.
+		if n := l.counter(); n != epoch && (!raise || to != epoch) {
 			t.Errorf("cut after %d commands: the raise is not begun again (counter %d)", step, l.counter())
 		}
 		if err := l.dev.RaiseRollback(next, l.key); err != nil {

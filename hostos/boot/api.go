@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sekisho/hostos/disk"
 	"sekisho/hostos/vmm"
 )
 
@@ -22,22 +24,50 @@ type Status struct {
 	Reason   string          `json:"reason"` // code, empty when all is well
 	Detail   string          `json:"detail"`
 	Services []ServiceStatus `json:"services"`
+	Disk     disk.Status     `json:"disk"` // of the work domain
 	Work     vmm.Status      `json:"work"`
 	Modules  []ModuleStatus  `json:"modules"`
 	Missing  []string        `json:"missing"` // device files that did not appear
 	Memory   memory          `json:"memory"`
 }
 
-// handler answers GET /v1/status and POST /v1/poweroff, both for root only.
-func handler(status func() Status, powerOff func()) http.Handler {
+// actions is what the API does.
+type actions struct {
+	status   func() Status
+	powerOff func()
+	recover  func(ctx context.Context, typed string) error
+}
+
+// RecoverRequest opens the work domain's disk by its recovery key.
+type RecoverRequest struct {
+	Recovery string `json:"recovery"` // secret
+}
+
+// maxBody bounds a request's body in bytes.
+const maxBody = 4 << 10
+
+// handler answers for root only.
+func handler(a actions) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		json.NewEncoder(w).Encode(status())
+		json.NewEncoder(w).Encode(a.status())
 	})
 	mux.HandleFunc("POST /v1/poweroff", func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusAccepted)
-		powerOff()
+		a.powerOff()
+	})
+	mux.HandleFunc("POST /v1/disk/recover", func(w http.ResponseWriter, r *http.Request) {
+		var req RecoverRequest
+		d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+		d.DisallowUnknownFields()
+		if err := d.Decode(&req); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		if err := a.recover(r.Context(), req.Recovery); err != nil {
+			http.Error(w, err.Error(), http.StatusForbidden)
+		}
 	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if uid, ok := r.Context().Value(peerKey{}).(uint32); !ok || uid != 0 {
@@ -69,13 +99,16 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, peerKey{}, cred.Uid)
 }
 
+// apiTime bounds an answer: opening a disk takes a TPM and a program.
+const apiTime = time.Minute
+
 func newServer(h http.Handler) *http.Server {
 	return &http.Server{
 		Handler:           h,
 		ConnContext:       withPeer,
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      10 * time.Second,
+		WriteTimeout:      apiTime,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    8 << 10,
 	}
@@ -90,7 +123,7 @@ type Client struct{ http http.Client }
 // NewClient returns a client of the socket at path.
 func NewClient(path string) *Client {
 	return &Client{http.Client{
-		Timeout: 10 * time.Second,
+		Timeout: apiTime,
 		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", path)
@@ -101,7 +134,7 @@ func NewClient(path string) *Client {
 // Status returns init's status as it was sent.
 func (c *Client) Status(ctx context.Context) (Status, json.RawMessage, error) {
 	var s Status
-	b, err := c.do(ctx, http.MethodGet, "/v1/status")
+	b, err := c.do(ctx, http.MethodGet, "/v1/status", nil)
 	if err == nil {
 		err = json.Unmarshal(b, &s)
 	}
@@ -110,12 +143,23 @@ func (c *Client) Status(ctx context.Context) (Status, json.RawMessage, error) {
 
 // PowerOff asks for an orderly power-off and does not wait for it.
 func (c *Client) PowerOff(ctx context.Context) error {
-	_, err := c.do(ctx, http.MethodPost, "/v1/poweroff")
+	_, err := c.do(ctx, http.MethodPost, "/v1/poweroff", nil)
 	return err
 }
 
-func (c *Client) do(ctx context.Context, method, path string) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, method, "http://init"+path, nil)
+// Recover opens the work domain's disk by its recovery key and starts the work
+// domain.
+func (c *Client) Recover(ctx context.Context, typed string) error {
+	body, err := json.Marshal(RecoverRequest{typed})
+	if err != nil {
+		return err
+	}
+	_, err = c.do(ctx, http.MethodPost, "/v1/disk/recover", body)
+	return err
+}
+
+func (c *Client) do(ctx context.Context, method, path string, body []byte) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://init"+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
@@ -129,7 +173,7 @@ func (c *Client) do(ctx context.Context, method, path string) ([]byte, error) {
 		return nil, err
 	}
 	if resp.StatusCode/100 != 2 {
-		return nil, fmt.Errorf("init: %s: %.200s", resp.Status, b)
+		return nil, fmt.Errorf("init: %s: %.800s", resp.Status, bytes.TrimSpace(b))
 	}
 	return b, nil
 }
@@ -140,7 +184,7 @@ func WriteStatus(w io.Writer, s Status) {
 	if s.Reason != "" {
 		fmt.Fprintf(w, " (%s: %s)", s.Reason, s.Detail)
 	}
-	fmt.Fprintf(w, "\nwork      %s %s\n", s.Work.State, s.Work.Detail)
+	fmt.Fprintf(w, "\ndisk      %s, %s %s\nwork      %s %s\n", s.Disk.State, s.Disk.Mode, s.Disk.Detail, s.Work.State, s.Work.Detail)
 	for _, v := range s.Services {
 		fmt.Fprintf(w, "%-9s %s pid %d restarts %d %s\n", v.Name, v.State, v.PID, v.Restarts, v.Status)
 	}

@@ -21,6 +21,7 @@ import (
 
 	"sekisho/attest"
 	"sekisho/guestlink"
+	"sekisho/hostos/disk"
 	"sekisho/hostos/vmm"
 )
 
@@ -41,9 +42,12 @@ type host struct {
 	sup      *supervisor
 	loader   *loader
 	machine  *vmm.Machine
+	disk     *disk.Disk
+	starting sync.Mutex    // held while the work domain is being started
+	broken   []string      // what modules that could not be loaded serve
 	off      chan struct{} // closed when the machine is to go off
 	offOnce  sync.Once
-	late     sync.WaitGroup // waits for devices that were missing at boot
+	late     sync.WaitGroup // starts the work domain, waits for devices that were missing at boot
 
 	mu      sync.Mutex
 	state   Status      // without the parts that status adds
@@ -115,12 +119,13 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 	})
 	h.loader = newLoader(h.console)
 	h.machine = vmm.NewMachine(workDir+"/qmp.sock", time.Now, h.workChanged)
-	if err := h.serveAPI(wg); err != nil {
+	h.disk = h.newDisk()
+	if err := h.serveAPI(ctx, wg); err != nil {
 		return err
 	}
 
-	broken := h.loader.load(BaseModules())
-	if slices.Contains(broken, ServesRuleset) {
+	h.broken = h.loader.load(BaseModules())
+	if slices.Contains(h.broken, ServesRuleset) {
 		return errors.New("no nf_tables: the ruleset cannot be closed")
 	}
 	if m := mountEFIVars(); exists(m.path) {
@@ -164,11 +169,28 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 		}
 	}
 	h.set("running", reason, detail)
-	h.tryWork(ctx, wg, broken)
+	h.late.Go(func() {
+		until, cancel := h.untilOff(ctx)
+		defer cancel()
+		h.tryWork(until, ctx, wg)
+	})
 	if len(d.missing) > 0 {
-		h.late.Go(func() { h.awaitLate(ctx, wg, d, broken) })
+		h.late.Go(func() { h.awaitLate(ctx, wg, d) })
 	}
 	return nil
+}
+
+// untilOff returns a context that ends when the machine is to go off.
+func (h *host) untilOff(ctx context.Context) (context.Context, context.CancelFunc) {
+	until, cancel := context.WithCancel(ctx)
+	go func() { // ends with until
+		select {
+		case <-h.off:
+			cancel()
+		case <-until.Done():
+		}
+	}()
+	return until, cancel
 }
 
 // Words of the status that a device which appears late changes.
@@ -176,23 +198,42 @@ const (
 	allDone       = "all stages are done"
 	deviceMissing = "device-missing"
 	noWork        = "no-work-domain"
+	diskLocked    = "disk-locked"
 )
 
-// tryWork starts the work domain, or says why it cannot.
-func (h *host) tryWork(ctx context.Context, wg *sync.WaitGroup, broken []string) {
-	err := h.startWork(ctx, wg, broken)
+// tryWork starts the work domain, or says why it cannot. It waits for the disk
+// while until lasts; what it starts lasts as long as ctx.
+func (h *host) tryWork(until, ctx context.Context, wg *sync.WaitGroup) {
+	h.starting.Lock()
+	defer h.starting.Unlock()
+	h.mu.Lock()
+	idle := h.work == nil
+	h.mu.Unlock()
+	if !idle || until.Err() != nil {
+		return
+	}
+	err := h.startWork(until, ctx, wg)
+	if until.Err() != nil && err != nil {
+		return // going off
+	}
 	h.mu.Lock()
 	reason := h.state.Reason
 	h.mu.Unlock()
 	if err == nil {
-		if reason == noWork { // of an earlier try
+		if reason == noWork || reason == diskLocked { // of an earlier try
 			h.set("running", "", allDone)
 		}
 		h.console.line("init", "running")
 		return
 	}
-	if reason == "" { // otherwise the missing device or service is the news
-		h.set("running", noWork, err.Error())
+	why := noWork
+	var locked *disk.Fault
+	if errors.As(err, &locked) {
+		why = diskLocked
+		h.console.line("init", "%s", locked.Words())
+	}
+	if reason == "" || reason == noWork { // otherwise the missing device or service is the news
+		h.set("running", why, err.Error())
 	}
 	h.console.line("init", "no work domain: %v / 業務領域を起動できません", err)
 }
@@ -206,23 +247,13 @@ func (h *host) lack(missing []node) {
 
 // awaitLate sets up devices that were missing at boot when they appear, until
 // the machine goes off, and starts the work domain if it waited for them.
-func (h *host) awaitLate(ctx context.Context, wg *sync.WaitGroup, d *devices, broken []string) {
-	until, cancel := context.WithCancel(ctx)
+func (h *host) awaitLate(ctx context.Context, wg *sync.WaitGroup, d *devices) {
+	until, cancel := h.untilOff(ctx)
 	defer cancel()
-	go func() { // ends with until
-		select {
-		case <-h.off:
-			cancel()
-		case <-until.Done():
-		}
-	}()
 	d.await(until, lateWait, func(came []node) {
 		h.appeared(came, d.missing)
-		h.mu.Lock()
-		idle := h.work == nil
-		h.mu.Unlock()
-		if idle && until.Err() == nil && slices.ContainsFunc(came, node.forWork) {
-			h.tryWork(ctx, wg, broken)
+		if slices.ContainsFunc(came, node.forWork) {
+			h.tryWork(until, ctx, wg)
 		}
 	})
 }
@@ -283,10 +314,11 @@ func (h *host) closeRuleset(ctx context.Context) error {
 	}
 }
 
-// startWork starts the work domain if everything it needs is there.
-func (h *host) startWork(ctx context.Context, wg *sync.WaitGroup, broken []string) error {
-	if slices.Contains(broken, ServesWorkDomain) {
-		return errors.New("a module for KVM or vsock could not be loaded")
+// startWork opens the disk and starts the work domain if everything it needs
+// is there.
+func (h *host) startWork(until, ctx context.Context, wg *sync.WaitGroup) error {
+	if slices.Contains(h.broken, ServesWorkDomain) {
+		return errors.New("a module for KVM, vsock or dm-crypt could not be loaded")
 	}
 	h.mu.Lock()
 	missing := h.missing
@@ -294,18 +326,18 @@ func (h *host) startWork(ctx context.Context, wg *sync.WaitGroup, broken []strin
 	if i := slices.IndexFunc(missing, node.forWork); i >= 0 {
 		return fmt.Errorf("%s is missing", missing[i].path)
 	}
-	b, err := os.ReadFile(attest.OrganizationFile)
+	org, err := readOrganization()
 	if err != nil {
 		return err
 	}
-	org, err := attest.ParseOrganization(b)
+	device, err := h.openDisk(until)
 	if err != nil {
 		return err
 	}
 	uid, _ := lookup("vmm")
 	c, err := vmm.Prepare(vmm.Config{
 		MemoryMiB: org.WorkDomain.MemoryMiB, VCPUs: org.WorkDomain.VCPUs,
-		Disk: byPartlabel + "/" + WorkPart, Code: vmm.FirmwareCode, GuestCID: guestlink.WorkCID,
+		Disk: device, Code: vmm.FirmwareCode, GuestCID: guestlink.WorkCID,
 		BIOS: org.WorkDomain.Firmware == attest.FirmwareBIOS,
 	}, workDir, vmm.FirmwareVars, int(uid))
 	if err != nil {
@@ -407,12 +439,13 @@ func (h *host) status() Status {
 		s.Missing = append(s.Missing, n.path)
 	}
 	h.mu.Unlock()
+	s.Disk = h.disk.Status()
 	s.Services, s.Work, s.Modules = h.sup.status(), h.machine.Status(), h.loader.results()
 	s.Memory = readMemory("/proc/meminfo")
 	return s
 }
 
-func (h *host) serveAPI(wg *sync.WaitGroup) error {
+func (h *host) serveAPI(ctx context.Context, wg *sync.WaitGroup) error {
 	f, err := listenAPI(InitSocket, "")
 	if err != nil {
 		return err
@@ -422,7 +455,10 @@ func (h *host) serveAPI(wg *sync.WaitGroup) error {
 	if err != nil {
 		return err
 	}
-	srv := newServer(handler(h.status, h.powerOff))
+	srv := newServer(handler(actions{
+		status: h.status, powerOff: h.powerOff,
+		recover: func(r context.Context, typed string) error { return h.recoverDisk(r, ctx, wg, typed) },
+	}))
 	wg.Go(func() {
 		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 			h.console.line("init", "warning: api: %v", err)

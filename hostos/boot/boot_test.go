@@ -235,7 +235,7 @@ func TestAPI(t *testing.T) {
 		t.Fatal(err)
 	}
 	offs := 0
-	srv := newServer(handler(func() Status { return Status{State: "running"} }, func() { offs++ }))
+	srv := newServer(handler(actions{status: func() Status { return Status{State: "running"} }, powerOff: func() { offs++ }}))
 	done := make(chan struct{})
 	go func() { defer close(done); srv.Serve(l) }()
 	defer func() { srv.Close(); <-done }()
@@ -256,7 +256,7 @@ func TestAPI(t *testing.T) {
 }
 
 func TestAPIRefusesUnknownPeer(t *testing.T) {
-	srv := newServer(handler(func() Status { return Status{} }, func() { t.Error("switched off") }))
+	srv := newServer(handler(actions{status: func() Status { return Status{} }, powerOff: func() { t.Error("switched off") }}))
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -17,23 +17,26 @@ type node struct {
 	user   string // owner, empty leaves it root's
 	mode   os.FileMode
 	needed string // console line when it is missing; empty when its service says so itself
+	work   bool   // root's own, for the work domain
 }
 
-// nodes lists device files and whose they are. The two partitions are under
-// their labels; their owners are set on the devices behind the links.
+// nodes lists device files and whose they are. Partitions are under their
+// labels; their owners are set on the devices behind the links.
 func nodes() []node {
 	return []node{
-		{TPMDevice, "attestd", 0o600,
-			"no TPM 2.0: stays closed; switch the TPM on in the firmware setup / TPM 2.0 がありません。閉じたままです。ファームウェア設定で TPM を有効にしてください"},
-		{byPartlabel + "/" + StatePart, "attestd", 0o600,
-			"no partition sekisho-state: stays closed; install the disk again / パーティション sekisho-state がありません。閉じたままです。ディスクを再インストールしてください"},
-		{byPartlabel + "/" + WorkPart, "vmm", 0o600,
-			"no partition sekisho-work: no work domain; install the disk again / パーティション sekisho-work がありません。業務領域は起動しません。ディスクを再インストールしてください"},
-		{"/dev/kvm", "vmm", 0o600,
-			"no KVM: no work domain; switch virtualisation on in the firmware setup / KVM が使えません。業務領域は起動しません。ファームウェア設定で仮想化支援を有効にしてください"},
-		{"/dev/vhost-vsock", "vmm", 0o600, "no vhost-vsock: no work domain; install the release again / vhost-vsock がありません。業務領域は起動しません。リリースを再インストールしてください"},
+		{path: TPMDevice, user: "attestd", mode: 0o600,
+			needed: "no TPM 2.0: stays closed; switch the TPM on in the firmware setup / TPM 2.0 がありません。閉じたままです。ファームウェア設定で TPM を有効にしてください"},
+		{path: byPartlabel + "/" + StatePart, user: "attestd", mode: 0o600,
+			needed: "no partition sekisho-state: stays closed; install the disk again / パーティション sekisho-state がありません。閉じたままです。ディスクを再インストールしてください"},
+		{path: byPartlabel + "/" + WorkPart, mode: 0o600, work: true,
+			needed: "no partition sekisho-work: no work domain; install the disk again / パーティション sekisho-work がありません。業務領域は起動しません。ディスクを再インストールしてください"},
+		{path: byPartlabel + "/" + HostPart, mode: 0o600, work: true,
+			needed: "no partition sekisho-host: no work domain; install the disk again / パーティション sekisho-host がありません。業務領域は起動しません。ディスクを再インストールしてください"},
+		{path: "/dev/kvm", user: "vmm", mode: 0o600,
+			needed: "no KVM: no work domain; switch virtualisation on in the firmware setup / KVM が使えません。業務領域は起動しません。ファームウェア設定で仮想化支援を有効にしてください"},
+		{path: "/dev/vhost-vsock", user: "vmm", mode: 0o600, needed: "no vhost-vsock: no work domain; install the release again / vhost-vsock がありません。業務領域は起動しません。リリースを再インストールしてください"},
 		// Who makes a device still needs CAP_NET_ADMIN where it is made.
-		{"/dev/net/tun", "", 0o666, "no /dev/net/tun: stays closed; install the release again / /dev/net/tun がありません。閉じたままです。リリースを再インストールしてください"},
+		{path: "/dev/net/tun", mode: 0o666, needed: "no /dev/net/tun: stays closed; install the release again / /dev/net/tun がありません。閉じたままです。リリースを再インストールしてください"},
 	}
 }
 
@@ -91,7 +94,7 @@ func (d *devices) await(ctx context.Context, every time.Duration, appeared func(
 }
 
 // forWork reports whether the work domain cannot start without n.
-func (n node) forWork() bool { return n.user == "vmm" }
+func (n node) forWork() bool { return n.work || n.user == "vmm" }
 
 // give sets owner and mode of n, through links.
 func (n node) give() error {
@@ -100,6 +103,11 @@ func (n node) give() error {
 		return err
 	}
 	return os.Chmod(n.path, n.mode)
+}
+
+// partitions are the GPT labels that init knows.
+func partitions() []string {
+	return []string{"esp", StatePart, HostPart, WorkPart, FactoryPart, ScratchPart}
 }
 
 // linkPartitions makes links in dir, named by GPT partition label, to the
@@ -113,7 +121,7 @@ func linkPartitions(sysBlock, dir, dev string) error {
 	found := map[string][]string{}
 	for _, e := range entries {
 		label, name := parseUevent(filepath.Join(sysBlock, e.Name(), "uevent"))
-		if name != "" && slices.Contains([]string{"esp", StatePart, WorkPart}, label) {
+		if name != "" && slices.Contains(partitions(), label) {
 			found[label] = append(found[label], name)
 		}
 	}

@@ -77,7 +77,7 @@ func TestLateDevices(t *testing.T) {
 	}
 
 	d.missing = []node{{path: "not there"}}
-	h.late.Go(func() { h.awaitLate(t.Context(), nil, d, nil) })
+	h.late.Go(func() { h.awaitLate(t.Context(), nil, d) })
 	h.powerOff()
 	h.late.Wait()
 }

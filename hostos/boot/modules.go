@@ -42,6 +42,13 @@ func BaseModules() []Module {
 		{Name: "nvme"},
 		{Name: "sd_mod"},
 
+		// The work domain's disk: hardware's AES if there is any, then dm-crypt
+		// with what it asks the crypto API for by name.
+		{Name: "aesni_intel"},
+		{Name: "xts"},
+		{Name: "dm_crypt", Serves: ServesWorkDomain},
+		{Name: "dm_snapshot"},
+
 		{Name: "tpm_crb"},
 		{Name: "tpm_tis"},
 		{Name: "efivarfs"},

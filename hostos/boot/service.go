@@ -24,7 +24,10 @@ const (
 	WorkConsole   = RunDir + "/work-console.log"
 	TPMDevice     = "/dev/tpmrm0"
 	StatePart     = "sekisho-state"
-	WorkPart      = "sekisho-work"
+	HostPart      = "sekisho-host"    // what init remembers: hostos/store
+	WorkPart      = "sekisho-work"    // the work domain's disk, encrypted: hostos/disk
+	FactoryPart   = "sekisho-factory" // the work domain as it was delivered
+	ScratchPart   = "sekisho-scratch" // for an ephemeral work domain; may be absent
 	byPartlabel   = "/dev/disk/by-partlabel"
 )
 

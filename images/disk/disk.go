@@ -12,6 +12,10 @@ import (
 
 	"github.com/diskfs/go-diskfs"
 	"github.com/diskfs/go-diskfs/partition/gpt"
+
+	volume "sekisho/hostos/disk"
+	"sekisho/hostos/store"
+	"sekisho/hostos/update"
 )
 
 // Names of the laptop's partitions; udev-like links appear under
@@ -19,7 +23,13 @@ import (
 const (
 	ESP   = "esp"
 	State = "sekisho-state"
+	Host  = "sekisho-host"
 	Work  = "sekisho-work"
+	// Factory is the work domain as it is delivered, in the clear; the laptop
+	// copies it to Work at its first boot.
+	Factory = "sekisho-factory"
+	// Scratch takes what an ephemeral work domain writes.
+	Scratch = "sekisho-scratch"
 )
 
 const (
@@ -37,11 +47,15 @@ const (
 // Layout is the content of a disk image. Zero parts are left out.
 type Layout struct {
 	Boot  []byte // EFI program, placed as EFI/BOOT/BOOTX64.EFI
-	State bool   // with a state partition
-	Work  string // file whose content becomes the work partition
-	// WorkSize is the least size of the work partition in bytes; the file
-	// decides when it is larger.
+	State bool   // with the partitions State and Host
+	// Factory is the file whose content becomes the partition of that name.
+	// The partition Work is made with it, empty, with room for it and for the
+	// header of its encryption.
+	Factory string
+	// WorkSize is the least size of the partition Work in bytes.
 	WorkSize int64
+	Scratch  int64 // size of the partition Scratch in bytes
+	Small    bool  // the file system as small as FAT32 can be
 	// BIOS, if not nil, makes the disk bootable by a legacy BIOS too.
 	BIOS *BIOS
 }
@@ -52,13 +66,14 @@ func Create(name string, l Layout) (err error) {
 	if len(l.Boot) == 0 {
 		return errors.New("disk: nothing to boot")
 	}
-	workSize := l.WorkSize
-	if l.Work != "" {
-		st, err := os.Stat(l.Work)
+	workSize, factorySize := l.WorkSize, int64(0)
+	if l.Factory != "" {
+		st, err := os.Stat(l.Factory)
 		if err != nil {
 			return fmt.Errorf("disk: %w", err)
 		}
-		workSize = max(workSize, st.Size())
+		factorySize = st.Size()
+		workSize = max(workSize, factorySize+volume.HeaderSize)
 	}
 	table := &gpt.Table{LogicalSectorSize: sector, PhysicalSectorSize: sector, ProtectiveMBR: true}
 	next := int64(mib)
@@ -70,16 +85,28 @@ func Create(name string, l Layout) (err error) {
 		})
 		next += size
 	}
-	esp := espSize(len(l.Boot) + l.BIOS.size())
+	cluster := int64(update.Cluster)
+	if l.Small {
+		cluster = update.SmallCluster
+	}
+	esp := update.ESPSize(cluster, int64(len(l.Boot)+l.BIOS.size()))
 	add(ESP, gpt.EFISystemPartition, esp)
 	if l.BIOS != nil {
 		table.Partitions[0].Attributes = legacyBootable
 	}
 	if l.State {
 		add(State, gpt.LinuxFilesystem, StateSize)
+		add(Host, gpt.LinuxFilesystem, store.Size)
+	}
+	if l.Scratch > 0 {
+		add(Scratch, gpt.LinuxFilesystem, l.Scratch)
 	}
 	if workSize > 0 {
 		add(Work, gpt.LinuxFilesystem, workSize)
+	}
+	factory := next
+	if factorySize > 0 {
+		add(Factory, gpt.LinuxFilesystem, factorySize)
 	}
 	total := next + mib // the second table
 	if total > maxDisk {
@@ -106,7 +133,7 @@ func Create(name string, l Layout) (err error) {
 	if err := table.Write(f, total); err != nil {
 		return err
 	}
-	if err := writeESP(f, mib, esp, l.Boot); err != nil {
+	if err := update.WriteESP(io.NewOffsetWriter(f, mib), mib, esp, cluster, l.Boot); err != nil {
 		return err
 	}
 	if l.BIOS != nil {
@@ -114,8 +141,8 @@ func Create(name string, l Layout) (err error) {
 			return err
 		}
 	}
-	if l.Work != "" {
-		if err := copySparse(f, total-mib-roundUp(workSize), l.Work); err != nil {
+	if l.Factory != "" {
+		if err := copySparse(f, factory, l.Factory); err != nil {
 			return err
 		}
 	}

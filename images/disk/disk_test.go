@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/diskfs/go-diskfs"
+
+	"sekisho/hostos/update"
 )
 
 func TestCreateAndFind(t *testing.T) {
@@ -24,7 +26,7 @@ func TestCreateAndFind(t *testing.T) {
 		t.Fatal(err)
 	}
 	img := filepath.Join(dir, "laptop.img")
-	if err := Create(img, Layout{Boot: boot, State: true, Work: work, WorkSize: 8 << 20}); err != nil {
+	if err := Create(img, Layout{Boot: boot, State: true, Factory: work, WorkSize: 8 << 20, Scratch: 3 << 20}); err != nil {
 		t.Fatal(err)
 	}
 	data, err := os.ReadFile(img)
@@ -34,13 +36,16 @@ func TestCreateAndFind(t *testing.T) {
 	for _, p := range []struct {
 		name string
 		size int64
-	}{{ESP, espSize(0)}, {State, StateSize}, {Work, 8 << 20}} {
+	}{{ESP, update.ESPSize(update.Cluster, 0)}, {State, StateSize}, {Host, 1 << 20}, {Scratch, 3 << 20}, {Work, 8 << 20}, {Factory, 6 << 20}} {
 		offset, size, err := Find(img, p.name)
 		if err != nil || size != p.size || offset%(1<<20) != 0 {
 			t.Errorf("%s: offset %d, size %d, error %v; want size %d", p.name, offset, size, err, p.size)
 		}
-		if p.name == Work && !bytes.Equal(data[offset:][:len(workData)], workData) {
-			t.Error("work partition differs from its file")
+		if p.name == Factory && !bytes.Equal(data[offset:][:len(workData)], workData) {
+			t.Error("the delivered work domain differs from its file")
+		}
+		if p.name == Work && len(bytes.Trim(data[offset:offset+size], "\x00")) > 0 {
+			t.Error("the work partition is not empty")
 		}
 	}
 	if _, _, err := Find(img, "other"); !errors.Is(err, fs.ErrNotExist) {
@@ -68,9 +73,16 @@ func TestCheckedByDosfstools(t *testing.T) {
 	if err != nil {
 		t.Skip("dosfstools is not installed")
 	}
+	for _, small := range []bool{false, true} {
+		checkFAT(t, fsck, Layout{Boot: bytes.Repeat([]byte("sekisho!"), 4<<20), Small: small})
+	}
+}
+
+func checkFAT(t *testing.T, fsck string, l Layout) {
+	t.Helper()
 	dir := t.TempDir()
 	img := filepath.Join(dir, "disk.img")
-	if err := Create(img, Layout{Boot: bytes.Repeat([]byte("sekisho!"), 4<<20)}); err != nil {
+	if err := Create(img, l); err != nil {
 		t.Fatal(err)
 	}
 	offset, size, err := Find(img, ESP)
@@ -95,7 +107,7 @@ func TestCreateRefuses(t *testing.T) {
 	if err := Create(img, Layout{}); err == nil {
 		t.Error("a disk with nothing to boot was made")
 	}
-	if err := Create(img, Layout{Boot: []byte("MZ"), Work: "absent"}); err == nil {
+	if err := Create(img, Layout{Boot: []byte("MZ"), Factory: "absent"}); err == nil {
 		t.Error("a disk with an absent work image was made")
 	}
 	if _, err := os.Stat(img); !errors.Is(err, fs.ErrNotExist) {

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"sekisho/hostos/boot"
+	"sekisho/hostos/disk"
 )
 
 // spec is a domain's root filesystem as data.
@@ -60,7 +61,7 @@ func hostSpec(o Options) spec {
 		},
 		tags:     tags(o.Lab),
 		modules:  o.Modules,
-		programs: []string{"/usr/bin/qemu-system-x86_64"},
+		programs: []string{"/usr/bin/qemu-system-x86_64", disk.Cryptsetup, disk.DMSetup},
 		// What a q35 machine with pflash, virtio-blk and vhost-vsock opens.
 		// Option ROMs of network cards and VGA are left out: the work domain
 		// has neither.

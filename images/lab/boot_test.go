@@ -12,6 +12,7 @@ import (
 
 	"sekisho/attest/gate"
 	"sekisho/guestlink"
+	"sekisho/hostos/disk"
 	"sekisho/images/lab/hook"
 )
 
@@ -24,18 +25,19 @@ func TestBoot(t *testing.T) {
 	}
 	t.Run("site down at boot", func(t *testing.T) {
 		b.untilState(t, "attestd", "unreachable", "verifier-unreachable")
-		b.until(t, "the work domain", func(ctx context.Context) bool {
-			a, err := b.Exec(ctx, hook.Work, "uname")
-			return err == nil && a.Exit == 0
-		})
 		b.untilState(t, "netd", "Attesting", "")
-		b.noPage(t)
+		// A new laptop: its disk waits for the recovery key to be in escrow.
+		b.until(t, "the disk to wait", func(ctx context.Context) bool {
+			d, err := b.Disk(ctx)
+			return err == nil && d.State == disk.Making && d.Detail != ""
+		})
 		b.cleanUplink(t, false)
 		if err := b.StartVerifier(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		b.untilState(t, "attestd", "affirming", "")
 		b.untilState(t, "netd", "Attesting", "gateway-unreachable")
+		b.untilWork(t)
 		b.noPage(t)
 		if err := b.StartGateway(t.Context()); err != nil {
 			t.Fatal(err)

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"sekisho/attest"
+	"sekisho/attest/seal"
 	"sekisho/images"
 )
 
@@ -40,6 +42,9 @@ func (l *Lab) Build(ctx context.Context) error {
 	if _, err := b.Host(ctx, images.HostOptions{Organization: l.OrganizationFile(), Version: "0-lab", Lab: true}); err != nil {
 		return err
 	}
+	if err := l.seal(b, seal.FirstEpoch); err != nil {
+		return err
+	}
 	if _, err := b.Work(ctx, true, false); err != nil {
 		return err
 	}
@@ -47,6 +52,36 @@ func (l *Lab) Build(ctx context.Context) error {
 		return err
 	}
 	return writeFile(l.lab("image.sum"), []byte(sum), 0o644)
+}
+
+// seal puts the signed policies of a release into the image in b.Out, as the
+// release side does.
+func (l *Lab) seal(b *images.Builder, epoch uint64) error {
+	signer, err := l.signer("release")
+	if err != nil {
+		return err
+	}
+	data, err := os.ReadFile(filepath.Join(b.Out, images.HostReference))
+	if err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	refs, err := attest.ParseReferenceValues(data)
+	if err != nil {
+		return err
+	}
+	r, err := seal.SignPolicy(signer, refs, epoch)
+	if err != nil {
+		return err
+	}
+	if data, err = r.Encode(); err != nil {
+		return err
+	}
+	policy := filepath.Join(b.Out, "release.json")
+	if err := writeFile(policy, data, 0o644); err != nil {
+		return err
+	}
+	_, err = b.Policy(filepath.Join(b.Out, images.HostImage), policy)
+	return err
 }
 
 func exist(files ...string) bool {

@@ -142,6 +142,15 @@ func (b *bench) untilPage(t *testing.T) {
 	}
 }
 
+// untilWork waits until the work domain answers.
+func (b *bench) untilWork(t *testing.T) {
+	t.Helper()
+	b.until(t, "the work domain", func(ctx context.Context) bool {
+		a, err := b.Exec(ctx, hook.Work, "uname")
+		return err == nil && a.Exit == 0
+	})
+}
+
 // noPage fails the test if the work domain can read the page.
 func (b *bench) noPage(t *testing.T) {
 	t.Helper()

@@ -71,7 +71,10 @@ func (l *Lab) writeOrganization() error {
 		Name: "Sekisho Lab", CA: string(ca),
 		Verifiers:  []attest.Endpoint{{Address: verifierAddress, ServerName: verifierName}},
 		Gateways:   []attest.Endpoint{{Address: gatewayAddress, ServerName: gatewayName}},
-		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareBIOS},
+		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareBIOS, Disk: attest.DiskPersistent},
+	}
+	if o.EscrowKey, err = l.publicKey("escrow"); err != nil {
+		return err
 	}
 	if err := o.Validate(); err != nil {
 		return err
@@ -81,6 +84,53 @@ func (l *Lab) writeOrganization() error {
 		return err
 	}
 	return writeFile(l.OrganizationFile(), append(b, '\n'), 0o644)
+}
+
+// signer returns the key out/lab/pki/NAME.key, which is made on first use.
+func (l *Lab) signer(name string) (*ecdsa.PrivateKey, error) {
+	path := l.lab("pki", name+".key")
+	fail := func(err error) (*ecdsa.PrivateKey, error) { return nil, fmt.Errorf("lab: key %s: %w", name, err) }
+	data, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			return fail(err)
+		}
+		der, err := x509.MarshalPKCS8PrivateKey(key)
+		if err != nil {
+			return fail(err)
+		}
+		return key, writeFile(path, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
+	}
+	if err != nil {
+		return fail(err)
+	}
+	b, _ := pem.Decode(data)
+	if b == nil {
+		return fail(errors.New("no PEM"))
+	}
+	k, err := x509.ParsePKCS8PrivateKey(b.Bytes)
+	if err != nil {
+		return fail(err)
+	}
+	key, ok := k.(*ecdsa.PrivateKey)
+	if !ok {
+		return fail(fmt.Errorf("%T, want ECDSA", k))
+	}
+	return key, nil
+}
+
+// publicKey is the public half of a signer in PEM.
+func (l *Lab) publicKey(name string) (string, error) {
+	key, err := l.signer(name)
+	if err != nil {
+		return "", err
+	}
+	der, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return "", fmt.Errorf("lab: key %s: %w", name, err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})), nil
 }
 
 // OrganizationFile is the configuration that the lab's images are built with.

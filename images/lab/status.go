@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"sekisho/hostos/disk"
 	"sekisho/images/lab/hook"
 )
 
@@ -60,6 +61,19 @@ func (l *Lab) Daemon(ctx context.Context, name string) (DaemonStatus, error) {
 	}
 	s.Body = a.Stdout
 	return s, nil
+}
+
+// Disk asks init how the work domain's disk stands.
+func (l *Lab) Disk(ctx context.Context) (disk.Status, error) {
+	d, err := l.Daemon(ctx, "init")
+	if err != nil {
+		return disk.Status{}, err
+	}
+	var s struct{ Disk disk.Status }
+	if err := json.Unmarshal(d.Body, &s); err != nil {
+		return disk.Status{}, fmt.Errorf("lab: init: %w", err)
+	}
+	return s.Disk, nil
 }
 
 // Status looks at everything; what does not answer is unknown.

@@ -34,6 +34,7 @@ commands
   purchase add FILE | purchase list       EK hashes that enrol without a ticket
   seal sign -key FILE -epoch N REFERENCE  sign a release's policies for disk and logon keys, offline
   seal show FILE                          check and show them
+  recovery escrow DEVICE                  fetch the escrow of a device's newest disk
   recovery request -escrow FILE -reason WHY [-expires 1h]
                                           ask for a recovery key; to be signed by two
   recovery release -escrow FILE -key FILE -approvers FILE REQUEST

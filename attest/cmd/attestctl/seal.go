@@ -38,12 +38,13 @@ func (o *sealOptions) flags(f *flag.FlagSet) {
 	f.Uint64Var(&o.epoch, "epoch", 0, "epoch of the release")
 }
 
-// sealCommands need no verifier: their keys are kept offline.
+// sealCommands but one need no verifier: their keys are kept offline.
 func sealCommands() map[string]command {
 	return map[string]command{
 		"approval sign":    {1, signApproval, show(printSigned)},
 		"seal sign":        {1, sealSign, show(printRelease)},
 		"seal show":        {1, sealShow, show(explainRelease)},
+		"recovery escrow":  {1, lastEscrow, show(printEscrow)},
 		"recovery request": {0, recoveryRequest, show(printSigned)},
 		"recovery release": {1, recoveryRelease, show(printRecovery)},
 	}
@@ -104,6 +105,25 @@ func signApproval(_ context.Context, o *options, args []string) (any, error) {
 	}
 	fmt.Fprintf(os.Stderr, "signing %s: %s\n", s.Type, s.Payload)
 	return s, s.Sign(key)
+}
+
+// lastEscrow gives the escrow of a device's newest disk, as recovery request
+// and recovery release read it.
+func lastEscrow(ctx context.Context, o *options, args []string) (any, error) {
+	list, err := o.admin().Escrows(ctx, args[0])
+	if err != nil {
+		return nil, err
+	}
+	if len(list) == 0 {
+		return nil, fmt.Errorf("device %s has no recovery key in escrow", args[0])
+	}
+	return &list[len(list)-1], nil
+}
+
+func printEscrow(w io.Writer, e *seal.Escrow) error {
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	return enc.Encode(e)
 }
 
 // printSigned prints the document itself, to be passed on and signed.

@@ -155,7 +155,7 @@ func TestRecoveryCommands(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e, err := seal.NewEscrow(&d.keys["escrow"].PublicKey, attest.Digest{1}, v, recoveryKey, time.Now())
+	e, err := seal.NewEscrow(&d.keys["escrow"].PublicKey, attest.Digest{1}, v.ID, recoveryKey, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}

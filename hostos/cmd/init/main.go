@@ -8,6 +8,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 
 	"sekisho/hostos/boot"
@@ -17,8 +18,10 @@ const usage = `init: PID 1 of the host domain
 
   init status [-json]   what init, its services and the work domain are doing
   init poweroff         orderly power-off: work domain, services, machine
+  init recover          open the work domain's disk by the recovery key on standard
+                        input, and start the work domain
 
-As PID 1 it takes no arguments and boots the host domain. Both commands need
+As PID 1 it takes no arguments and boots the host domain. The commands need
 root. Exit codes: 0 done, 1 failed, 2 wrong usage.
 `
 
@@ -38,6 +41,8 @@ func main() {
 		fail(status(args[1:]))
 	case args[0] == "poweroff" && len(args) == 1:
 		fail(boot.NewClient(boot.InitSocket).PowerOff(context.Background()))
+	case args[0] == "recover" && len(args) == 1:
+		fail(recoverDisk())
 	case args[0] == "-h" || args[0] == "--help" || args[0] == "help":
 		fmt.Print(usage)
 	default:
@@ -60,6 +65,14 @@ func status(args []string) error {
 	}
 	boot.WriteStatus(os.Stdout, s)
 	return nil
+}
+
+func recoverDisk() error {
+	typed, err := io.ReadAll(io.LimitReader(os.Stdin, 256))
+	if err != nil {
+		return err
+	}
+	return boot.NewClient(boot.InitSocket).Recover(context.Background(), string(typed))
 }
 
 func fail(err error) {

@@ -120,7 +120,7 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 		Verifiers:  []attest.Endpoint{{Address: netip.MustParseAddrPort(verifierAddr), ServerName: "verifier.test"}},
 		Gateways:   []attest.Endpoint{{Address: netip.MustParseAddrPort(gatewayAddr), ServerName: "gateway.test"}},
 		Uplinks:    []attest.UplinkRule{{Name: "eth0"}, {Kind: netd.KindWired}},
-		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareUEFI},
+		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareUEFI, Disk: attest.DiskPersistent},
 	}
 	chain, key := w.ca.server(t, "gateway.test")
 	w.writeBytes("gateway.crt", chain)
