@@ -28,6 +28,7 @@ test: packages vet build
 
 bench: packages build
 	@echo "== attestation against its yardsticks"; $(GO) test ./attest/eventlog ./attest/quote ./attest/tpm -run '^$$' -bench Ratio
+	@echo "== whole verifications over TLS"; $(GO) test ./attest/fleet -run '^$$' -bench Load -benchtime 1x -count 3
 	@bin/lab bench
 
 FUZZTIME ?= 10m

@@ -192,6 +192,19 @@ func TestTornWrite(t *testing.T) {
 	}
 }
 
+func TestIndex(t *testing.T) {
+	part := append(bytes.Repeat([]byte("ab"), 300), 'c')
+	for _, before := range []string{"", "x", "ab", "abab", "xaba"} {
+		data := append([]byte(before), part...)
+		if got, want := index(data, part), bytes.Index(data, part); got != want {
+			t.Errorf("%q: %d, want %d", before, got, want)
+		}
+		if got := index(data[:len(data)-1], part); got != -1 {
+			t.Errorf("%q: %d in what is too short", before, got)
+		}
+	}
+}
+
 // TestNoRoom: with a full disk nothing is appended, the error says why, and it
 // goes on when there is room again.
 func TestNoRoom(t *testing.T) {

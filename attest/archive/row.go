@@ -162,6 +162,21 @@ func (w *writer) common(data []byte, at time.Time) (place, error) {
 	return place{w.parts.s.number, offset}, err
 }
 
+// index is bytes.Index for a long part, which it finds by its head: for long
+// ones, bytes.Index computes a sum over all of it.
+func index(data, part []byte) int {
+	for from := 0; ; {
+		i := bytes.Index(data[from:], part[:32])
+		switch {
+		case i < 0:
+			return -1
+		case bytes.HasPrefix(data[from+i:], part):
+			return from + i
+		}
+		from += i + 1
+	}
+}
+
 // add adds an entry. The archive's own writer is the only one that changes
 // what is known, so it may read that.
 func (w *writer) add(e Entry) error {
@@ -173,7 +188,7 @@ func (w *writer) add(e Entry) error {
 			if len(c) < minPart {
 				continue
 			}
-			if i := bytes.Index(rest, c); i >= 0 && (at < 0 || i < at) {
+			if i := index(rest, c); i >= 0 && (at < 0 || i < at) {
 				at, which = i, c
 			}
 		}

@@ -46,7 +46,7 @@ type bench struct {
 	makeKey *ecdsa.PrivateKey
 }
 
-func authority(t *testing.T, cn string) (*x509.Certificate, *ecdsa.PrivateKey) {
+func authority(t testing.TB, cn string) (*x509.Certificate, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -182,35 +182,54 @@ func (b *bench) evidence(d *faketpm.TPM, id attest.Digest, nonce []byte) *attest
 // evidenceOf is evidence with the event log of an image.
 func (b *bench) evidenceOf(d *faketpm.TPM, id attest.Digest, nonce []byte, image logtest.Image) *attest.Evidence {
 	b.t.Helper()
-	key, err := tpm.ParsePublic(d.Identity().Key)
+	_, key := identify(b.t, d)
+	e, err := evidenceFor(d, id, key, nonce, image.Boot().Bytes())
 	if err != nil {
 		b.t.Fatal(err)
+	}
+	return e
+}
+
+// identify returns the device id of d and the SHA-256 of its credential key's
+// SubjectPublicKeyInfo.
+func identify(t testing.TB, d *faketpm.TPM) (id, credential attest.Digest) {
+	t.Helper()
+	ek, err := tpm.ParsePublic(d.Identity().EK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := tpm.ParsePublic(d.Identity().Key)
+	if err != nil {
+		t.Fatal(err)
 	}
 	spki, err := key.SPKI()
 	if err != nil {
-		b.t.Fatal(err)
+		t.Fatal(err)
 	}
-	log := image.Boot().Bytes()
+	return attest.DeviceID(ek.Name()), sha256.Sum256(spki)
+}
+
+// evidenceFor is evidence of d, which calls itself id, for a nonce and a key.
+func evidenceFor(d *faketpm.TPM, id, key attest.Digest, nonce, log []byte) (*attest.Evidence, error) {
 	extra, err := attest.Binding{
-		Nonce: nonce, Device: id, Verifier: name, Purpose: attest.PurposeNetwork,
-		Key: sha256.Sum256(spki), EventLog: sha256.Sum256(log),
+		Nonce: nonce, Device: id, Verifier: name, Purpose: attest.PurposeNetwork, Key: key, EventLog: sha256.Sum256(log),
 	}.Digest()
 	if err != nil {
-		b.t.Fatal(err)
+		return nil, err
 	}
 	p, err := d.Attest(extra)
 	if err != nil {
-		b.t.Fatal(err)
+		return nil, err
 	}
 	e := &attest.Evidence{
 		Profile: attest.Profile, Device: id[:], Verifier: name, Purpose: attest.PurposeNetwork, Nonce: nonce,
 		Quote: p.Quote, QuoteSig: p.QuoteSig, PCRs: make(map[int][]byte), EventLog: log,
-		Key: key.Bytes, Certify: p.Certify, CertifySig: p.CertifySig,
+		Key: d.Identity().Key, Certify: p.Certify, CertifySig: p.CertifySig,
 	}
 	for i, v := range p.PCRs {
 		e.PCRs[i] = v[:]
 	}
-	return e
+	return e, nil
 }
 
 func (b *bench) nonce(id attest.Digest) []byte {
@@ -278,11 +297,8 @@ func refusal(t *testing.T, err error) attest.Reason {
 
 func deviceID(t *testing.T, d *faketpm.TPM) attest.Digest {
 	t.Helper()
-	ek, err := tpm.ParsePublic(d.Identity().EK)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return attest.DeviceID(ek.Name())
+	id, _ := identify(t, d)
+	return id
 }
 
 func TestEnrolAndAttest(t *testing.T) {

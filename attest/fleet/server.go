@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -148,12 +149,15 @@ func (a *api) challenge(w http.ResponseWriter, r *http.Request) {
 
 func (a *api) attest(w http.ResponseWriter, r *http.Request) {
 	// One byte over the limit is enough for the appraisal to say so.
-	data, err := io.ReadAll(io.LimitReader(r.Body, attest.MaxEvidence+1))
-	if err != nil {
+	var body bytes.Buffer
+	if n := r.ContentLength; n > 0 && n <= attest.MaxEvidence {
+		body.Grow(int(n) + bytes.MinRead)
+	}
+	if _, err := body.ReadFrom(io.LimitReader(r.Body, attest.MaxEvidence+1)); err != nil {
 		reply(w, http.StatusBadRequest, attest.Refuse(attest.ReasonRequestMalformed, "request body ended early"))
 		return
 	}
-	resp, err := a.service.Attest(r.Context(), data)
+	resp, err := a.service.Attest(r.Context(), body.Bytes())
 	if err == nil {
 		res := resp.Result
 		a.log.Info("appraised", "device", res.Device, "status", res.Status, "reason", res.Reason, "detail", res.Detail, "from", r.RemoteAddr)

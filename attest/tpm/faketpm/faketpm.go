@@ -33,7 +33,7 @@ type TPM struct {
 	Clock tpm.Clock             // of the next statement; it rises by itself
 
 	ek, ak, key *ecdsa.PrivateKey
-	cert        []byte
+	id          tpm.Identity
 }
 
 // New returns a TPM with keys of its own and PCRs in their reset state. It
@@ -49,7 +49,15 @@ func New() *TPM {
 			panic(err) // rand.Reader does not fail
 		}
 	}
+	t.describe()
 	return t
+}
+
+// describe makes the public areas of the keys.
+func (t *TPM) describe() {
+	ek := tpm2.ECCEKTemplate
+	ek.Unique = point(&t.ek.PublicKey)
+	t.id.EK, t.id.AK, t.id.Key = tpm2.Marshal(ek), public(&t.ak.PublicKey, true), public(&t.key.PublicKey, false)
 }
 
 // Certify gives the TPM an EK certificate by ca.
@@ -62,19 +70,18 @@ func (t *TPM) Certify(ca *x509.Certificate, key crypto.Signer, change func(*x509
 		change(template)
 	}
 	cert, err := x509.CreateCertificate(rand.Reader, template, ca, t.ek.Public(), key)
-	t.cert = cert
+	t.id.EKCertificate = cert
 	return err
 }
 
 // Renew gives the TPM another attestation key, as no real TPM can.
-func (t *TPM) Renew() { t.ak = New().ak }
+func (t *TPM) Renew() {
+	t.ak = New().ak
+	t.describe()
+}
 
 // Identity is as of a real TPM.
-func (t *TPM) Identity() tpm.Identity {
-	ek := tpm2.ECCEKTemplate
-	ek.Unique = point(&t.ek.PublicKey)
-	return tpm.Identity{EKCertificate: t.cert, EK: tpm2.Marshal(ek), AK: public(&t.ak.PublicKey, true), Key: public(&t.key.PublicKey, false)}
-}
+func (t *TPM) Identity() tpm.Identity { return t.id }
 
 func point(k *ecdsa.PublicKey) tpm2.TPMUPublicID {
 	raw, err := k.Bytes()
