@@ -75,6 +75,8 @@ type Organization struct {
 	// EscrowKey is the public key (PEM, P-256) to which the recovery keys of
 	// the work domains' disks are encrypted. Without it no disk is made.
 	EscrowKey string `json:"escrow_key,omitempty"`
+	// NetworkAccess is absent where no network asks for 802.1X.
+	NetworkAccess *NetworkAccess `json:"network_access,omitempty"`
 }
 
 // Beacon is the server that proves a LAN to be one of the organisation's.
@@ -135,6 +137,15 @@ type UplinkRule struct {
 	Metered bool     `json:"metered,omitempty"` // costs by volume; shown to the user
 }
 
+// NetworkAccess says how laptops get into networks that ask for 802.1X
+// (EAP-TLS with the laptop's network identity).
+type NetworkAccess struct {
+	Server string   `json:"server"`          // DNS name in the authentication servers' certificates
+	CA     string   `json:"ca"`              // PEM, the one root of these certificates
+	Wired  bool     `json:"wired,omitempty"` // answer switches that ask for it
+	SSIDs  []string `json:"ssids,omitempty"` // Wi-Fi networks of the organisation
+}
+
 // The kinds that an UplinkRule may name.
 var uplinkKinds = []string{"", "wired", "wifi", "usb"}
 
@@ -180,6 +191,16 @@ func (o *Organization) Validate() error {
 			if e.ServerName == "" {
 				fail("%s[%d]: server_name is empty", what, i)
 			}
+		}
+	}
+	if n := o.NetworkAccess; n != nil {
+		if block, rest := pem.Decode([]byte(n.CA)); block == nil || len(bytes.TrimSpace(rest)) > 0 {
+			fail("network_access: ca: want one certificate")
+		} else if _, err := x509.ParseCertificate(block.Bytes); err != nil {
+			fail("network_access: ca: %w", err)
+		}
+		if n.Server == "" || len(n.SSIDs) > 16 || slices.ContainsFunc(n.SSIDs, func(s string) bool { return s == "" || len(s) > 32 }) {
+			fail("network_access: want a server, and at most 16 SSIDs of 1 to 32 bytes")
 		}
 	}
 	if len(o.Uplinks) > 16 {

@@ -76,5 +76,14 @@ func NICModules() []Module {
 		{Name: "rndis_host"},
 		{Name: "r8152"},
 		{Name: "ax88179_178a"},
+
+		// Wi-Fi. Ciphers of mac80211 that it asks for by name only. Debian's main
+		// archive has no firmware for most cards; netd says which one wants some.
+		{Name: "ccm"},
+		{Name: "gcm"},
+		{Name: "cmac"},
+		{Name: "mac80211"},
+		{Name: "ath9k"},
+		{Name: "iwlwifi"},
 	}
 }

@@ -21,6 +21,8 @@ const (
 	AttestdSocket = RunDir + "/attestd.sock"
 	NetdSocket    = RunDir + "/netd.sock"
 	LinkdSocket   = RunDir + "/linkd.sock"
+	NetdDir       = RunDir + "/netd" // saved networks, network identity
+	WPADir        = RunDir + "/wpa"  // control sockets of wpa_supplicant
 	WorkConsole   = RunDir + "/work-console.log"
 	TPMDevice     = "/dev/tpmrm0"
 	StatePart     = "sekisho-state"
@@ -42,14 +44,18 @@ type User struct {
 // notifyGroup may write to the notify socket.
 const notifyGroup = "notify"
 
+// wpaID is also the group that may use wpa_supplicant's control sockets.
+const wpaID = 110
+
 // Users lists the accounts beside root. Nothing runs as the user notifyGroup.
 func Users() []User {
 	return []User{
 		{Name: "attestd", ID: 101, Groups: []string{notifyGroup}},
-		{Name: "netd", ID: 102, Groups: []string{"attestd", "linkd", notifyGroup}},
+		{Name: "netd", ID: 102, Groups: []string{"attestd", "linkd", "wpa", notifyGroup}},
 		{Name: "linkd", ID: 103, Groups: []string{notifyGroup}},
 		{Name: "vmm", ID: 104},
 		{Name: notifyGroup, ID: 105},
+		{Name: "wpa", ID: wpaID},
 	}
 }
 
@@ -84,6 +90,7 @@ type Service struct {
 	Caps     []uintptr     // ambient capabilities; with User empty the program has all
 	Netns    string        // path of a network namespace, empty is outside
 	NewNetns bool          // run in an empty network namespace of its own
+	Dir      string        // made for the service before it starts, for it and its group
 	Socket   string        // API socket that init opens and passes as LISTEN_FDS
 	Notify   bool          // speaks READY=1; killed when it does not within startTimeout
 	Watchdog time.Duration // longest silence between two WATCHDOG=1, 0 is for ever
@@ -99,15 +106,21 @@ func Services() []Service {
 	const config = attest.OrganizationFile
 	return append([]Service{
 		{
+			// Debian's wpa_supplicant: it waits for netd to give it links.
+			Name: "wpa",
+			Args: []string{"/usr/sbin/wpa_supplicant", "-g", WPADir + "/global", "-G", strconv.Itoa(wpaID)},
+			User: "wpa", Caps: []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW}, Dir: WPADir,
+		},
+		{
 			Name: "attestd",
 			Args: []string{"/bbin/attestd", "-config", config, "-tpm", TPMDevice, "-state", byPartlabel + "/" + StatePart, "-events", EventsFile},
 			User: "attestd", Socket: AttestdSocket, Notify: true, Watchdog: watchdog,
 		},
 		{
 			Name: "netd",
-			Args: []string{"/bbin/netd", "run", "-config", config, "-attestd", AttestdSocket, "-linkd", LinkdSocket, "-inside", InsideNetns},
+			Args: []string{"/bbin/netd", "run", "-config", config, "-attestd", AttestdSocket, "-linkd", LinkdSocket, "-inside", InsideNetns, "-wpa", WPADir},
 			User: "netd", Caps: []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_NET_BIND_SERVICE, unix.CAP_SYS_ADMIN, unix.CAP_SYS_TIME},
-			Socket: NetdSocket, Notify: true, Watchdog: watchdog,
+			Dir: NetdDir, Socket: NetdSocket, Notify: true, Watchdog: watchdog,
 		},
 		{
 			Name: "linkd",

@@ -114,6 +114,11 @@ func (s *supervised) set(f func(*ServiceStatus)) {
 func (v *supervisor) add(ctx context.Context, svc Service) (*supervised, error) {
 	s := &supervised{Service: svc, notes: make(chan notification, 16), done: make(chan struct{}), logged: make(chan struct{})}
 	s.status = ServiceStatus{Name: svc.Name, Since: v.now()}
+	if svc.Dir != "" {
+		if err := ownDir(svc.Dir, svc.User); err != nil {
+			return nil, fmt.Errorf("%s: %w", svc.Name, err)
+		}
+	}
 	if svc.Socket != "" {
 		f, err := listenAPI(svc.Socket, svc.User)
 		if err != nil {
@@ -155,6 +160,15 @@ func (v *supervisor) add(ctx context.Context, svc Service) (*supervised, error) 
 		}
 	}()
 	return s, nil
+}
+
+// ownDir makes a directory for user and its group.
+func ownDir(path, user string) error {
+	if err := os.MkdirAll(path, 0o750); err != nil {
+		return err
+	}
+	uid, _ := lookup(user)
+	return os.Chown(path, int(uid), int(uid))
 }
 
 // listenAPI opens a unix stream socket, mode 0660, that belongs to user, or to

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io/fs"
+	"path"
 	"slices"
 	"strings"
 
@@ -61,7 +62,7 @@ func hostSpec(o Options) spec {
 		},
 		tags:     tags(o.Lab),
 		modules:  o.Modules,
-		programs: []string{"/usr/bin/qemu-system-x86_64", disk.Cryptsetup, disk.DMSetup},
+		programs: []string{"/usr/bin/qemu-system-x86_64", disk.Cryptsetup, disk.DMSetup, "/usr/sbin/wpa_supplicant"},
 		// What a q35 machine with pflash, virtio-blk and vhost-vsock opens.
 		// Option ROMs of network cards and VGA are left out: the work domain
 		// has neither.
@@ -71,19 +72,31 @@ func hostSpec(o Options) spec {
 			"/usr/share/seabios/bios-256k.bin",
 			"/usr/share/qemu/kvmvapic.bin",
 			"/usr/share/qemu/linuxboot_dma.bin",
+			// What radios may send in which country; cfg80211 checks its signature.
+			regulatory + "-debian", regulatory + ".p7s-debian",
 		},
 		files: baseFiles(),
 	}
 	passwd, group := accounts()
 	s.files["/etc/passwd"], s.files["/etc/group"] = textFile(passwd), textFile(group)
 	s.files["/etc/sekisho/organization.json"] = node{mode: 0o644, data: o.Organization}
+	for _, suffix := range []string{"", ".p7s"} {
+		s.files[regulatory+suffix] = symlink(path.Base(regulatory) + suffix + "-debian")
+	}
 	if o.Lab {
+		// The air between simulated radios, with an access point in it.
+		s.modules = append(slices.Clone(s.modules), "mac80211_hwsim", "bridge")
+		s.programs = append(s.programs, "/usr/sbin/hostapd")
 		s.commands = append(s.commands, "sekisho/images/lab/cmd/labhook")
 		s.commands = append(s.commands, urootCommands("cat df dmesg echo find free gosh grep head hexdump id ip kill ls lsmod mount pci ps sleep tail uname")...)
 		s.addShell()
 	}
 	return s
 }
+
+// regulatory is the kernel's name of the wireless regulatory database; Debian
+// has a maintainer script choose between signatures.
+const regulatory = "/usr/lib/firmware/regulatory.db"
 
 // accounts returns the passwd(5) and group(5) files of the host domain.
 func accounts() (passwd, group string) {

@@ -28,6 +28,7 @@ import (
 	"sekisho/netd/plan"
 	"sekisho/netd/tunnel"
 	"sekisho/netd/uplink"
+	"sekisho/netd/uplink/wpa"
 )
 
 const (
@@ -64,6 +65,8 @@ type Config struct {
 	Outside, Inside Namespace
 	Driver          tunnel.Driver
 	Attestation     Attestation
+	// Wifi and Wired join links to networks: see uplink.Config. They may be nil.
+	Wifi, Wired func(ctx context.Context, link string, report func(wpa.Facts))
 	// Unserved lists network hardware without a link; it may be nil.
 	Unserved func() []netd.Unserved
 	// Configure hands the work domain's configuration to linkd.
@@ -145,6 +148,7 @@ func New(c Config) *Daemon {
 	}
 	keeper := uplink.Config{
 		Report: d.reportUplinks, Policy: uplink.Policy{Rules: c.Organization.Uplinks, Groups: c.Organization.Groups},
+		Wifi: c.Wifi, Wired: c.Wired,
 	}
 	for _, e := range slices.Concat(c.Organization.Verifiers, c.Organization.Gateways) {
 		d.endpoints = append(d.endpoints, e.Address)

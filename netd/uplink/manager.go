@@ -1,3 +1,5 @@
+//go:build linux
+
 // Package uplink keeps the links towards the Internet ready: a lease on each
 // that has carrier, and of each the knowledge how well it works. Choose says
 // which of them to use. Addresses come by DHCPv4 (RFC 2131). Of what a server
@@ -17,6 +19,7 @@ import (
 	"time"
 
 	"sekisho/netd"
+	"sekisho/netd/uplink/wpa"
 )
 
 const (
@@ -39,6 +42,9 @@ type Config struct {
 	// Internet. A lease whose prefix holds one is bad.
 	Claims []netip.Addr
 	Policy Policy
+	// Wifi joins a Wi-Fi link to a network, Wired answers a switch that asks
+	// for 802.1X, each until ctx is done: wpa.Supplicant's. Nil does not.
+	Wifi, Wired func(ctx context.Context, name string, report func(wpa.Facts))
 }
 
 // Manager keeps every link's lease and health. Make one with New.
@@ -62,14 +68,17 @@ type record struct {
 	losses int
 	last   netip.Addr // the last address had, to ask for again
 
-	stopLease, stopProbe func()
-	doubt                chan struct{} // for its prober
+	facts wpa.Facts // of the network that it has joined
+
+	stopLease, stopProbe, stopJoin func()
+	doubt                          chan struct{} // for its prober
 }
 
 // Run follows the links that arrive on links until ctx is done.
 func (m *Manager) Run(ctx context.Context, links <-chan []Link) {
 	defer func() {
 		for _, r := range m.known {
+			m.leave(r)
 			m.stop(ctx, r)
 		}
 	}()
@@ -80,10 +89,12 @@ func (m *Manager) Run(ctx context.Context, links <-chan []Link) {
 			return
 		case list := <-links:
 			if m.follow(ctx, list) {
+				m.join(ctx)
 				m.report()
 			}
 		case do := <-m.events:
 			do()
+			m.join(ctx)
 			m.report()
 		}
 	}
@@ -111,17 +122,6 @@ func (m *Manager) Doubt(ctx context.Context, name string) {
 	})
 }
 
-// Renew starts over with the named link's lease: it has just been let into
-// another network.
-func (m *Manager) Renew(ctx context.Context, name string) {
-	m.post(ctx, func() {
-		if r := m.known[name]; r != nil && r.link.Carrier {
-			m.stop(ctx, r)
-			m.start(ctx, r)
-		}
-	})
-}
-
 // SetDevice tells which laptop this is, for the groups of the policy.
 func (m *Manager) SetDevice(ctx context.Context, id string) {
 	m.post(ctx, func() { m.Policy.Device = id })
@@ -132,6 +132,7 @@ func (m *Manager) follow(ctx context.Context, list []Link) (changed bool) {
 	for name, r := range m.known {
 		i := slices.IndexFunc(list, func(l Link) bool { return l.Name == name && l.Index == r.link.Index })
 		if i < 0 {
+			m.leave(r)
 			m.stop(ctx, r)
 			delete(m.known, name)
 			changed = true
@@ -152,6 +153,58 @@ func (m *Manager) follow(ctx context.Context, list []Link) (changed bool) {
 		}
 	}
 	return changed
+}
+
+// join has every link join its network that the organisation allows: until then
+// a radio is silent.
+func (m *Manager) join(ctx context.Context) {
+	for name, r := range m.known {
+		keep := m.Wired
+		if r.link.Kind == netd.KindWifi {
+			keep = m.Wifi
+		}
+		_, _, allowed := m.Policy.Place(r.link)
+		switch wanted := keep != nil && r.link.Kind != netd.KindUSB && allowed; {
+		case wanted == (r.stopJoin != nil):
+			continue
+		case !wanted:
+			m.leave(r)
+			continue
+		}
+		whole := ctx
+		ctx, cancel := context.WithCancel(ctx)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			keep(ctx, name, func(f wpa.Facts) {
+				m.post(ctx, func() {
+					if ctx.Err() == nil {
+						m.joined(whole, r, f)
+					}
+				})
+			})
+		}()
+		r.stopJoin = func() { cancel(); <-done }
+	}
+}
+
+// joined takes over what is known of a link's network. Whoever was let in has
+// perhaps asked for an address in vain before.
+func (m *Manager) joined(ctx context.Context, r *record, f wpa.Facts) {
+	again := f.Joined > r.facts.Joined && r.link.Carrier && !r.uplink.Usable()
+	r.facts = f
+	if again {
+		m.stop(ctx, r)
+		m.start(ctx, r)
+	}
+}
+
+// leave ends what join began.
+func (m *Manager) leave(r *record) {
+	if r.stopJoin != nil {
+		r.stopJoin()
+	}
+	r.stopJoin, r.facts = nil, wpa.Facts{}
 }
 
 // start gets a lease on r, which has carrier.
@@ -250,6 +303,10 @@ func (m *Manager) report() {
 		u := r.uplink
 		u.Carrier, u.Kind, u.Driver = r.link.Carrier, r.link.Kind, r.link.Driver
 		u.Health, u.Losses, u.Since = r.health, r.losses, r.since
+		u.Network, u.Signal = r.facts.Network, r.facts.Signal
+		if r.facts.Reason != "" && !u.Usable() {
+			u.Reason, u.Detail = r.facts.Reason, r.facts.Detail
+		}
 		place, metered, allowed := m.Policy.Place(r.link)
 		u.Metered = metered
 		if !allowed {

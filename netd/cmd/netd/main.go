@@ -21,9 +21,10 @@ const usage = `usage: netd run [-config FILE] [-attestd SOCKET] [-linkd SOCKET] 
        netd close [-inside FILE]
        netd status [-socket PATH] [--json]
        netd journal [-socket PATH] [--json] [--save FILE]
+       netd wifi list | join NAME [--hidden] [--open | --server NAME] | forget NAME  [--json]
        netd ciphers [--json]
 
-run      Keeps a DHCPv4 lease on one wired link, opens the tunnel while
+run      Keeps a lease on every uplink, opens the tunnel over the best while
          attestation is affirming, and passes the work domain's packets through
          it and nowhere else. Works in the calling namespace ("outside") and in
          the one at -inside. Speaks the service protocol (NOTIFY_SOCKET,
@@ -37,6 +38,9 @@ status   Shows the state, uplinks, tunnel and office of the running netd, first
 journal  Shows what happened to the network lately: changes of state, uplink,
          MTU, radio, tunnel, office and clock, nothing of what was carried.
          --save writes it to a file for the help desk.
+wifi     Lists the Wi-Fi networks in reach and those saved, saves one (the
+         passphrase is read from standard input; --open has none, --server is
+         for EAP-TLS and names the authentication server), or forgets one.
 ciphers  Lists the algorithms in force.
 
 states: Dark (no usable uplink), Linked (uplink only), Portal (somebody else
@@ -46,9 +50,12 @@ or the gateway), Tunnel (open), Office (open, the LAN is proven to be ours)
 exit status: 0 done, or ended by a signal; 1 failure; 2 wrong usage
 `
 
+var errUsage = errors.New("wrong usage")
+
 // options are the flags of every subcommand.
 type options struct {
 	config, attestd, linkd, inside, socket, save string
+	wpa, identity, networks                      string
 	json                                         bool
 }
 
@@ -70,6 +77,10 @@ func command(ctx context.Context, args []string) int {
 		return 0
 	}
 	do, ok := commands[args[0]]
+	if args[0] == "wifi" { // has words of its own before its flags
+		words := args[1:]
+		do, ok, args = func(ctx context.Context, o options) error { return wifi(ctx, o, words) }, true, args[:1]
+	}
 	if !ok {
 		fmt.Fprintf(os.Stderr, "netd: unknown command %q\n%s", args[0], usage)
 		return 2
@@ -83,6 +94,9 @@ func command(ctx context.Context, args []string) int {
 	flags.StringVar(&o.inside, "inside", "/run/netns/inside", "file of the namespace inside")
 	flags.StringVar(&o.socket, "socket", "/run/sekisho/netd.sock", "own socket, unless LISTEN_FDS passes it")
 	flags.StringVar(&o.save, "save", "", "write the journal to this file")
+	flags.StringVar(&o.wpa, "wpa", "", "directory of wpa_supplicant's control sockets; empty: no Wi-Fi, no 802.1X")
+	flags.StringVar(&o.identity, "identity", "/run/sekisho/netd/identity", "directory with certificate.pem and key.pem for 802.1X")
+	flags.StringVar(&o.networks, "networks", "/run/sekisho/netd/networks", "file of the saved Wi-Fi networks")
 	flags.BoolVar(&o.json, "json", false, "print JSON")
 	switch err := flags.Parse(args[1:]); {
 	case errors.Is(err, flag.ErrHelp):
@@ -90,7 +104,10 @@ func command(ctx context.Context, args []string) int {
 	case err != nil || flags.NArg() != 0:
 		return 2
 	}
-	if err := do(ctx, o); err != nil {
+	if err := do(ctx, o); errors.Is(err, errUsage) {
+		fmt.Fprint(os.Stderr, usage)
+		return 2
+	} else if err != nil {
 		fmt.Fprintln(os.Stderr, "netd:", err)
 		return 1
 	}

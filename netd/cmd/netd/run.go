@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"sync"
 	"time"
@@ -78,6 +79,11 @@ func run(ctx context.Context, o options) error {
 	if pipe != nil {
 		config.Pipe = pipe
 	}
+	var more []func(*http.ServeMux)
+	if r := newRadio(o, org, log); r != nil {
+		config.Wifi, config.Wired = r.Wifi, r.wired()
+		more = append(more, r.serve)
+	}
 	d := daemon.New(config)
 	stopped := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -88,8 +94,8 @@ func run(ctx context.Context, o options) error {
 		parts.Go(func() { cancel(pipe.Run(ctx)) })
 	}
 	parts.Go(func() {
-		cancel(api.Serve(ctx, socket, api.OwnerOrRoot, func() any { return d.Status() },
-			api.JSON("/v1/journal", func() any { return d.Journal.Report(time.Now()) })))
+		more = append(more, api.JSON("/v1/journal", func() any { return d.Journal.Report(time.Now()) }))
+		cancel(api.Serve(ctx, socket, api.OwnerOrRoot, func() any { return d.Status() }, more...))
 	})
 	err = d.Run(ctx)
 	cause := context.Cause(ctx)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -43,6 +44,20 @@ func printStatus(w io.Writer, s netd.Status) error {
 	} else {
 		fmt.Fprintf(t, "uplink\t%s %s\n", u.Name, u.Detail)
 	}
+	for i, u := range s.Uplinks {
+		label := ""
+		if i == 0 {
+			label = "uplinks"
+		}
+		fmt.Fprintf(t, "%s\t%s\n", label, line(u, s.Uplink.Name))
+	}
+	for i, u := range s.Unserved {
+		label := ""
+		if i == 0 {
+			label = "unserved"
+		}
+		fmt.Fprintf(t, "%s\t%s\n", label, u)
+	}
 	if n := s.Tunnel; n != nil {
 		fmt.Fprintf(t, "tunnel\tinner %s gateway %s mtu %d\n", n.Inner, n.Gateway, n.MTU)
 		fmt.Fprintf(t, "\t%s since %s until %s\n", n.Cipher, n.Since.Format(time.DateTime), n.Until.Format(time.DateTime))
@@ -56,16 +71,6 @@ func printStatus(w io.Writer, s netd.Status) error {
 		}
 		fmt.Fprintf(t, "office\t%s proven by %s on %s since %s%s\n", o.Site, o.Beacon, o.Link, o.Since.Format(time.DateTime), stay)
 		fmt.Fprintf(t, "\treached directly: %v\n", o.Networks)
-	}
-	for _, u := range s.Uplinks {
-		if u.Name == s.Uplink.Name {
-			continue
-		}
-		fmt.Fprintf(t, "other\t%s %s %s %s", u.Name, u.Kind, u.Address, u.Detail)
-		if u.Network != "" {
-			fmt.Fprintf(t, " signal %d dBm", u.Signal)
-		}
-		fmt.Fprintln(t)
 	}
 	for i, h := range s.History {
 		label := ""
@@ -107,6 +112,26 @@ func printJournal(w io.Writer, r journal.Report) error {
 		fmt.Fprintf(t, "%s\t%s\t%s / %s\n", e.At.Format(time.DateTime+".000"), e.Kind, e.EN, e.JA)
 	}
 	return t.Flush()
+}
+
+// line is one uplink in one line.
+func line(u netd.Uplink, inUse string) string {
+	words := []string{u.Name, u.Kind}
+	if u.Metered {
+		words = append(words, "metered")
+	}
+	if u.Network != "" {
+		words = append(words, fmt.Sprintf("%q %d dBm", u.Network, u.Signal))
+	}
+	switch {
+	case u.Name == inUse && u.Usable():
+		words = append(words, "in use", u.Address.String(), u.Health)
+	case u.Usable():
+		words = append(words, "ready", u.Address.String(), u.Health)
+	default:
+		words = append(words, u.Detail)
+	}
+	return strings.Join(words, " ")
 }
 
 // ciphers is "netd ciphers".

@@ -183,10 +183,18 @@ func (i *Identity) blobs() []setting {
 	return list
 }
 
-// Saved is the list of networks as a Store keeps it, secrets in the clear.
-type saved struct {
+// Revealed is a network with its passphrase in the clear, as it is stored and
+// as whoever joins it sends it.
+type Revealed struct {
 	Network
 	Passphrase string `json:"passphrase,omitempty"`
+}
+
+// Hide returns the network, its passphrase hidden.
+func (r Revealed) Hide() Network {
+	n := r.Network
+	n.Passphrase = Secret(r.Passphrase)
+	return n
 }
 
 // maxSaved bounds the list of saved networks.
@@ -200,9 +208,9 @@ func Encode(list []Network) ([]byte, error) {
 	if len(list) > maxSaved {
 		return nil, fmt.Errorf("wi-fi: %d saved networks, at most %d", len(list), maxSaved)
 	}
-	out := make([]saved, len(list))
+	out := make([]Revealed, len(list))
 	for i, n := range list {
-		out[i] = saved{n, n.Passphrase.Reveal()}
+		out[i] = Revealed{n, n.Passphrase.Reveal()}
 	}
 	b, err := json.Marshal(out)
 	if err == nil && len(b) > MaxEncoded {
@@ -216,7 +224,7 @@ func Decode(b []byte) ([]Network, error) {
 	if len(b) > MaxEncoded {
 		return nil, fmt.Errorf("wi-fi: saved networks of %d bytes, at most %d", len(b), MaxEncoded)
 	}
-	var in []saved
+	var in []Revealed
 	if err := json.Unmarshal(b, &in); err != nil {
 		return nil, fmt.Errorf("wi-fi: saved networks: %w", err)
 	}
@@ -225,8 +233,7 @@ func Decode(b []byte) ([]Network, error) {
 	}
 	list := make([]Network, len(in))
 	for i, s := range in {
-		list[i] = s.Network
-		list[i].Passphrase = Secret(s.Passphrase)
+		list[i] = s.Hide()
 		if err := list[i].Validate(); err != nil {
 			return nil, err
 		}

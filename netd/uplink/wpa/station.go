@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"sekisho/netd"
@@ -261,7 +263,12 @@ func (s *Supplicant) attach(ctx context.Context, name, driver string) (*Conn, er
 	if _, err := global.Request(ctx, "INTERFACE_REMOVE", name); err != nil && !errors.Is(err, ErrRefused) {
 		return nil, err
 	}
-	if _, err := global.Request(ctx, "INTERFACE_ADD "+strings.Join([]string{name, "", driver, s.dir, "", ""}, "\t")); err != nil {
+	st, err := os.Stat(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("wpa_supplicant: %w", err)
+	}
+	control := fmt.Sprintf("DIR=%s GROUP=%d", s.dir, st.Sys().(*syscall.Stat_t).Gid)
+	if _, err := global.Request(ctx, "INTERFACE_ADD "+strings.Join([]string{name, "", driver, control, "", ""}, "\t")); err != nil {
 		return nil, err
 	}
 	conn, err := s.dial(filepath.Join(s.dir, name))
