@@ -156,7 +156,7 @@ func New(c Config) *Daemon {
 			keeper.Claims = append(keeper.Claims, e.Address.Addr())
 		}
 	}
-	if probe, err := uplink.Prober(c.Organization, tunnel.BindToLink); err == nil {
+	if probe, err := uplink.Prober(c.Organization, tunnel.BindToLink, d.admitted); err == nil {
 		keeper.Probe = probe
 	} // without roots there is no tunnel either, and its keeper says so
 	d.uplinks = uplink.New(keeper)
@@ -226,6 +226,14 @@ func (d *Daemon) tunnelStatus() *netd.TunnelStatus {
 		Gateway: t.Gateway, Inner: t.Assignment.Inner, MTU: t.Assignment.MTU, DNS: t.Assignment.DNS,
 		Since: t.Since, Until: t.Until, Cipher: t.Cipher, Counters: t.Counters,
 	}
+}
+
+// admitted reports whether attestation opens the tunnel's gate now.
+func (d *Daemon) admitted() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	_, open := gate.Open(d.in.gate, gate.Tunnel, time.Now())
+	return open
 }
 
 // update changes the reports and wakes the loop.

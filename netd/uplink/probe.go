@@ -68,10 +68,12 @@ func local(err error) bool {
 // control makes a net.Dialer's Control that binds to a link: tunnel.BindToLink.
 type control = func(link string) func(network, address string, c syscall.RawConn) error
 
-// Prober returns a Probe that reaches a gateway: a TLS handshake, over the
-// uplink alone, with a server whose certificate the organisation's CA signed.
-// No captive portal and no local network can answer it.
-func Prober(org *attest.Organization, bind control) (func(context.Context, netd.Uplink) error, error) {
+// Prober returns a Probe that reaches one of the organisation's servers: a TLS
+// handshake, over the uplink alone, with a server whose certificate the
+// organisation's CA signed. No captive portal and no local network can answer
+// it. A laptop whose attestation is in force (admitted) asks the gateways, any
+// other the verifiers: it has no business with a gateway.
+func Prober(org *attest.Organization, bind control, admitted func() bool) (func(context.Context, netd.Uplink) error, error) {
 	roots, err := org.Roots()
 	if err != nil {
 		return nil, err
@@ -80,7 +82,11 @@ func Prober(org *attest.Organization, bind control) (func(context.Context, netd.
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		results, n := make(chan error), 0
-		for _, g := range org.Gateways {
+		servers := org.Verifiers
+		if admitted() {
+			servers = org.Gateways
+		}
+		for _, g := range servers {
 			source := u.Address.Addr()
 			if source.Is4() != g.Address.Addr().Is4() {
 				continue
@@ -97,7 +103,7 @@ func Prober(org *attest.Organization, bind control) (func(context.Context, netd.
 				results <- err
 			}()
 		}
-		err := fmt.Errorf("no gateway has an address of the family of %s", u.Address)
+		err := fmt.Errorf("no server has an address of the family of %s", u.Address)
 		reached := false
 		for i := range n { // the goroutines end with this function
 			e := <-results
