@@ -92,6 +92,7 @@ func AdminHandler(s *Service, log *slog.Logger) http.Handler {
 	mux.HandleFunc("DELETE "+AdminReferences, a.removeReference)
 	mux.HandleFunc("GET "+AdminEscrows+"/{id}", a.escrows)
 	a.identityRoutes(mux)
+	a.recoveryRoutes(mux)
 	a.policyRoutes(mux)
 	return mux
 }

@@ -82,6 +82,10 @@ func (a *Admin) RemoveReference(ctx context.Context, id string) error {
 	return a.do(ctx, http.MethodDelete, AdminReferences+"?id="+url.QueryEscape(id), nil, &none)
 }
 
+// ErrRefused is returned for what the verifier understood and will not do:
+// signatures are missing, or the time is not right.
+var ErrRefused = errors.New("refused")
+
 func (a *Admin) do(ctx context.Context, method, path string, body []byte, answer any) error {
 	req, err := http.NewRequestWithContext(ctx, method, "http://verifier"+path, bytes.NewReader(body))
 	if err != nil {
@@ -100,6 +104,9 @@ func (a *Admin) do(ctx context.Context, method, path string, body []byte, answer
 		var e adminError
 		if json.Unmarshal(data, &e) != nil || e.Error == "" {
 			e.Error = fmt.Sprintf("http status %d", resp.StatusCode)
+		}
+		if resp.StatusCode == http.StatusForbidden || resp.StatusCode == http.StatusConflict {
+			return fmt.Errorf("%w: %s", ErrRefused, e.Error)
 		}
 		return errors.New(e.Error)
 	}

@@ -88,6 +88,7 @@ func ReferenceID(r attest.ReferenceValues) string { return r.Image + " " + r.Ver
 //	ticket/ID           Ticket
 //	purchase/EKDIGEST   Purchase
 //	permits/SUBJECT     []Permit, whose enrolment they are for
+//	recovery/APPROVAL   Recovery, a release of a recovery key
 //	enrolment/SESSION   pending, with a lease
 //	shared/...          what every verifier follows in memory, see shared
 type keys string

@@ -49,7 +49,7 @@ func administer(ctx context.Context, args []string, stdout, stderr io.Writer) in
 		}
 	}
 	fmt.Fprintln(stderr, "attestctl:", err)
-	if errors.Is(err, policy.ErrUnsigned) || errors.Is(err, approval.ErrNotApproved) {
+	if errors.Is(err, policy.ErrUnsigned) || errors.Is(err, approval.ErrNotApproved) || errors.Is(err, fleet.ErrRefused) {
 		return exitRefuse
 	}
 	return exitNone

@@ -38,7 +38,8 @@ commands
   recovery request -escrow FILE -reason WHY [-expires 1h]
                                           ask for a recovery key; to be signed by two
   recovery release -escrow FILE -key FILE -approvers FILE REQUEST
-                                          show the recovery key for a request that two have signed
+                                          show the recovery key for a request that two have signed,
+                                          once: the verifier records it (recovery list)
   result last [-device ID]                show the last appraisal
   reference add FILE                      accept the image with these reference values
   reference list                          list accepted images

@@ -17,6 +17,7 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/approval"
+	"sekisho/attest/fleet"
 	"sekisho/attest/seal"
 )
 
@@ -47,6 +48,7 @@ func sealCommands() map[string]command {
 		"recovery escrow":  {1, lastEscrow, show(printEscrow)},
 		"recovery request": {0, recoveryRequest, show(printSigned)},
 		"recovery release": {1, recoveryRelease, show(printRecovery)},
+		"recovery list":    {0, listRecoveries, show(printRecoveries)},
 	}
 }
 
@@ -206,7 +208,9 @@ type recovery struct {
 	Signers []string      `json:"signers"`
 }
 
-func recoveryRelease(_ context.Context, o *options, args []string) (any, error) {
+// recoveryRelease shows the key only after the verifier has recorded the
+// release: an approval is good for one.
+func recoveryRelease(ctx context.Context, o *options, args []string) (any, error) {
 	e, err := o.readEscrow()
 	if err != nil {
 		return nil, err
@@ -238,7 +242,13 @@ func recoveryRelease(_ context.Context, o *options, args []string) (any, error) 
 	if errors.Is(err, approval.ErrNotApproved) {
 		return nil, fmt.Errorf("%w; have another approver run: attestctl approval sign -key FILE %s", err, args[0])
 	}
-	return recovery{r.Reveal(), e.Device, who}, err
+	if err != nil {
+		return nil, err
+	}
+	if _, err := o.admin().UseRecovery(ctx, signed); err != nil {
+		return nil, fmt.Errorf("the release could not be recorded, so the key is not shown: %w", err)
+	}
+	return recovery{r.Reveal(), e.Device, who}, nil
 }
 
 // printRecovery prints the key alone on standard output.
@@ -246,4 +256,17 @@ func printRecovery(w io.Writer, r recovery) error {
 	fmt.Fprintf(os.Stderr, "recovery key of device %s, released by %v; it is not logged\n", r.Device, r.Signers)
 	_, err := fmt.Fprintln(w, r.Key)
 	return err
+}
+
+func listRecoveries(ctx context.Context, o *options, _ []string) (any, error) {
+	return o.admin().Recoveries(ctx)
+}
+
+func printRecoveries(w io.Writer, list []fleet.Recovery) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "RELEASED\tDEVICE\tVOLUME\tSIGNERS\tREASON")
+	for _, r := range list {
+		fmt.Fprintf(t, "%s\t%s\t%x\t%d\t%s\n", when(r.Used), r.Device, r.Volume, len(r.Signers), r.Reason)
+	}
+	return t.Flush()
 }

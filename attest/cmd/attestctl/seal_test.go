@@ -167,7 +167,8 @@ func TestRecoveryCommands(t *testing.T) {
 	sign("a", "r0", "r1")
 	sign("a", "r1", "twice")
 	sign("b", "r1", "r2")
-	o := options{sealOptions: sealOptions{escrow: d.path("escrow.json"), key: d.path("escrow.key"), approvers: d.path("approvers.pem")}}
+	site := newOrganisation(t, setup{approvers: d.path("approvers.pem")})
+	o := options{socket: site.socket, sealOptions: sealOptions{escrow: d.path("escrow.json"), key: d.path("escrow.key"), approvers: d.path("approvers.pem")}}
 	for _, bad := range []string{"r0", "r1", "twice"} {
 		if err := d.run("key", "recovery release", o, d.path(bad)); !errors.Is(err, approval.ErrNotApproved) {
 			t.Errorf("%s: %v", bad, err)
@@ -177,5 +178,21 @@ func TestRecoveryCommands(t *testing.T) {
 	got, err := os.ReadFile(d.path("key"))
 	if err != nil || strings.TrimSpace(string(got)) != recoveryKey.Reveal() {
 		t.Errorf("%s, %v", got, err)
+	}
+	// Once, with any verifier of the organisation; and it is on record.
+	if err := d.run("again", "recovery release", o, d.path("r2")); !errors.Is(err, fleet.ErrRefused) {
+		t.Errorf("an approval was used twice: %v", err)
+	}
+	if _, err := os.Stat(d.path("again")); err == nil {
+		t.Error("something was shown")
+	}
+	d.must("list", "recovery list", options{socket: site.socket})
+	if list, err := os.ReadFile(d.path("list")); err != nil || strings.Count(string(list), "board dead") != 1 {
+		t.Errorf("%s, %v", list, err)
+	}
+	// Without the verifier there is no record, and so no key.
+	o.socket = d.path("nobody")
+	if err := d.run("away", "recovery release", o, d.path("r2")); err == nil {
+		t.Error("a key was released that nobody knows of")
 	}
 }
