@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sekisho/attest/gate"
+	"sekisho/attest/internal/service"
 )
 
 // Limits of attestd's socket.
@@ -138,33 +139,11 @@ func (p *peers) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		uid, err := peerUID(c)
+		uid, err := service.PeerUID(c)
 		if err == nil && slices.Contains(p.allow, uid) {
 			return peerConn{c, uid}, nil
 		}
 		p.log.Warn("client refused", "uid", uid, "error", err)
 		c.Close()
 	}
-}
-
-func peerUID(c net.Conn) (uint32, error) {
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return 0, fmt.Errorf("%T is no unix socket", c)
-	}
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var cerr error
-	if err := raw.Control(func(fd uintptr) {
-		cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return 0, err
-	}
-	if cerr != nil {
-		return 0, cerr
-	}
-	return cred.Uid, nil
 }

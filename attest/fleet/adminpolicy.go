@@ -86,6 +86,8 @@ func (a *admin) publish(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case errors.Is(err, errLocksOut):
 		a.fail(w, http.StatusConflict, err)
+	case errors.Is(err, policy.ErrUnsigned):
+		a.fail(w, http.StatusForbidden, err)
 	case err != nil:
 		a.fail(w, http.StatusBadRequest, err)
 	default:

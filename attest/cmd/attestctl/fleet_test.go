@@ -253,7 +253,7 @@ func TestPolicyLife(t *testing.T) {
 	sign := func(draft, signed string) {
 		o.ctl(0, "policy", "sign", o.file(draft), "-key", o.file("a.key"), "-out", o.file(signed))
 		o.ctl(1, "policy", "verify", o.file(signed), "-keys", keys, "-threshold", "2")
-		o.ctl(2, "policy", "publish", o.file(signed))
+		o.ctl(1, "policy", "publish", o.file(signed))
 		o.ctl(0, "policy", "sign", o.file(signed), "-key", o.file("c.key"))
 		o.ctl(0, "policy", "verify", o.file(signed), "-keys", keys, "-threshold", "2")
 	}

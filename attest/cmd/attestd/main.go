@@ -20,7 +20,6 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"os/signal"
 	"os/user"
@@ -28,11 +27,11 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/activation"
 	"golang.org/x/sync/errgroup"
 
 	"sekisho/attest"
 	"sekisho/attest/attester"
+	"sekisho/attest/internal/service"
 	"sekisho/attest/tpm"
 )
 
@@ -67,7 +66,7 @@ func run(config, device, state, events, runlog, socket, client, logon, release s
 	if err != nil {
 		return err
 	}
-	l, err := listen(socket)
+	l, err := service.Listen("unix", socket, "-socket")
 	if err != nil {
 		return err
 	}
@@ -103,25 +102,6 @@ func run(config, device, state, events, runlog, socket, client, logon, release s
 	g.Go(func() error { return a.Serve(ctx, l, append(clients, logind...)) })
 	g.Go(func() error { return a.Notify(ctx) })
 	return g.Wait()
-}
-
-func listen(socket string) (net.Listener, error) {
-	ls, err := activation.Listeners()
-	if err != nil {
-		return nil, fmt.Errorf("LISTEN_FDS: %w", err)
-	}
-	switch {
-	case len(ls) == 1 && ls[0] != nil:
-		return ls[0], nil
-	case len(ls) > 0:
-		return nil, fmt.Errorf("LISTEN_FDS: %d sockets, want 1 that listens", len(ls))
-	case socket == "":
-		return nil, errors.New("no socket: neither LISTEN_FDS nor -socket is given")
-	}
-	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
-	return net.Listen("unix", socket)
 }
 
 func readConfig(path string) (*attest.Organization, error) {

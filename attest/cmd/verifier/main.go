@@ -25,11 +25,11 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"sekisho/attest/fleet"
+	"sekisho/attest/internal/service"
 )
 
 const usage = "usage: verifier serve -config FILE\n\nenrols and attests devices until SIGTERM; manage it with attestctl\n\n"
@@ -76,7 +76,7 @@ func serve(path string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, server.Close()) }()
-	l, err := listen(config.Listen)
+	l, err := service.Listen("tcp", config.Listen, "listen in the configuration")
 	if err != nil {
 		return err
 	}
@@ -114,20 +114,4 @@ func notify(ctx context.Context, addr net.Addr) error {
 			}
 		}
 	}
-}
-
-func listen(address string) (net.Listener, error) {
-	ls, err := activation.Listeners()
-	if err != nil {
-		return nil, fmt.Errorf("LISTEN_FDS: %w", err)
-	}
-	switch {
-	case len(ls) == 1 && ls[0] != nil:
-		return ls[0], nil
-	case len(ls) > 0:
-		return nil, fmt.Errorf("LISTEN_FDS: %d sockets, want 1 that listens", len(ls))
-	case address == "":
-		return nil, errors.New("no address: neither LISTEN_FDS nor listen in the configuration is given")
-	}
-	return net.Listen("tcp", address)
 }
