@@ -48,12 +48,21 @@ const (
 	DiskEphemeral = "ephemeral"
 )
 
+// Ways of the guest link. An empty one means LinkVsock.
+const (
+	LinkVsock = "vsock"
+	// LinkSerial is one virtio-serial port, for a work domain without a driver
+	// for vsock.
+	LinkSerial = "serial"
+)
+
 // WorkDomain says how the host domain runs the work domain.
 type WorkDomain struct {
 	MemoryMiB int    `json:"memory_mib"`
 	VCPUs     int    `json:"vcpus"`
-	Firmware  string `json:"firmware"` // FirmwareUEFI or FirmwareBIOS
-	Disk      string `json:"disk"`     // DiskPersistent or DiskEphemeral
+	Firmware  string `json:"firmware"`       // FirmwareUEFI or FirmwareBIOS
+	Disk      string `json:"disk"`           // DiskPersistent or DiskEphemeral
+	Link      string `json:"link,omitempty"` // LinkVsock or LinkSerial
 }
 
 // Organization is the configuration of one organisation's laptops. It is part
@@ -238,6 +247,9 @@ func (o *Organization) Validate() error {
 		if _, err := o.Escrow(); err != nil {
 			errs = append(errs, err)
 		}
+	}
+	if l := o.WorkDomain.Link; l != "" && l != LinkVsock && l != LinkSerial {
+		fail("work_domain: link %q: want %q or %q", l, LinkVsock, LinkSerial)
 	}
 	return errors.Join(errs...)
 }

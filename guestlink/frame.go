@@ -190,9 +190,13 @@ type Reader struct {
 	from, to int // unread bytes are buf[from:to]
 }
 
+// readBuffer is the size of a Reader's buffer: several of the longest frames, so
+// that the beginning of one seldom has to be moved.
+const readBuffer = 4 * MaxBatch
+
 // NewReader returns a Reader of r.
 func NewReader(r io.Reader) *Reader {
-	return &Reader{r: r, buf: make([]byte, 2*MaxBatch)}
+	return &Reader{r: r, buf: make([]byte, readBuffer)}
 }
 
 // Next returns the next frame. At a clean end of the stream the error is

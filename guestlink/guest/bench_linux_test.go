@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -41,6 +42,7 @@ const (
 	gvisorTag  = "v0.8.9"
 	endVar     = "SEKISHO_BENCH_END" // tells this test binary to be one end
 	endSockVar = "SEKISHO_BENCH_SOCKET"
+	endSlowVar = "SEKISHO_BENCH_SLOW" // not empty: the link has slowRate
 )
 
 func benchConfig() guestlink.Config {
@@ -76,7 +78,12 @@ func benchEnd(end, socket string) error {
 		return err
 	}
 	if name == "work0" {
-		if err := setUpHost(); err != nil {
+		if strings.HasSuffix(end, "-kept") {
+			os.Remove(socket) // of the host end before
+			if err := packet.Keep(dev); err != nil {
+				return err
+			}
+		} else if err := setUpHost(); err != nil {
 			return err
 		}
 		p := packet.NewHost(dev, func(s guestlink.Status) { fmt.Println(s.State) })
@@ -96,7 +103,7 @@ func benchEnd(end, socket string) error {
 	a := &Agent{
 		Dial: func(context.Context) (net.Conn, error) {
 			c, err := net.Dial("unix", socket)
-			return widen(c), err
+			return slow(widen(c)), err
 		},
 		Pump: packet.NewGuest(dev, func(c guestlink.Config) error { return Apply(name, "", c) }),
 		Log:  slog.New(slog.DiscardHandler), State: func(string) {},
@@ -120,7 +127,7 @@ type wideListener struct{ net.Listener }
 
 func (l wideListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
-	return widen(c), err
+	return slow(widen(c)), err
 }
 
 // world is two namespaces with something between them.
@@ -130,7 +137,7 @@ type world struct {
 	pids        [2]int // of the two ends; 0: in this process
 }
 
-func privileged(b *testing.B) {
+func privileged(b testing.TB) {
 	b.Helper()
 	if os.Getenv("SEKISHO_TEST") != "all" {
 		b.Skip("needs root, network namespaces and TUN: run as root with SEKISHO_TEST=all")
@@ -138,7 +145,7 @@ func privileged(b *testing.B) {
 }
 
 // spawn starts a process in ns. It ends with the benchmark.
-func spawn(b *testing.B, ns namespace, c *exec.Cmd) (pid int, lines *bufio.Scanner) {
+func spawn(b testing.TB, ns namespace, c *exec.Cmd) (pid int, lines *bufio.Scanner) {
 	b.Helper()
 	in, err := c.StdinPipe()
 	if err != nil {
@@ -166,9 +173,13 @@ func spawn(b *testing.B, ns namespace, c *exec.Cmd) (pid int, lines *bufio.Scann
 	return c.Process.Pid, bufio.NewScanner(out)
 }
 
-func end(b *testing.B, ns namespace, kind, socket string) (int, *bufio.Scanner) {
+func end(b testing.TB, ns namespace, kind, socket string) (int, *bufio.Scanner) {
 	c := exec.Command(os.Args[0])
+	kind, slow := strings.CutSuffix(kind, "-slow")
 	c.Env = append(os.Environ(), endVar+"="+kind, endSockVar+"="+socket)
+	if slow {
+		c.Env = append(c.Env, endSlowVar+"=1")
+	}
 	return spawn(b, ns, c)
 }
 
@@ -178,7 +189,7 @@ func linkWorld(b *testing.B, suffix string) world {
 	w := world{host: newNamespace(b), guest: newNamespace(b), address: "10.80.0.1"}
 	socket := filepath.Join(b.TempDir(), "link")
 	var lines *bufio.Scanner
-	w.pids[0], lines = end(b, w.host, "host", socket)
+	w.pids[0], lines = end(b, w.host, "host"+strings.TrimPrefix(suffix, "-plain"), socket)
 	lines.Scan() // listening
 	w.pids[1], _ = end(b, w.guest, "guest"+suffix, socket)
 	for lines.Scan() && lines.Text() != "configured" {
@@ -294,7 +305,7 @@ func setUpTAP() error {
 }
 
 // until tries f for 20 s.
-func until(b *testing.B, f func() error) {
+func until(b testing.TB, f func() error) {
 	b.Helper()
 	var err error
 	for begin := time.Now(); time.Since(begin) < 20*time.Second; <-time.After(20 * time.Millisecond) {
@@ -306,7 +317,7 @@ func until(b *testing.B, f func() error) {
 }
 
 // connect opens a TCP connection from the guest to the host's namespace.
-func (w world) connect(b *testing.B) (guest, host net.Conn) {
+func (w world) connect(b testing.TB) (guest, host net.Conn) {
 	b.Helper()
 	listen := w.address
 	if listen != "10.80.0.1" {
@@ -336,68 +347,109 @@ func (w world) connect(b *testing.B) (guest, host net.Conn) {
 	return guest, host
 }
 
-// stream moves b.N blocks of 256 KiB from one end of a TCP connection to the
-// other.
-func stream(b *testing.B, from, to net.Conn) {
+// streamFor moves blocks from one end of a TCP connection to the other for d
+// and returns the rate in Gbit/s until the last byte has arrived.
+func streamFor(b *testing.B, from, to net.Conn, d time.Duration) float64 {
 	const block = 256 << 10
+	var received atomic.Int64
 	done := make(chan error, 1)
-	received := make(chan struct{}, 1<<20)
+	more := make(chan struct{}, 1)
 	go func() {
 		buf := make([]byte, block)
 		for {
-			if _, err := io.ReadFull(to, buf); err != nil {
+			n, err := to.Read(buf)
+			received.Add(int64(n))
+			select {
+			case more <- struct{}{}:
+			default:
+			}
+			if err != nil {
 				done <- err
 				return
 			}
-			received <- struct{}{}
 		}
 	}()
 	buf := make([]byte, block)
-	b.SetBytes(block)
-	sent := 0
-	for b.Loop() {
-		if _, err := from.Write(buf); err != nil {
+	begin, sent := time.Now(), int64(0)
+	for time.Since(begin) < d {
+		n, err := from.Write(buf)
+		if err != nil {
 			b.Fatal(err)
 		}
-		sent++
+		sent += int64(n)
 	}
-	for range sent { // what is on the way belongs to the time
+	for received.Load() < sent { // what is on the way belongs to the time
 		select {
-		case <-received:
+		case <-more:
 		case err := <-done:
 			b.Fatal(err)
 		}
 	}
-}
-
-func BenchmarkTCP(b *testing.B) {
-	privileged(b)
-	for _, way := range []struct {
-		name string
-		make func(*testing.B) world
-	}{
-		{"link", func(b *testing.B) world { return linkWorld(b, "") }},
-		{"link-plain", func(b *testing.B) world { return linkWorld(b, "-plain") }},
-		{"joined", joinedWorld},
-		{"gvisor", gvisorWorld},
-	} {
-		for _, direction := range []string{"up", "down"} {
-			b.Run(way.name+"/"+direction, func(b *testing.B) {
-				w := way.make(b)
-				guest, host := w.connect(b)
-				if direction == "down" {
-					guest, host = host, guest
-				}
-				stream(b, guest, host)
-				b.ReportMetric(float64(b.N)*256*1024*8/b.Elapsed().Seconds()/1e9, "Gbit/s")
-				for i, end := range []string{"host-MB", "guest-MB"} {
-					if w.pids[i] != 0 {
-						b.ReportMetric(peak(b, w.pids[i]), end)
-					}
-				}
-			})
+	took := time.Since(begin)
+	to.SetReadDeadline(time.Now()) // ends the reader: the connection is used again
+	for len(done) == 0 {
+		select {
+		case <-more:
+		case err := <-done:
+			done <- err
 		}
 	}
+	to.SetReadDeadline(time.Time{})
+	return float64(sent) * 8 / took.Seconds() / 1e9
+}
+
+// BenchmarkRatioTCP moves one TCP stream through each way in turn, up and down,
+// and says how the link's rate stands to that of the others: medians of the
+// rounds' own ratios.
+func BenchmarkRatioTCP(b *testing.B) {
+	privileged(b)
+	const rounds, each = 9, 500 * time.Millisecond
+	ways := []string{"link", "joined", "gvisor", "link-plain"}
+	worlds := []world{linkWorld(b, ""), joinedWorld(b), gvisorWorld(b), linkWorld(b, "-plain")}
+	rates := map[string][]float64{}
+	b.ResetTimer()
+	for _, direction := range []string{"up", "down"} {
+		var from, to []net.Conn
+		for _, w := range worlds {
+			guest, host := w.connect(b)
+			if direction == "down" {
+				guest, host = host, guest
+			}
+			from, to = append(from, guest), append(to, host)
+		}
+		for round := range rounds + 1 {
+			var rate [4]float64
+			for i := range worlds {
+				rate[i] = streamFor(b, from[i], to[i], each)
+			}
+			if round == 0 {
+				continue // windows open, caches fill
+			}
+			for i, way := range ways {
+				rates[direction+"-"+way] = append(rates[direction+"-"+way], rate[i])
+				rates[direction+"-link/"+way] = append(rates[direction+"-link/"+way], rate[0]/rate[i])
+			}
+		}
+	}
+	for _, direction := range []string{"up", "down"} {
+		for _, way := range ways {
+			b.Logf("%-4s %-10s %6.2f Gbit/s, link to this %.2f", direction, way,
+				median(rates[direction+"-"+way]), median(rates[direction+"-link/"+way]))
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+	for _, direction := range []string{"up", "down"} {
+		b.ReportMetric(median(rates[direction+"-link/joined"]), direction+"-link/joined")
+		b.ReportMetric(median(rates[direction+"-link/gvisor"]), direction+"-link/gvisor")
+	}
+	for i, end := range []string{"host-MB", "guest-MB"} {
+		b.ReportMetric(peak(b, worlds[0].pids[i]), end)
+	}
+}
+
+func median(v []float64) float64 {
+	v = slices.Sorted(slices.Values(v))
+	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
 }
 
 // peak is the most memory that a process has held, in MB (proc(5), VmHWM).

@@ -41,11 +41,11 @@ func BenchmarkQueuedStream(b *testing.B) {
 	l, dial := listen(b)
 	p := newPump(newMemDevice())
 	var mu sync.Mutex
-	room, waiting := sync.NewCond(&mu), 0
-	q := newQueue(&p.pool, guestlink.MaxBatch, func(int) {}, func(int) {
+	free, waiting := sync.NewCond(&mu), 0
+	q := newQueue(&p.pool, nil, guestlink.MaxBatch, func(int) {}, func(int) {
 		mu.Lock()
-		if waiting--; waiting == smallSlots/4 {
-			room.Signal()
+		if waiting--; waiting == room/4 {
+			free.Signal()
 		}
 		mu.Unlock()
 	})
@@ -53,8 +53,8 @@ func BenchmarkQueuedStream(b *testing.B) {
 		packet := ipv4("10.80.0.2", "10.1.0.1", benchPacket)
 		for {
 			mu.Lock()
-			for waiting++; waiting > smallSlots/2; {
-				room.Wait() // unlike a TUN device, the benchmark loses nothing
+			for waiting++; waiting > room/2; {
+				free.Wait() // unlike a TUN device, the benchmark loses nothing
 			}
 			mu.Unlock()
 			s := p.pool.get(guestlink.HeaderSize + benchPacket)

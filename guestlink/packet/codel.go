@@ -3,7 +3,15 @@ package packet
 import (
 	"math"
 	"time"
+
+	"sekisho/guestlink"
 )
+
+// codelBacklog is how many bytes of a flow may wait without being a standing
+// queue: what one write and the next take (RFC 8289, section 4.4, has one packet,
+// which is as long as a write here). Where a machine is so slow that its
+// processes wait for the processor, everything waits for longer than codelTarget.
+const codelBacklog = 2 * guestlink.MaxBatch
 
 // Parameters of CoDel (RFC 8289, section 4.4) in nanoseconds.
 const (
@@ -24,7 +32,7 @@ type codel struct {
 // above reports whether a packet that waited for sojourn, with rest bytes
 // behind it, is one of a standing queue.
 func (c *codel) above(now, sojourn int64, rest int) bool {
-	if sojourn < codelTarget || rest == 0 {
+	if sojourn < codelTarget || rest < codelBacklog {
 		c.firstAbove = 0
 		return false
 	}

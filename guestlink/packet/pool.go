@@ -6,13 +6,15 @@ import (
 	"sekisho/guestlink"
 )
 
-// Memory of a queue: fixed, so that a flood cannot grow it. A slot that was
-// never used costs address space only.
+// Memory of a queue: bounded, so that a flood cannot grow it.
 const (
-	smallSlot  = 2 << 10 // holds a packet of any usual MTU
-	largeSlot  = guestlink.HeaderSize + guestlink.VirtioHeaderSize + guestlink.MaxPacket
-	smallSlots = 1024 // 2 MiB
-	largeSlots = 32   // 2 MiB
+	maxQueued = 4 << 20 // bytes of all slots, lent or free
+	smallSlot = 2 << 10 // holds a packet of any usual MTU
+	largeSlot = guestlink.HeaderSize + guestlink.VirtioHeaderSize + guestlink.MaxPacket
+	// slotSizes are powers of two from smallSlot on, and largeSlot: a slot is at
+	// most twice as long as what is in it, or a queue of middling packets would
+	// hold few of them.
+	slotSizes = 6
 )
 
 // slot is one frame in a queue.
@@ -26,41 +28,46 @@ type slot struct {
 
 // pool lends slots.
 type pool struct {
-	mu           sync.Mutex
-	small, large *slot // free ones
-	made         [2]int
+	mu   sync.Mutex
+	free [slotSizes]*slot // by size
+	made int              // bytes of all slots
 }
 
-// get returns a slot that holds n bytes, or nil when all are lent.
-func (p *pool) get(n int) *slot {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if n <= smallSlot {
-		if s := take(&p.small, &p.made[0], smallSlots, smallSlot); s != nil {
-			return s
+// class returns the index and the length of the shortest slot for n bytes.
+func class(n int) (i, size int) {
+	for i, size = 0, smallSlot; i < slotSizes-1; i, size = i+1, 2*size {
+		if n <= size {
+			return i, size
 		}
 	}
-	return take(&p.large, &p.made[1], largeSlots, largeSlot)
+	return i, largeSlot
 }
 
-func take(free **slot, made *int, limit, size int) *slot {
-	if s := *free; s != nil {
-		*free, s.next = s.next, nil
+// get returns a slot that holds n bytes, or nil when too much is lent.
+func (p *pool) get(n int) *slot {
+	i, size := class(n)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s := p.free[i]; s != nil {
+		p.free[i], s.next = s.next, nil
 		return s
 	}
-	if *made == limit {
+	for other := range p.free { // what is free in other sizes makes room
+		for p.made+size > maxQueued && p.free[other] != nil {
+			p.made -= len(p.free[other].buf)
+			p.free[other] = p.free[other].next
+		}
+	}
+	if p.made+size > maxQueued {
 		return nil
 	}
-	*made++
+	p.made += size
 	return &slot{buf: make([]byte, size)}
 }
 
 func (p *pool) put(s *slot) {
+	i, _ := class(len(s.buf))
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	free := &p.small
-	if len(s.buf) > smallSlot {
-		free = &p.large
-	}
-	s.next, *free = *free, s
+	s.next, p.free[i] = p.free[i], s
 }

@@ -188,16 +188,16 @@ func (p *Pump) Serve(ctx context.Context, conn net.Conn, up func()) (err error) 
 		}
 	}()
 
-	timed := &timedConn{Conn: conn, stall: p.stall}
-	frames := guestlink.NewReader(timed)
+	watched := &watchedConn{Conn: conn}
+	frames := guestlink.NewReader(watched)
+	watched.frames = frames
 	agreed, err := p.handshake(conn, frames)
 	if err != nil {
 		return fmt.Errorf("handshake: %w", err)
 	}
-	timed.frames = frames
 	p.count.links.Add(1)
 
-	l, err := p.attach(agreed)
+	l, err := p.attach(agreed, newDirectWriter(conn))
 	if err != nil {
 		return err
 	}
@@ -216,12 +216,10 @@ func (p *Pump) Serve(ctx context.Context, conn net.Conn, up func()) (err error) 
 			conn.Close() // ends the reader below
 		})
 	}
-	reader := &reader{p: p, l: l, frames: frames}
+	reader := &reader{p: p, l: l, frames: frames, conn: watched}
 	keepCtx, cancel := context.WithCancel(ctx)
 	run(func() error { return p.write(conn, l) })
-	if l.has(guestlink.CapProbe) {
-		run(func() error { return p.keep(keepCtx, l, reader) })
-	}
+	run(func() error { return p.keep(keepCtx, l, reader) })
 	err = reader.run()
 	conn.Close()
 	cancel()
@@ -235,8 +233,8 @@ func (p *Pump) Serve(ctx context.Context, conn net.Conn, up func()) (err error) 
 
 // attach makes the queue of a new link and puts there what the other end must
 // know first.
-func (p *Pump) attach(agreed guestlink.Hello) (*link, error) {
-	l := &link{agreed: agreed, queue: newQueue(&p.pool, int(agreed.Batch),
+func (p *Pump) attach(agreed guestlink.Hello, direct *directWriter) (*link, error) {
+	l := &link{agreed: agreed, queue: newQueue(&p.pool, direct, int(agreed.Batch),
 		func(int) { p.count.dropInto[DropQueue].Add(1) }, p.count.toLink.add)}
 	p.rtt.Store(0)
 	p.mu.Lock()
@@ -307,7 +305,7 @@ func (p *Pump) write(conn net.Conn, l *link) error {
 	defer l.close()
 	buffer := make([]byte, 0, guestlink.MaxBatch)
 	for {
-		batch, alone := l.take(buffer)
+		batch, own := l.take(buffer)
 		if batch == nil {
 			return nil
 		}
@@ -315,42 +313,73 @@ func (p *Pump) write(conn net.Conn, l *link) error {
 		if err == nil {
 			_, err = conn.Write(batch)
 		}
-		if alone != nil {
-			p.pool.put(alone)
+		if own != nil {
+			p.pool.put(own)
 		}
+		l.written()
 		if err != nil {
 			return fmt.Errorf("write to link: %w", err)
 		}
 	}
 }
 
-// errSilent is an end that reads and runs no more, though it is connected.
-var errSilent = fmt.Errorf("probes are not answered: %w", os.ErrDeadlineExceeded)
+// Ends of a link whose other end is connected and does not go on.
+var (
+	errSilent = fmt.Errorf("probes are not answered: %w", os.ErrDeadlineExceeded)
+	errHalf   = fmt.Errorf("a frame has begun and does not end: %w", os.ErrDeadlineExceeded)
+)
 
 // keep sends probes, and the time from the host's end, and ends with errSilent
-// when the other end leaves them unanswered.
+// when the other end leaves them unanswered, or with errHalf when a frame does
+// not end.
 func (p *Pump) keep(ctx context.Context, l *link, r *reader) error {
-	t := time.NewTicker(p.every)
-	defer t.Stop()
-	r.answered.Store(int64(l.now()))
-	for token := uint64(1); ; token++ {
-		if l.now()-r.answered.Load() > int64(p.silent) {
-			return errSilent
+	stalls := time.NewTicker(p.stall / 4)
+	defer stalls.Stop()
+	var probes <-chan time.Time
+	if l.has(guestlink.CapProbe) {
+		t := time.NewTicker(p.every)
+		defer t.Stop()
+		probes = t.C
+		if err := p.ask(l, r, 1); err != nil {
+			return err
 		}
-		frame := guestlink.AppendProbe(nil, guestlink.Probe{Token: token})
-		if p.host && l.has(guestlink.CapTime) && token%timeEvery == 0 {
-			var err error
-			if frame, err = guestlink.AppendTime(frame, p.Now()); err != nil {
-				return err
-			}
-		}
-		r.asked.Store(l.now())
-		r.token.Store(token)
-		l.putControl(frame) // full: the other end reads nothing, and write ends
+		r.answered.Store(l.now())
+	}
+	var moved int64 // when the frames were last seen to move
+	var reads uint64
+	for token := uint64(2); ; {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-t.C:
+		case <-stalls.C:
+			n := r.conn.reads.Load()
+			if !r.conn.partial.Load() || n != reads || moved == 0 {
+				reads, moved = n, l.now()
+			} else if l.now()-moved >= int64(p.stall) {
+				return errHalf
+			}
+		case <-probes:
+			if l.now()-r.answered.Load() > int64(p.silent) {
+				return errSilent
+			}
+			if err := p.ask(l, r, token); err != nil {
+				return err
+			}
+			token++
 		}
 	}
+}
+
+// ask sends a probe, and the host's time with every sixth.
+func (p *Pump) ask(l *link, r *reader, token uint64) (err error) {
+	frame := guestlink.AppendProbe(nil, guestlink.Probe{Token: token})
+	if p.host && l.has(guestlink.CapTime) && token%timeEvery == 0 {
+		if frame, err = guestlink.AppendTime(frame, p.Now()); err != nil {
+			return err
+		}
+	}
+	r.asked.Store(l.now())
+	r.token.Store(token)
+	l.putControl(frame) // full: the other end reads nothing, and write ends
+	return nil
 }

@@ -15,29 +15,39 @@ const (
 	flowQueues = 256
 	// quantum is how many bytes of a flow go before another has its turn.
 	quantum = 8 << 10
-	// direct is the length in bytes from which a frame is written alone, from
-	// where it lies, rather than copied into a batch.
-	direct = 16 << 10
+	// alone is the length in bytes from which a frame is written from where it
+	// lies, rather than copied into a batch.
+	alone = 16 << 10
+	// apart is how long after the last one, in nanoseconds, a short frame is no
+	// part of a burst, which goes in batches.
+	apart = 100_000
 )
 
 // queue holds what waits for the link: control frames, which go first, and
 // packets by FQ-CoDel (RFC 8290). A flow that sends little passes those that
 // flood; a flow that floods loses its own oldest packets. put never waits, so
-// that nothing queues where its order cannot be chosen.
+// that nothing queues where its order cannot be chosen. What finds nothing
+// before it and room in the connection goes at once (direct), which saves waking
+// the writer.
 type queue struct {
 	pool    *pool
-	limit   int          // bytes in a batch
-	now     func() int64 // monotonic nanoseconds
-	dropped func(n int)  // a packet was dropped
-	sent    func(n int)  // a packet of n bytes goes into a batch
-	seed    maphash.Seed // which flows share a queue is not for the guest to choose
-	mu      sync.Mutex   // guards all below
-	changed *sync.Cond   //
-	control []byte       //
-	flows   []flowQueue  //
-	fresh   flowList     // flows that have just begun to send
-	backlog flowList     //
-	pending *slot        // dequeued, did not fit into the batch
+	direct  *directWriter // nil: all goes by the writer
+	limit   int           // bytes in a batch
+	now     func() int64  // monotonic nanoseconds
+	dropped func(n int)   // a packet was dropped
+	sent    func(n int)   // a packet of n bytes goes into a batch
+	seed    maphash.Seed  // which flows share a queue is not for the guest to choose
+	mu      sync.Mutex    // guards all below
+	changed *sync.Cond    //
+	control []byte        //
+	flows   []flowQueue   //
+	fresh   flowList      // flows that have just begun to send
+	backlog flowList      //
+	pending *slot         // dequeued, did not fit into the batch
+	busy    bool          // somebody writes to the connection
+	rest    *slot         // of which a part went directly, up to done
+	done    int
+	last    int64 // when the last packet came
 	closed  bool
 }
 
@@ -96,10 +106,10 @@ func (l *flowList) pop() {
 	f.next = nil
 }
 
-func newQueue(p *pool, limit int, dropped, sent func(int)) *queue {
+func newQueue(p *pool, direct *directWriter, limit int, dropped, sent func(int)) *queue {
 	began := time.Now()
 	q := &queue{
-		pool: p, limit: limit, dropped: dropped, sent: sent, seed: maphash.MakeSeed(),
+		pool: p, direct: direct, limit: limit, dropped: dropped, sent: sent, seed: maphash.MakeSeed(),
 		now:   func() int64 { return int64(time.Since(began)) + 1 },
 		flows: make([]flowQueue, flowQueues),
 	}
@@ -107,7 +117,7 @@ func newQueue(p *pool, limit int, dropped, sent func(int)) *queue {
 	return q
 }
 
-// put queues the frame in s, whose packet is given for its flow. It reports
+// put takes the frame in s, whose packet is given for its flow. It reports
 // false, and leaves s to the caller, when the queue is closed.
 func (q *queue) put(s *slot, packet []byte) bool {
 	var key [64]byte
@@ -118,6 +128,12 @@ func (q *queue) put(s *slot, packet []byte) bool {
 		return false
 	}
 	s.at = q.now()
+	burst := s.n < alone && s.at-q.last < apart
+	q.last = s.at
+	if q.direct != nil && !burst && !q.busy && q.idle() {
+		q.send(s)
+		return true
+	}
 	f.push(s)
 	if !f.listed {
 		f.listed, f.deficit = true, quantum
@@ -125,6 +141,42 @@ func (q *queue) put(s *slot, packet []byte) bool {
 	}
 	q.changed.Signal()
 	return true
+}
+
+// idle reports whether nothing waits.
+func (q *queue) idle() bool {
+	return len(q.control) == 0 && q.pending == nil && q.fresh.head == nil && q.backlog.head == nil
+}
+
+// send writes s directly, without the lock, and leaves the rest to the writer.
+func (q *queue) send(s *slot) {
+	q.busy = true
+	q.mu.Unlock()
+	n := q.direct.write(s.buf[:s.n])
+	q.mu.Lock()
+	q.sent(s.size)
+	if n < s.n && !q.closed {
+		q.rest, q.done = s, n
+		q.changed.Signal()
+		return
+	}
+	q.pool.put(s)
+	q.free()
+}
+
+// written says that what take returned is written.
+func (q *queue) written() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.free()
+}
+
+// free ends a write. Who waits for the connection gets it.
+func (q *queue) free() {
+	q.busy = false
+	if !q.idle() || q.closed {
+		q.changed.Signal()
+	}
 }
 
 // evict drops the oldest packet of the longest flow, to make room. It reports
@@ -166,36 +218,47 @@ func (q *queue) putControl(frame []byte) bool {
 
 // take waits for frames and returns what to write next: a batch built in
 // buffer, or one long frame in its slot, which goes back by pool.put. It
-// returns nil when the queue is closed.
-func (q *queue) take(buffer []byte) (batch []byte, alone *slot) {
+// returns nil when the queue is closed. Call written when it is written.
+func (q *queue) take(buffer []byte) (batch []byte, own *slot) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for !q.closed {
-		if len(q.control) > 0 {
-			batch = append(buffer[:0], q.control...)
-			q.control = q.control[:0]
-			return batch, nil
+	for ; !q.closed; q.changed.Wait() {
+		if s := q.rest; s != nil {
+			q.rest = nil
+			return s.buf[q.done:s.n], s
 		}
-		batch = buffer[:0]
-		for s := q.next(); s != nil; s = q.next() {
-			if len(batch) == 0 && s.n >= direct {
-				q.sent(s.size)
-				return s.buf[:s.n], s
-			}
-			if len(batch)+s.n > q.limit && len(batch) > 0 {
-				q.pending = s
-				break
-			}
-			batch = append(batch, s.buf[:s.n]...)
-			q.sent(s.size)
-			q.pool.put(s)
+		if q.busy {
+			continue
 		}
-		if len(batch) > 0 {
-			return batch, nil
+		if batch, own = q.collect(buffer[:0]); len(batch) > 0 {
+			q.busy = true
+			return batch, own
 		}
-		q.changed.Wait()
 	}
 	return nil, nil
+}
+
+// collect makes a batch of what waits.
+func (q *queue) collect(batch []byte) ([]byte, *slot) {
+	if len(q.control) > 0 {
+		batch = append(batch, q.control...)
+		q.control = q.control[:0]
+		return batch, nil
+	}
+	for s := q.next(); s != nil; s = q.next() {
+		if len(batch) == 0 && s.n >= alone {
+			q.sent(s.size)
+			return s.buf[:s.n], s
+		}
+		if len(batch)+s.n > q.limit && len(batch) > 0 {
+			q.pending = s
+			break
+		}
+		batch = append(batch, s.buf[:s.n]...)
+		q.sent(s.size)
+		q.pool.put(s)
+	}
+	return batch, nil
 }
 
 // next takes the packet whose turn it is (RFC 8290, section 4.2).
@@ -247,6 +310,10 @@ func (q *queue) close() {
 	if q.pending != nil {
 		q.drop(q.pending)
 		q.pending = nil
+	}
+	if q.rest != nil { // counted as sent: where it broke off is not known
+		q.pool.put(q.rest)
+		q.rest = nil
 	}
 	for i := range q.flows {
 		for s := q.flows[i].pop(); s != nil; s = q.flows[i].pop() {

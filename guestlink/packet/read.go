@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"sync/atomic"
-	"time"
 
 	"sekisho/guestlink"
 )
@@ -145,6 +144,7 @@ type reader struct {
 	p      *Pump
 	l      *link
 	frames *guestlink.Reader
+	conn   *watchedConn
 	batch  [][]byte // packets that wait for one WriteBatch
 	bytes  int      // in batch
 
@@ -165,6 +165,7 @@ func (r *reader) run() error {
 			err = r.flush()
 		}
 		if err == nil {
+			r.conn.reads.Add(1)
 			err = r.frame(f)
 		}
 		if err != nil {
@@ -174,27 +175,18 @@ func (r *reader) run() error {
 	}
 }
 
-// timedConn bounds the time within which a frame that has begun must end.
-type timedConn struct {
+// watchedConn notes when a frame that has begun does not end. A deadline for
+// each read would say the same, at the price of two timers for every frame.
+type watchedConn struct {
 	net.Conn
-	frames  *guestlink.Reader // nil: no bound, the handshake has its own
-	stall   time.Duration
-	limited bool // a deadline is set
+	frames  *guestlink.Reader
+	partial atomic.Bool   // the read that waits is one for the rest of a frame
+	reads   atomic.Uint64 // frames taken: while it moves, nothing stalls
 }
 
-func (c *timedConn) Read(b []byte) (int, error) {
-	if c.frames == nil {
-		return c.Conn.Read(b)
-	}
-	if on := c.frames.Partial(); on || c.limited {
-		var t time.Time
-		if on {
-			t = time.Now().Add(c.stall)
-		}
-		if err := c.SetReadDeadline(t); err != nil {
-			return 0, err
-		}
-		c.limited = on
+func (c *watchedConn) Read(b []byte) (int, error) {
+	if on := c.frames.Partial(); on != c.partial.Load() {
+		c.partial.Store(on)
 	}
 	return c.Conn.Read(b)
 }

@@ -15,10 +15,14 @@ import (
 )
 
 // OpenTUN creates the TUN device name in the caller's network namespace, with
-// segmentation offload. It needs CAP_NET_ADMIN there, and lasts until it is
-// closed.
+// segmentation offload, or takes over one that Keep has kept, as it is set up.
+// It needs CAP_NET_ADMIN there, and lasts until it is closed.
 func OpenTUN(name string) (PacketDevice, error) {
-	dev, err := tun.CreateTUN(name, firstMTU)
+	mtu := firstMTU
+	if l, err := netlink.LinkByName(name); err == nil && l.Type() == "tuntap" {
+		mtu = l.Attrs().MTU
+	}
+	dev, err := tun.CreateTUN(name, mtu)
 	if err != nil {
 		return nil, fmt.Errorf("create tun device %s: %w; is the module tun loaded, and /dev/net/tun open to this user?", name, err)
 	}
@@ -28,6 +32,29 @@ func OpenTUN(name string) (PacketDevice, error) {
 	}
 	return d, nil
 }
+
+// Keep makes a device of OpenTUN outlast its process, with addresses, routes
+// and the connections of those who use it (TUNSETPERSIST; Linux,
+// Documentation/networking/tuntap.rst). Without a process it has no carrier and
+// loses what is sent to it.
+func Keep(dev PacketDevice) error {
+	d, ok := dev.(interface{ fd() *os.File })
+	if !ok {
+		return fmt.Errorf("keep tun device: %T has no file", dev)
+	}
+	raw, err := d.fd().SyscallConn()
+	if err != nil {
+		return fmt.Errorf("keep tun device: %w", err)
+	}
+	var inner error
+	err = raw.Control(func(fd uintptr) { inner = unix.IoctlSetInt(int(fd), unix.TUNSETPERSIST, 1) })
+	if err := errors.Join(err, inner); err != nil {
+		return fmt.Errorf("keep tun device: %w", err)
+	}
+	return nil
+}
+
+func (d *batchTUN) fd() *os.File { return d.tun.File() }
 
 // OpenPlainTUN is OpenTUN by songgao/water, one packet per system call, for
 // kernels whose TUN devices know no offload.

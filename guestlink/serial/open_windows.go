@@ -1,10 +1,21 @@
 package serial
 
 import (
+	"errors"
 	"os"
 
 	"golang.org/x/sys/windows"
 )
+
+// Present reports whether this machine has the port: a port that another
+// process has open is there too.
+func Present() bool {
+	f, err := open()
+	if err == nil {
+		f.Close()
+	}
+	return err == nil || errors.Is(err, windows.ERROR_ACCESS_DENIED)
+}
 
 // open opens the port by the name that virtio-win's vioserial driver gives it,
 // for overlapped calls, so that deadlines work (os.NewFile).

@@ -162,7 +162,16 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 	if len(d.missing) > 0 {
 		reason, detail = deviceMissing, d.missing[0].needed
 	}
-	for _, svc := range Services() {
+	link := ""
+	if org, err := readOrganization(); err == nil {
+		link = org.WorkDomain.Link
+	} else { // netd and attestd say the same and do not start
+		h.console.line("init", "warning: %v", err)
+	}
+	if err := makeLinkDir(); err != nil {
+		h.console.line("init", "warning: %v", err)
+	}
+	for _, svc := range Services(link) {
 		if _, err := h.sup.add(ctx, svc); err != nil {
 			h.console.line("init", "warning: %v", err)
 			reason, detail = "service-missing", err.Error()
@@ -335,10 +344,14 @@ func (h *host) startWork(until, ctx context.Context, wg *sync.WaitGroup) error {
 		return err
 	}
 	uid, _ := lookup("vmm")
+	link := ""
+	if org.WorkDomain.Link == attest.LinkSerial {
+		link = SerialSocket
+	}
 	c, err := vmm.Prepare(vmm.Config{
 		MemoryMiB: org.WorkDomain.MemoryMiB, VCPUs: org.WorkDomain.VCPUs,
 		Disk: device, Code: vmm.FirmwareCode, GuestCID: guestlink.WorkCID,
-		BIOS: org.WorkDomain.Firmware == attest.FirmwareBIOS,
+		BIOS: org.WorkDomain.Firmware == attest.FirmwareBIOS, Link: link,
 	}, workDir, vmm.FirmwareVars, int(uid))
 	if err != nil {
 		return err
@@ -366,6 +379,20 @@ func (h *host) startWork(until, ctx context.Context, wg *sync.WaitGroup) error {
 	h.work = work
 	h.mu.Unlock()
 	wg.Go(func() { h.machine.Run(ctx) })
+	return nil
+}
+
+// makeLinkDir makes the folder in which linkd listens for QEMU.
+func makeLinkDir() error {
+	linkd, _ := lookup("linkd")
+	vmm, _ := lookup("vmm")
+	err := os.MkdirAll(LinkDir, 0o710)
+	if err == nil {
+		err = errors.Join(os.Chown(LinkDir, int(linkd), int(vmm)), os.Chmod(LinkDir, 0o710))
+	}
+	if err != nil {
+		return fmt.Errorf("folder of the guest link: %w", err)
+	}
 	return nil
 }
 

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sekisho/attest"
 )
 
 func TestServicesAreTheContract(t *testing.T) {
@@ -22,7 +24,7 @@ func TestServicesAreTheContract(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, s := range Services() {
+	for _, s := range append(Services(""), Services(attest.LinkSerial)...) {
 		if s.Name == "labhook" {
 			continue
 		}

@@ -9,7 +9,7 @@ import (
 )
 
 func TestLabService(t *testing.T) {
-	all := Services()
+	all := Services("")
 	if s := all[len(all)-1]; s.Name != "labhook" || s.Netns != "" || s.User != "" {
 		t.Errorf("the last service of a lab image is %+v", s)
 	}

@@ -23,6 +23,8 @@ const (
 	LinkdSocket   = RunDir + "/linkd.sock"
 	NetdDir       = RunDir + "/netd" // saved networks, network identity
 	WPADir        = RunDir + "/wpa"  // control sockets of wpa_supplicant
+	LinkDir       = RunDir + "/link" // linkd's, and nobody but the vmm enters it
+	SerialSocket  = LinkDir + "/serial.sock"
 	WorkConsole   = RunDir + "/work-console.log"
 	TPMDevice     = "/dev/tpmrm0"
 	StatePart     = "sekisho-state"
@@ -101,9 +103,14 @@ type Service struct {
 // watchdog is how long a daemon may be silent.
 const watchdog = 30 * time.Second
 
-// Services is the table of docs/host-domain.md, in the order of starting.
-func Services() []Service {
+// Services is the table of docs/host-domain.md, in the order of starting. link
+// is the way of the guest link, as in attest.WorkDomain.
+func Services(link string) []Service {
 	const config = attest.OrganizationFile
+	linkd := []string{"/bbin/linkd", "-cid", strconv.Itoa(guestlink.WorkCID), "-tun", guestlink.WorkLink}
+	if link == attest.LinkSerial {
+		linkd = append(linkd, "-serial", SerialSocket)
+	}
 	return append([]Service{
 		{
 			// Debian's wpa_supplicant: it waits for netd to give it links.
@@ -124,7 +131,7 @@ func Services() []Service {
 		},
 		{
 			Name: "linkd",
-			Args: []string{"/bbin/linkd", "-cid", strconv.Itoa(guestlink.WorkCID), "-tun", guestlink.WorkLink},
+			Args: linkd,
 			User: "linkd", Caps: []uintptr{unix.CAP_NET_ADMIN}, Netns: InsideNetns,
 			Socket: LinkdSocket, Notify: true, Watchdog: watchdog,
 		},

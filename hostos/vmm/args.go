@@ -32,6 +32,10 @@ func (a Accel) String() string {
 	return "kvm"
 }
 
+// linkPort is the name by which the guest agent finds its port
+// (guestlink/serial.PortName).
+const linkPort = "org.sekisho.link"
+
 // Config is what a work domain is made of.
 type Config struct {
 	MemoryMiB int
@@ -42,6 +46,7 @@ type Config struct {
 	Vars      string // UEFI firmware variables, this machine's own copy
 	QMP       string // path of the control socket that QEMU opens
 	GuestCID  uint32 // vsock context id, 3 or more
+	Link      string // path of linkd's socket for a virtio-serial port; empty: the link is vsock
 	Accel     Accel
 }
 
@@ -92,6 +97,12 @@ func Args(c Config) []string {
 		"-chardev", "stdio,id=console,signal=off",
 		"-serial", "chardev:console",
 		"-qmp", "unix:" + escape(c.QMP) + ",server=on,wait=off",
+	}
+	if c.Link != "" {
+		args = append(args,
+			"-device", "virtio-serial-pci",
+			"-chardev", "socket,id=link,path="+escape(c.Link)+",reconnect-ms=1000",
+			"-device", "virtserialport,chardev=link,name="+linkPort)
 	}
 	if !c.BIOS {
 		args = append(args,

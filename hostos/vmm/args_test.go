@@ -33,13 +33,19 @@ func TestArgs(t *testing.T) {
 	if err := c.Validate(); err != nil {
 		t.Errorf("bios: %v", err)
 	}
+	c.Link = "/run/sekisho/link/serial.sock"
+	want += ` -device virtio-serial-pci -chardev socket,id=link,path=/run/sekisho/link/serial.sock,reconnect-ms=1000 ` +
+		`-device virtserialport,chardev=link,name=org.sekisho.link`
+	if got := strings.Join(Args(c), " "); got != want {
+		t.Errorf("serial: got\n%s\nwant\n%s", got, want)
+	}
 }
 
 // TestNoNetworkDevice tries every field of Config with a path that asks for a
 // network device.
 func TestNoNetworkDevice(t *testing.T) {
 	const evil = "/x,netdev=n0 -device e1000e,-netdev user"
-	configs := []Config{testConfig(), {}, {Disk: evil, Code: evil, Vars: evil, QMP: evil}}
+	configs := []Config{testConfig(), {}, {Disk: evil, Code: evil, Vars: evil, QMP: evil, Link: evil}}
 	for _, c := range configs {
 		for _, accel := range []Accel{KVM, TCG} {
 			c.Accel = accel
@@ -54,7 +60,7 @@ func TestNoNetworkDevice(t *testing.T) {
 				if a == "-netdev" || a == "-net" || (a == "-nic" && args[i+1] != "none") {
 					t.Errorf("%s %s", a, args[i+1])
 				}
-				if a == "-device" && !slices.Contains([]string{"virtio-blk-pci", "vhost-vsock-pci", "pvpanic"}, strings.SplitN(args[i+1], ",", 2)[0]) {
+				if a == "-device" && !slices.Contains([]string{"virtio-blk-pci", "vhost-vsock-pci", "pvpanic", "virtio-serial-pci", "virtserialport"}, strings.SplitN(args[i+1], ",", 2)[0]) {
 					t.Errorf("device %s", args[i+1])
 				}
 				if strings.Contains(strings.ReplaceAll(a, ",,", ""), ",netdev") {

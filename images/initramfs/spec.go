@@ -129,7 +129,8 @@ func workSpec(o Options) spec {
 		tags: tags(o.Lab),
 		modules: []string{
 			"virtio_pci", "virtio_blk", // its disk
-			"vmw_vsock_virtio_transport", // its one way out
+			"vmw_vsock_virtio_transport", // its one way out,
+			"virtio_console",             // or a port instead
 			"tun",                        // the network interface that guestagent makes
 			"button", "evdev",            // the power button
 		},

@@ -34,8 +34,12 @@ const (
 	framePort = 1101
 )
 
-// sinkAddress receives streams behind the tunnel.
-var sinkAddress = "10.254.0.80:7008"
+// sinkAddress receives streams behind the tunnel, and aloneAddress, which is
+// nowhere else, at the host domain's end of the guest link.
+const (
+	sinkAddress  = "10.254.0.80:7008"
+	aloneAddress = "10.254.0.81:7008"
+)
 
 // Bench is the outcome of a benchmark: medians, and each ratio as the median of
 // the rounds' own ratios.
@@ -55,11 +59,12 @@ type Bench struct {
 const (
 	streamRaw    = "raw vsock"
 	streamLink   = "guest link"
+	streamAlone  = "TCP over the guest link"
 	streamTunnel = "tunnel"
 	streamBoth   = "guest link and tunnel"
 )
 
-var streams = []string{streamRaw, streamLink, streamTunnel, streamBoth}
+var streams = []string{streamRaw, streamLink, streamAlone, streamTunnel, streamBoth}
 
 // Bench boots the laptop and its yardstick in turn, and measures streams in the
 // last boot. It writes out/bench/report.json.
@@ -228,18 +233,20 @@ func (l *Lab) benchStreams(ctx context.Context) (rates, ratios map[string]float6
 		for name, do := range map[string]struct {
 			target hook.Target
 			argv   []string
+			end    []string // at the host domain, once more for each attempt
 		}{
-			streamRaw:    {hook.Work, []string{"labguest", "stream", "-vsock", strconv.Itoa(rawPort), count}},
-			streamLink:   {hook.Work, []string{"labguest", "stream", "-frames", "-vsock", strconv.Itoa(framePort), count}},
-			streamBoth:   {hook.Work, []string{"labguest", "stream", "-tcp", sinkAddress, count}},
-			streamTunnel: {hook.Host, []string{"labhook", "tunnel", inner, sinkAddress, count}},
+			streamRaw:    {hook.Work, []string{"labguest", "stream", "-vsock", strconv.Itoa(rawPort), count}, nil},
+			streamLink:   {hook.Work, []string{"labguest", "stream", "-frames", "-vsock", strconv.Itoa(framePort), count}, nil},
+			streamAlone:  {hook.Work, []string{"labguest", "stream", "-tcp", aloneAddress, count}, []string{"labhook", "link", inner, aloneAddress}},
+			streamBoth:   {hook.Work, []string{"labguest", "stream", "-tcp", sinkAddress, count}, nil},
+			streamTunnel: {hook.Host, []string{"labhook", "tunnel", inner, sinkAddress, count}, nil},
 		} {
-			if round[name], err = l.benchStream(ctx, do.target, do.argv); err != nil {
+			if round[name], err = l.benchStream(ctx, do.target, do.argv, do.end); err != nil {
 				return nil, nil, fmt.Errorf("lab: bench: %s: %w", name, err)
 			}
 		}
 		for _, name := range streams {
-			l.say("lab: round %d of %d: %-22s %7.0f Mbit/s", i+1, benchStreams, name, round[name])
+			l.say("lab: round %d of %d: %-23s %7.0f Mbit/s", i+1, benchStreams, name, round[name])
 			all[name] = append(all[name], round[name])
 			part[name] = append(part[name], round[name]/round[streamRaw])
 		}
@@ -253,11 +260,16 @@ func (l *Lab) benchStreams(ctx context.Context) (rates, ratios map[string]float6
 
 // benchStream runs one stream. What it needs may not be there yet (a sink that
 // is starting, a link that comes back after a tunnel's round): it tries again.
-func (l *Lab) benchStream(ctx context.Context, target hook.Target, argv []string) (mbps float64, err error) {
+func (l *Lab) benchStream(ctx context.Context, target hook.Target, argv, end []string) (mbps float64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	last := ""
 	err = waitFor(ctx, "a stream", func() (bool, error) {
+		if end != nil { // it ends after one stream; one that is still there keeps its place
+			if a, err := l.Call(ctx, hook.Request{Target: hook.Host, Argv: end, Detach: true}); err != nil || a.Error != "" {
+				return false, fmt.Errorf("%v %s", err, a.Error)
+			}
+		}
 		a, err := l.Call(ctx, hook.Request{Target: target, Timeout: time.Minute, Argv: argv})
 		if err != nil || a.Exit != 0 || a.Error != "" {
 			last = fmt.Sprintf("%v %s %s", err, a.Error, a.Stderr)

@@ -23,7 +23,7 @@ const path = "PATH=/bbin:/bin:/usr/bin"
 
 // modules are loaded in this order, dependencies first (modules.dep). What the
 // kernel has built in loads as nothing.
-var modules = [...]string{"virtio_blk", "vmw_vsock_virtio_transport", "tun", "button", "evdev"}
+var modules = [...]string{"virtio_blk", "vmw_vsock_virtio_transport", "virtio_console", "tun", "button", "evdev"}
 
 // mounts of a plain Linux. /dev/pts is for terminals of the lab's commands.
 var mounts = [...]struct {

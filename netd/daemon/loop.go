@@ -48,7 +48,7 @@ type loop struct {
 // push is what linkd is told anew about when it changes.
 type push struct {
 	state netd.State
-	work  bool // work0 is there: a new linkd made it
+	work  bool // work0 has a carrier: a linkd is there, a new one after each change
 	inner netip.Addr
 }
 
@@ -247,6 +247,10 @@ func has(links []kernel.Link, name string) bool {
 	return slices.ContainsFunc(links, func(k kernel.Link) bool { return k.Name == name })
 }
 
+func carrier(links []kernel.Link, name string) bool {
+	return slices.ContainsFunc(links, func(k kernel.Link) bool { return k.Name == name && k.Carrier })
+}
+
 // apply applies both halves, the inside first: it is where packets come from.
 func (l *loop) apply(p plan.Plan) error {
 	return errors.Join(l.d.Inside.Apply(p.Inside), l.d.Outside.Apply(p.Outside))
@@ -292,7 +296,7 @@ func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 	if wish {
 		signal(d.keeper)
 	}
-	if pushed := (push{state, has(l.inside, netd.WorkLink), l.tunnel.Assignment.Inner}); pushed != l.pushed {
+	if pushed := (push{state, carrier(l.inside, netd.WorkLink), l.tunnel.Assignment.Inner}); pushed != l.pushed {
 		l.pushed = pushed
 		signal(d.pusher)
 	}

@@ -39,7 +39,7 @@ It needs CAP_NET_ADMIN, and CAP_SYS_TIME for the clock. Exit codes: 0 ended by a
 func main() {
 	tun := flag.String("tun", "sekisho0", "`name` of the TUN device to create")
 	resolv := flag.String("resolv-conf", "/etc/resolv.conf", "`file` to write the name servers to")
-	link := flag.String("transport", "vsock", "`way` to the host domain: vsock or serial")
+	link := flag.String("transport", "auto", "`way` to the host domain: vsock, serial, or auto: serial where there is the port")
 	plain := flag.Bool("plain", false, "one packet per system call, for kernels whose TUN devices know no offload")
 	flag.Usage = func() {
 		fmt.Fprintf(flag.CommandLine.Output(), usage, guestlink.HostCID, guestlink.PortPackets)

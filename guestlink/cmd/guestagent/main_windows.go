@@ -41,7 +41,7 @@ func main() {
 	var o options
 	flag.StringVar(&o.device, "device", "wintun", "`kind` of the adapter: wintun, or tap (tap-windows6)")
 	flag.StringVar(&o.adapter, "adapter", "Sekisho", "`name` of the adapter; for tap, of an existing one")
-	flag.StringVar(&o.link, "transport", "vsock", "`way` to the host domain: vsock or serial")
+	flag.StringVar(&o.link, "transport", "auto", "`way` to the host domain: vsock, serial, or auto: serial where there is the port")
 	asJSON := flag.Bool("json", false, "status as JSON")
 	flag.Usage = func() {
 		fmt.Fprintf(flag.CommandLine.Output(), usage, guestlink.HostCID, guestlink.PortPackets, winsvc.Name)

@@ -34,6 +34,9 @@ until PUT /v1/config on the API socket has said which inner address the work
 domain has. The API socket comes from the service manager (LISTEN_FDS); state
 goes back to it (NOTIFY_SOCKET: "waiting", "linked cid 3").
 
+The device stays when linkd ends, however it ends, and the next linkd takes it
+over: connections through it live on. "ip link del work0" removes it.
+
   linkd -cid 3 -tun work0
   linkd -serial /run/sekisho/link.sock   the chardev socket of QEMU's port %s
   curl --unix-socket /run/sekisho/linkd.sock http://linkd/v1/status
@@ -92,7 +95,7 @@ func (o options) run(ctx context.Context, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	if err := packet.LinkUp(o.tun); err != nil {
+	if err := errors.Join(packet.Keep(dev), packet.LinkUp(o.tun)); err != nil {
 		return err
 	}
 	links, refused, err := o.listen(log)

@@ -109,6 +109,9 @@ func through(ctx context.Context, inner netip.Addr, to netip.AddrPort, count int
 	pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "work0", MTU: 1400}, PeerName: "bench0", PeerNamespace: netlink.NsFd(int(own))}
 	for deadline := time.Now().Add(10 * time.Second); ; {
 		killLinkd()
+		if kept, err := there.LinkByName(guestlink.WorkLink); err == nil {
+			_ = there.LinkDel(kept) // linkd's device outlasts it; or a linkd has just begun
+		}
 		if err = there.LinkAdd(pair); err == nil {
 			break
 		}
@@ -153,7 +156,89 @@ func through(ctx context.Context, inner netip.Addr, to netip.AddrPort, count int
 	return json.NewEncoder(os.Stdout).Encode(r)
 }
 
-// killLinkd ends linkd, and its work0 with it.
+// link receives one stream that the work domain sends by TCP through the guest
+// link alone: it takes work0 out of the namespace inside into one of its own,
+// where ADDRESS is, and sends nothing on. linkd keeps its device meanwhile; at
+// the end it goes and linkd with it, and linkd comes back by itself.
+func link(ctx context.Context, args []string) error {
+	if len(args) != 2 {
+		return errors.New("link: want INNER ADDRESS:PORT")
+	}
+	inner, err := netip.ParseAddr(args[0])
+	if err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	at, err := netip.ParseAddrPort(args[1])
+	if err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	result := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: this thread has a namespace of its own
+		result <- endOfLink(ctx, inner, at)
+	}()
+	return <-result
+}
+
+// endOfLink does link's work on a thread that it may move.
+func endOfLink(ctx context.Context, inner netip.Addr, at netip.AddrPort) error {
+	inside, err := netns.GetFromPath("/run/netns/inside")
+	if err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	defer inside.Close()
+	own, err := netns.New() // and this thread is in it
+	if err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	defer own.Close()
+	there, err := netlink.NewHandleAt(inside, unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	defer there.Close()
+	here, err := netlink.NewHandleAt(own, unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	defer here.Close()
+	work, err := there.LinkByName(guestlink.WorkLink)
+	if err == nil {
+		err = there.LinkSetNsFd(work, int(own))
+	}
+	if err != nil {
+		return fmt.Errorf("link: take %s: %w", guestlink.WorkLink, err)
+	}
+	defer killLinkd()
+	if work, err = here.LinkByName(guestlink.WorkLink); err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	defer here.LinkDel(work)
+	one := func(a netip.Addr) *net.IPNet { return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(32, 32)} }
+	err = errors.Join(
+		here.LinkSetUp(work),
+		here.AddrAdd(work, &netlink.Addr{IPNet: one(at.Addr())}),
+		here.RouteAdd(&netlink.Route{LinkIndex: work.Attrs().Index, Scope: netlink.SCOPE_LINK, Dst: one(inner)}),
+	)
+	if err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	l, err := net.Listen("tcp4", at.String())
+	if err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+	defer l.Close()
+	conn, err := l.Accept()
+	if err != nil {
+		return fmt.Errorf("link: %w", err)
+	}
+	defer conn.Close()
+	_, err = stream.Receive(conn, false)
+	return err
+}
+
+// killLinkd ends linkd.
 func killLinkd() {
 	dirs, _ := filepath.Glob("/proc/[0-9]*/cmdline") // a good pattern cannot fail
 	for _, name := range dirs {

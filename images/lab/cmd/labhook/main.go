@@ -7,15 +7,17 @@
 //	labhook
 //	labhook sink [-frames] PORT
 //	labhook tunnel INNER ADDRESS:PORT BYTES
+//	labhook link INNER ADDRESS:PORT
 //
 // Description:
 //
 //	Serves requests of the lab (package images/lab/hook) on the virtio serial
 //	port org.sekisho.lab: commands and questions to the daemons of the host
 //	domain, and, over vsock, of the stand-in work domain. It ends with status 0
-//	on SIGTERM, 1 when the port cannot be used. sink and tunnel are the host
-//	domain's ends of the benchmarks: sink receives streams on a vsock port,
-//	tunnel sends one through the tunnel without the guest link.
+//	on SIGTERM, 1 when the port cannot be used. sink, tunnel and link are the
+//	host domain's ends of the benchmarks: sink receives streams on a vsock port,
+//	tunnel sends one through the tunnel without the guest link, link receives one
+//	through the guest link without the tunnel.
 package main
 
 import (
@@ -44,6 +46,8 @@ func main() {
 		do = func(ctx context.Context) error { return sink(ctx, args[1:]) }
 	} else if len(args) > 1 && args[0] == "tunnel" {
 		do = func(ctx context.Context) error { return tunnel(ctx, args[1:]) }
+	} else if len(args) > 1 && args[0] == "link" {
+		do = func(ctx context.Context) error { return link(ctx, args[1:]) }
 	}
 	if err := do(ctx); err != nil && ctx.Err() == nil {
 		slog.Error("labhook", "err", err)
