@@ -63,6 +63,18 @@ func OpenPIN(store Store) (*PIN, error) {
 	return &PIN{store: store, state: s}, nil
 }
 
+// Reload reads the state anew, after others changed the store.
+func (p *PIN) Reload() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s, err := p.store.LoadPIN()
+	if err != nil {
+		return fmt.Errorf("piv: PIN: %w", err)
+	}
+	p.state = s
+	return nil
+}
+
 // Left returns how many tries are left; 0 is blocked, or never set.
 func (p *PIN) Left() int {
 	p.mu.Lock()
