@@ -153,7 +153,8 @@ func TestSignatures(t *testing.T) {
 	f := newCard(t, false)
 	f.choose()
 	f.login()
-	for slot, alg := range map[Slot]byte{Authentication: algP256, CardAuthentication: algP256, Signature: algP384} {
+	for _, slot := range []Slot{Authentication, CardAuthentication, Signature} { // 9C uses the PIN up
+		alg := map[Slot]byte{Authentication: algP256, CardAuthentication: algP256, Signature: algP384}[slot]
 		sig, sw := f.authenticate(alg, slot, challenge(tagChallenge, digest[:]))
 		if sw != OK || !ecdsa.VerifyASN1(f.cert[slot].PublicKey.(*ecdsa.PublicKey), digest[:], sig) {
 			t.Errorf("%v: %04X, signature of %d bytes", slot, uint16(sw), len(sig))
