@@ -68,12 +68,16 @@ type WorkDomain struct {
 // Organization is the configuration of one organisation's laptops. It is part
 // of the signed image and therefore of what is measured; it holds no secret.
 type Organization struct {
-	Name       string     `json:"name"`
-	CA         string     `json:"ca"` // PEM, roots for the servers' certificates
-	Verifiers  []Endpoint `json:"verifiers"`
-	Gateways   []Endpoint `json:"gateways"`
-	WorkDomain WorkDomain `json:"work_domain"`
-	Office     *Office    `json:"office,omitempty"` // absent: no LAN is ever an office
+	Name      string     `json:"name"`
+	CA        string     `json:"ca"` // PEM, roots for the servers' certificates
+	Verifiers []Endpoint `json:"verifiers"`
+	Gateways  []Endpoint `json:"gateways"`
+	// Proxy is an HTTP proxy that laptops reach the gateways by (CONNECT, RFC
+	// 9110, section 9.3.6), where the network lets nothing else out. Without it
+	// they go straight there.
+	Proxy      netip.AddrPort `json:"proxy,omitzero"`
+	WorkDomain WorkDomain     `json:"work_domain"`
+	Office     *Office        `json:"office,omitempty"` // absent: no LAN is ever an office
 	// Uplinks is the order in which laptops prefer their uplinks: the first rule
 	// that fits a link gives its place, and a link that none fits is not used.
 	// Empty means wired, Wi-Fi, USB.
@@ -227,6 +231,9 @@ func (o *Organization) Validate() error {
 				fail("uplinks[%d]: group %q is not in groups", i, g)
 			}
 		}
+	}
+	if p := o.Proxy; p != (netip.AddrPort{}) && (!p.IsValid() || p.Port() == 0 || p.Addr().IsLoopback() || p.Addr().IsMulticast() || p.Addr().IsUnspecified()) {
+		fail("proxy: %s is not a unicast address with a port", p)
 	}
 	if w := o.WorkDomain; w.MemoryMiB < 64 || w.MemoryMiB > 1<<20 || w.VCPUs < 1 || w.VCPUs > 256 {
 		fail("work_domain: %d MiB and %d vCPUs: want 64 to 1048576 and 1 to 256", w.MemoryMiB, w.VCPUs)

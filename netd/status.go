@@ -92,10 +92,11 @@ type Counters struct {
 type TunnelStatus struct {
 	Gateway  netip.AddrPort `json:"gateway"`
 	Inner    netip.Addr     `json:"inner"`
-	MTU      int            `json:"mtu"`   // bytes, of inner packets
-	DNS      []netip.Addr   `json:"dns"`   // resolvers behind the tunnel
-	Since    time.Time      `json:"since"` // when the present session opened
-	Until    time.Time      `json:"until"` // end of the certificate, when it closes
+	MTU      int            `json:"mtu"`      // bytes, of inner packets
+	DNS      []netip.Addr   `json:"dns"`      // resolvers behind the tunnel
+	Carriage string         `json:"carriage"` // what carries the session: "TLS on TCP" or "HTTP/3"
+	Since    time.Time      `json:"since"`    // when the present session opened
+	Until    time.Time      `json:"until"`    // end of the certificate, when it closes
 	Cipher   string         `json:"cipher"`
 	Counters Counters       `json:"counters"`
 }

@@ -241,6 +241,7 @@ func waitFor(ctx context.Context, what string, holds func() (bool, error)) error
 func allowed() capture.AllowList {
 	return capture.AllowList{
 		Servers: []netip.AddrPort{verifierAddress, gatewayAddress},
+		QUIC:    []netip.AddrPort{gatewayAddress},
 		Links:   []netip.Prefix{homePrefix},
 	}
 }

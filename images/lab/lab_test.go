@@ -254,7 +254,7 @@ func (b *bench) cleanUplink(t *testing.T, tunnel bool) {
 	if r.Leaked > 0 {
 		t.Errorf("leaks: %v", r.Leaks)
 	}
-	if n := r.Flows[gatewayAddress.String()]; (n > 0) != tunnel {
+	if n := r.Flows[gatewayAddress.String()] + r.Flows["udp "+gatewayAddress.String()]; (n > 0) != tunnel {
 		t.Errorf("%d connections to the gateway", n)
 	}
 	for suite, n := range r.Suites {

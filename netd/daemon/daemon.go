@@ -89,6 +89,7 @@ type Daemon struct {
 	endpoints []netip.AddrPort
 	// uplinks keeps the links ready and reports them: uplink.Manager.
 	uplinks Uplinks
+	quic    []netip.AddrPort // of endpoints: the gateways
 
 	wake   chan struct{} // for the loop
 	links  chan []uplink.Link
@@ -131,10 +132,9 @@ type trouble struct {
 
 // wanted is what the keeper shall have open.
 type wanted struct {
-	open   bool
-	source netip.Addr
-	link   string
-	until  time.Time
+	open  bool
+	path  tunnel.Path
+	until time.Time
 }
 
 // New returns a Daemon.
@@ -155,6 +155,12 @@ func New(c Config) *Daemon {
 		if !e.Address.Addr().IsPrivate() {
 			keeper.Claims = append(keeper.Claims, e.Address.Addr())
 		}
+	}
+	for _, e := range c.Organization.Gateways {
+		d.quic = append(d.quic, e.Address)
+	}
+	if p := c.Organization.Proxy; p.IsValid() {
+		d.endpoints = append(d.endpoints, p)
 	}
 	if probe, err := uplink.Prober(c.Organization, tunnel.BindToLink, d.admitted); err == nil {
 		keeper.Probe = probe
@@ -224,7 +230,7 @@ func (d *Daemon) tunnelStatus() *netd.TunnelStatus {
 	}
 	return &netd.TunnelStatus{
 		Gateway: t.Gateway, Inner: t.Assignment.Inner, MTU: t.Assignment.MTU, DNS: t.Assignment.DNS,
-		Since: t.Since, Until: t.Until, Cipher: t.Cipher, Counters: t.Counters,
+		Carriage: t.Carriage, Since: t.Since, Until: t.Until, Cipher: t.Cipher, Counters: t.Counters,
 	}
 }
 

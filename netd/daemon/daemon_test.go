@@ -80,8 +80,16 @@ func (f *fakeDriver) Up(_ context.Context, to tunnel.Target) (tunnel.Assignment,
 	}
 	a := tunnel.Assignment{Inner: netip.MustParseAddr("10.80.0.2"), MTU: 1400}
 	f.ended = make(chan struct{})
-	f.status = tunnel.Status{Open: true, Gateway: to.Gateway.Address, Assignment: a, Until: to.Until, Ended: f.ended}
+	f.status = tunnel.Status{Open: true, Gateway: to.Gateway.Address, Assignment: a, Until: to.Until, Changed: f.ended}
 	return a, nil
+}
+func (f *fakeDriver) Rebind(ctx context.Context, path tunnel.Path) error {
+	f.mu.Lock()
+	to := f.ups[len(f.ups)-1]
+	f.mu.Unlock()
+	to.Path = path
+	_, err := f.Up(ctx, to)
+	return err
 }
 func (f *fakeDriver) Status() tunnel.Status {
 	f.mu.Lock()
@@ -92,7 +100,7 @@ func (f *fakeDriver) Down() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.status.Open {
-		f.status.Open = false
+		f.status.Open, f.status.Err = false, errors.New("closed")
 		close(f.ended)
 	}
 }
@@ -329,7 +337,7 @@ func TestFromDarkToTunnelAndBack(t *testing.T) {
 		r.lease("192.168.50.99/24")
 		r.want(netd.Tunnel, "")
 		r.set(func() {
-			if got := r.driver.ups[len(r.driver.ups)-1].Source.String(); got != "192.168.50.99" {
+			if got := r.driver.ups[len(r.driver.ups)-1].Path.Source.String(); got != "192.168.50.99" {
 				t.Errorf("session from %s, want the new address", got)
 			}
 		})
@@ -401,8 +409,8 @@ func TestUplinkIsLostAndAnotherTaken(t *testing.T) {
 		r.attestd.answers <- affirming(time.Hour)
 		r.want(netd.Tunnel, "")
 		last := func() (to tunnel.Target) { r.set(func() { to = r.driver.ups[len(r.driver.ups)-1] }); return to }
-		if to := last(); to.Link != "eth0" || to.Source.String() != "192.168.50.23" {
-			t.Errorf("session over %s from %s", to.Link, to.Source)
+		if to := last(); to.Path.Link != "eth0" || to.Path.Source.String() != "192.168.50.23" {
+			t.Errorf("session over %s from %s", to.Path.Link, to.Path.Source)
 		}
 		r.set(func() {
 			if n := len(r.outside.held.Addresses); n != 2 {
@@ -413,8 +421,8 @@ func TestUplinkIsLostAndAnotherTaken(t *testing.T) {
 		before := r.d.Status().Since
 		signal(r.d.wake)
 		r.want(netd.Tunnel, "")
-		if to := last(); to.Link != "usb0" || to.Source.String() != "192.168.8.100" {
-			t.Errorf("session over %s from %s after the cable was pulled", to.Link, to.Source)
+		if to := last(); to.Path.Link != "usb0" || to.Path.Source.String() != "192.168.8.100" {
+			t.Errorf("session over %s from %s after the cable was pulled", to.Path.Link, to.Path.Source)
 		}
 		if s := r.d.Status(); !s.Since.Equal(before) || s.Uplink.Name != "usb0" || len(s.Uplinks) != 2 {
 			t.Errorf("status %+v, want Tunnel all the time", s)
@@ -427,13 +435,13 @@ func TestUplinkIsLostAndAnotherTaken(t *testing.T) {
 		list := []uplink.Candidate{{Uplink: eth, Index: 2, Settle: 3 * time.Second}, {Uplink: stick, Index: 3, Place: 1}}
 		r.d.reportUplinks(list)
 		r.want(netd.Tunnel, "")
-		if to := last(); to.Link != "usb0" {
+		if to := last(); to.Path.Link != "usb0" {
 			t.Error("moved to an uplink that has just come back")
 		}
 		sleep(4 * time.Second)
 		r.want(netd.Tunnel, "")
-		if to := last(); to.Link != "eth0" {
-			t.Errorf("session over %s, want the preferred uplink", to.Link)
+		if to := last(); to.Path.Link != "eth0" {
+			t.Errorf("session over %s, want the preferred uplink", to.Path.Link)
 		}
 
 		// Silence on the present one is told to the keeper.

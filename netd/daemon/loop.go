@@ -222,7 +222,7 @@ func (l *loop) next(now time.Time) time.Duration {
 
 func (l *loop) situation(state netd.State) plan.Situation {
 	s := plan.Situation{
-		State: state, Uplink: l.in.uplink, Endpoints: l.d.endpoints, Beacons: l.d.beacons(),
+		State: state, Uplink: l.in.uplink, Endpoints: l.d.endpoints, QUIC: l.d.quic, Beacons: l.d.beacons(),
 		Inner: l.inner, MTU: l.mtu, Session: l.tunnel.Open,
 		Work: has(l.inside, netd.WorkLink), Tun: has(l.inside, netd.TunnelLink),
 		Pipe: l.d.Pipe != nil && has(l.inside, netd.OfficeLink) && has(l.outside, netd.OfficeOuterLink),
@@ -281,7 +281,7 @@ func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 	} else {
 		s.Office = nil
 	}
-	want := wanted{open: affirming && state >= netd.Portal, source: l.in.uplink.Address.Addr(), link: l.in.uplink.Name, until: l.in.gate.NotAfter}
+	want := wanted{open: affirming && state >= netd.Portal, path: tunnel.Path{Link: l.in.uplink.Name, Source: l.in.uplink.Address.Addr()}, until: l.in.gate.NotAfter}
 	wish := want != d.want
 	d.want = want
 	first := !d.ready && l.sealed

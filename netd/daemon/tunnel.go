@@ -3,15 +3,20 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
+	"sekisho/attest"
 	"sekisho/guestlink"
 	"sekisho/netd"
 	"sekisho/netd/tunnel"
@@ -19,14 +24,16 @@ import (
 )
 
 const (
-	firstPause = 500 * time.Millisecond // between attempts to open a tunnel; full jitter
-	maxPause   = 30 * time.Second
-	pushEvery  = 5 * time.Second // linkd is told again at least this often
+	firstPause    = 500 * time.Millisecond // between attempts to open a tunnel; full jitter
+	maxPause      = 30 * time.Second
+	anotherUplink = 200 * time.Millisecond // for the uplinks' keeper to say that there is one
+	pushEvery     = 5 * time.Second        // linkd is told again at least this often
 )
 
 // keepTunnel has a session open exactly while the loop wants one, opens a new
-// one before it leaves the old when address or certificate change, and goes
-// through the gateways in order until one admits us.
+// one before it leaves the old when the uplink or the certificate changes or
+// the path has become suspect, and goes through the gateways in order until one
+// admits us.
 func (d *Daemon) keepTunnel(ctx context.Context) {
 	defer d.Driver.Down()
 	roots, err := d.Organization.Roots()
@@ -38,33 +45,53 @@ func (d *Daemon) keepTunnel(ctx context.Context) {
 	var attempt int
 	for ctx.Err() == nil {
 		d.mu.Lock()
-		want := d.want
+		want, device := d.want, d.in.gate.DeviceID
 		d.mu.Unlock()
 		st := d.Driver.Status()
-		switch {
-		case !want.open:
+		if !want.open {
 			if st.Open {
 				d.Driver.Down()
 				signal(d.wake)
 			}
-			attempt = 0
+			have, attempt = wanted{}, 0
 			d.setTrouble(trouble{})
 			d.idle(ctx, nil)
 			continue
-		case st.Open && have == want:
-			d.idle(ctx, st.Ended)
+		}
+		if st.Open && have == want && !st.Suspect {
+			attempt = 0
+			d.idle(ctx, st.Changed)
 			continue
 		}
-		if st.Err != nil && have == want { // the session that was open has just ended
+		if !st.Open && st.Err != nil && have != (wanted{}) { // the session that was open has just ended
 			d.Log.Warn("tunnel closed", "gateway", st.Gateway, "err", st.Err)
-			d.doubt(ctx, have.link, st.Err)
+			d.doubt(ctx, have.path.Link, st.Err)
+			signal(d.wake)
+			if have == want && attempt == 0 {
+				// A gateway's restart meets its laptops spread out.
+				wait(ctx, rand.N(firstPause), nil)
+			}
 			have = wanted{}
-			// A gateway's restart meets its laptops spread out.
-			wait(ctx, rand.N(firstPause), nil)
 			continue
 		}
-		gateway := d.Organization.Gateways[attempt%len(d.Organization.Gateways)]
-		err := d.open(ctx, tunnel.Target{Gateway: gateway, Roots: roots, Until: want.until, Source: want.source, Link: want.link})
+		if st.Open && st.Suspect && have == want {
+			d.Log.Warn("tunnel suspect: no sign of life", "gateway", st.Gateway, "uplink", have.path.Link)
+			d.uplinks.Doubt(ctx, have.path.Link)
+			if !d.suspend(ctx, want, st.Changed) {
+				continue // there is another uplink, or life again
+			}
+		}
+		order := gatewayOrder(d.Organization.Gateways, device)
+		gateway := order[attempt%len(order)]
+		var err error
+		if other := want; st.Open && !st.Suspect && func() bool { other.path = have.path; return other == have }() {
+			gateway.Address = st.Gateway
+			err = d.unlessChanged(ctx, want, func(ctx context.Context) error { return d.Driver.Rebind(ctx, want.path) })
+		} else {
+			err = d.unlessChanged(ctx, want, func(ctx context.Context) error {
+				return d.open(ctx, tunnel.Target{Gateway: gateway, Roots: roots, Until: want.until, Path: want.path, Proxy: d.Organization.Proxy})
+			})
+		}
 		if err == nil {
 			have, attempt = want, 0
 			d.setTrouble(trouble{})
@@ -74,13 +101,84 @@ func (d *Daemon) keepTunnel(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
+		if errors.Is(err, errWish) {
+			continue
+		}
 		d.Log.Warn("tunnel not opened", "gateway", gateway.Address, "attempt", attempt, "err", err)
 		d.setTrouble(diagnose(gateway.Address, err))
-		d.doubt(ctx, want.link, err)
-		pause := min(firstPause<<min(attempt/len(d.Organization.Gateways), 10), maxPause)
+		d.doubt(ctx, want.path.Link, err)
+		pause := min(firstPause<<min(attempt/len(order), 10), maxPause)
 		attempt++
-		wait(ctx, rand.N(pause), nil)
+		// A new uplink is reason enough to try at once.
+		wait(ctx, rand.N(pause), d.keeper)
 	}
+}
+
+// errWish ends an attempt that is no longer wanted.
+var errWish = errors.New("something else is wanted")
+
+// unlessChanged calls f, whose context ends when something else than want is
+// wanted: an attempt over an uplink that is dead shall not hold up the next.
+func (d *Daemon) unlessChanged(ctx context.Context, want wanted, f func(context.Context) error) error {
+	inner, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- f(inner) }()
+	for {
+		select {
+		case err := <-done:
+			return err
+		case <-d.keeper:
+			if d.wants(want) {
+				continue
+			}
+			cancel()
+			if err := <-done; err == nil || ctx.Err() != nil {
+				return err
+			}
+			return errWish
+		}
+	}
+}
+
+func (d *Daemon) wants(want wanted) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.want == want
+}
+
+// suspend gives the uplinks' keeper a moment to find another uplink. It reports
+// whether there is nothing better than to try the same again.
+func (d *Daemon) suspend(ctx context.Context, want wanted, changed <-chan struct{}) bool {
+	moment := time.NewTimer(anotherUplink)
+	defer moment.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-changed:
+			return false
+		case <-d.keeper:
+			if !d.wants(want) {
+				return false
+			}
+		case <-moment.C:
+			return true
+		}
+	}
+}
+
+// gatewayOrder is in which order a device goes to the gateways: each in another
+// one, so that a gateway's laptops spread over all others when it fails
+// (rendezvous hashing), and the same one every time.
+func gatewayOrder(list []attest.Endpoint, device string) []attest.Endpoint {
+	weight := func(e attest.Endpoint) [sha256.Size]byte {
+		return sha256.Sum256([]byte(device + " " + e.Address.String()))
+	}
+	return slices.SortedFunc(slices.Values(list), func(a, b attest.Endpoint) int {
+		x, y := weight(a), weight(b)
+		return bytes.Compare(x[:], y[:])
+	})
 }
 
 // open fetches the credential and opens a session with it.
@@ -105,12 +203,12 @@ func (d *Daemon) doubt(ctx context.Context, link string, err error) {
 	}
 }
 
-// idle waits for a new wish or the end of the session.
-func (d *Daemon) idle(ctx context.Context, ended <-chan struct{}) {
+// idle waits for a new wish or a change of the session.
+func (d *Daemon) idle(ctx context.Context, changed <-chan struct{}) {
 	select {
 	case <-ctx.Done():
 	case <-d.keeper:
-	case <-ended:
+	case <-changed:
 		signal(d.wake)
 	}
 }
@@ -140,7 +238,7 @@ func diagnose(gateway netip.AddrPort, err error) trouble {
 	switch {
 	case errors.As(err, &refused), errors.As(err, &cert),
 		errors.As(err, &remote) && remote.Op == "remote error": // a TLS alert (crypto/tls)
-		t.reason, t.what = netd.ReasonRefused, fmt.Sprintf("gateway %s: %v", gateway, errors.Unwrap(err))
+		t.reason, t.what = netd.ReasonRefused, strings.ReplaceAll(err.Error(), "\n", "; ")
 	}
 	return t
 }

@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -27,18 +28,20 @@ const maxFile = 256 << 10
 
 // Config is the gateway's configuration file.
 type Config struct {
-	Listen      netip.AddrPort `json:"listen"`       // address and TCP port of the tunnel
-	Certificate string         `json:"certificate"`  // PEM file: the gateway's chain, of the organisation's CA
-	Key         string         `json:"key"`          // PEM file: its private key
-	ClientCA    string         `json:"client_ca"`    // PEM file: the CA that the verifier issues laptops' certificates with
-	Pool        netip.Prefix   `json:"pool"`         // IPv4 inner addresses; the first is the gateway's own
-	Leases      string         `json:"leases"`       // file: device id to inner address
-	Tun         string         `json:"tun"`          // name of the TUN device, made by the gateway
-	LGWAN       string         `json:"lgwan"`        // name of the link towards LGWAN
-	MTU         int            `json:"mtu"`          // of inner packets in bytes; 1400 if absent
-	DNS         []netip.Addr   `json:"dns"`          // resolvers for the work domain; may be empty
-	MaxSessions int            `json:"max_sessions"` // 10000 if absent
-	Status      string         `json:"status"`       // unix socket of the status; /run/sekisho-gateway/status.sock if absent
+	Listen      netip.AddrPort `json:"listen"`         // address, and port of the tunnel on TCP and UDP
+	Certificate string         `json:"certificate"`    // PEM file: the gateway's chain, of the organisation's CA
+	Key         string         `json:"key"`            // PEM file: its private key
+	ClientCA    string         `json:"client_ca"`      // PEM file: the CA that the verifier issues laptops' certificates with
+	Pool        netip.Prefix   `json:"pool"`           // IPv4 inner addresses; the first is the gateway's own
+	Pool6       netip.Prefix   `json:"pool6,omitzero"` // IPv6 inner addresses, at least as many; none if absent
+	Revoked     string         `json:"revoked"`        // file: devices that are not admitted; none if absent
+	Leases      string         `json:"leases"`         // file: device id to inner address
+	Tun         string         `json:"tun"`            // name of the TUN device, made by the gateway
+	LGWAN       string         `json:"lgwan"`          // name of the link towards LGWAN
+	MTU         int            `json:"mtu"`            // of inner packets in bytes; 1400 if absent
+	DNS         []netip.Addr   `json:"dns"`            // resolvers for the work domain; may be empty
+	MaxSessions int            `json:"max_sessions"`   // 10000 if absent
+	Status      string         `json:"status"`         // unix socket of the status; /run/sekisho-gateway/status.sock if absent
 }
 
 // DefaultStatus is the status socket unless the configuration names another.
@@ -85,6 +88,9 @@ func (c *Config) validate() error {
 	if !c.Pool.IsValid() || !c.Pool.Addr().Is4() || c.Pool.Bits() < 8 || c.Pool.Bits() > 30 || c.Pool.Masked() != c.Pool {
 		fail("pool %q: want an IPv4 prefix of /8 to /30", c.Pool)
 	}
+	if p := c.Pool6; p.IsValid() && (!p.Addr().Is6() || p.Addr().Is4In6() || p.Masked() != p || p.Bits() < 16 || p.Bits() > 126 || 128-p.Bits() < 32-c.Pool.Bits()) {
+		fail("pool6 %q: want an IPv6 prefix of /16 to /126 with as many addresses as pool", p)
+	}
 	if c.MTU < tunnel.MinMTU || c.MTU > tunnel.MaxMTU {
 		fail("mtu %d: want %d to %d", c.MTU, tunnel.MinMTU, tunnel.MaxMTU)
 	}
@@ -99,6 +105,20 @@ func (c *Config) validate() error {
 
 // Self is the gateway's own inner address.
 func (c *Config) Self() netip.Addr { return c.Pool.Addr().Next() }
+
+// inner returns the inner addresses of the device that has the lease v4: the
+// IPv6 one stands at the same place in its pool.
+func (c *Config) inner(v4 netip.Addr) []netip.Addr {
+	if !c.Pool6.IsValid() {
+		return []netip.Addr{v4}
+	}
+	from, at := c.Pool.Addr().As4(), v4.As4()
+	n := binary.BigEndian.Uint32(at[:]) - binary.BigEndian.Uint32(from[:])
+	v6 := c.Pool6.Addr().As16()
+	low := binary.BigEndian.Uint32(v6[12:]) // the pool has at least as many low bits as n, all zero
+	binary.BigEndian.PutUint32(v6[12:], low|n)
+	return []netip.Addr{v4, netip.AddrFrom16(v6)}
+}
 
 // Plan is what the gateway asks of its host's kernel.
 func (c *Config) Plan() plan.Namespace {

@@ -27,31 +27,34 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/cryptrec"
+	"sekisho/netd/tunnel"
 )
 
 // wire is a Device in memory.
 type wire struct {
-	in     chan [][]byte // towards the laptops
-	out    chan []byte   // towards LGWAN
+	in     chan []byte // towards the laptops
+	out    chan []byte // towards LGWAN
 	closed chan struct{}
 	once   sync.Once
 }
 
-func (w *wire) ReadBatch() ([][]byte, error) {
+func (w *wire) Read() (tunnel.Frame, error) {
 	select {
-	case b := <-w.in:
-		return b, nil
+	case p := <-w.in:
+		return append(make(tunnel.Frame, tunnel.FrameHeader), p...), nil
 	case <-w.closed:
 		return nil, os.ErrClosed
 	}
 }
 
-func (w *wire) WriteBatch(packets [][]byte) error {
+func (w *wire) Write(packets [][]byte) error {
 	for _, p := range packets {
 		w.out <- bytes.Clone(p)
 	}
 	return nil
 }
+
+func (w *wire) WriteFrame(f tunnel.Frame) error { w.out <- bytes.Clone(f.Packet()); return nil }
 
 func (w *wire) Close() error { w.once.Do(func() { close(w.closed) }); return nil }
 
@@ -59,6 +62,7 @@ func (w *wire) Close() error { w.once.Do(func() { close(w.closed) }); return nil
 type site struct {
 	t      *testing.T
 	addr   string
+	udp    net.PacketConn
 	wire   *wire
 	server *Server
 	ca     *x509.Certificate
@@ -67,7 +71,7 @@ type site struct {
 }
 
 func newSite(t *testing.T, change func(*Config)) *site {
-	s := &site{t: t, wire: &wire{in: make(chan [][]byte), out: make(chan []byte, 1000), closed: make(chan struct{})}, roots: x509.NewCertPool()}
+	s := &site{t: t, wire: &wire{in: make(chan []byte), out: make(chan []byte, 1000), closed: make(chan struct{})}, roots: x509.NewCertPool()}
 	s.key = newKey(t)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
 	s.ca = sign(t, template, template, s.key, s.key)
@@ -83,6 +87,9 @@ func newSite(t *testing.T, change func(*Config)) *site {
 		t.Fatal(err)
 	}
 	s.addr = l.Addr().String()
+	if s.udp, err = net.ListenPacket("udp", s.addr); err != nil {
+		t.Fatal(err)
+	}
 	c := &Config{Pool: netip.MustParsePrefix("10.80.0.0/24"), MTU: 1400, MaxSessions: 10, DNS: []netip.Addr{netip.MustParseAddr("10.1.0.53")}}
 	if change != nil {
 		change(c)
@@ -94,7 +101,7 @@ func newSite(t *testing.T, change func(*Config)) *site {
 	s.server = New(c, config, leases, s.wire, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- s.server.Serve(ctx, l) }()
+	go func() { done <- s.server.Serve(ctx, l, s.udp) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; !errors.Is(err, context.Canceled) {
@@ -159,26 +166,26 @@ func (s *site) request(cert *tls.Certificate, request string) (*http.Response, *
 
 const upgrade = "GET /.well-known/masque/ip/*/*/ HTTP/1.1\r\nHost: gateway.test\r\nConnection: Upgrade\r\nUpgrade: connect-ip\r\nCapsule-Protocol: ?1\r\n\r\n"
 
-// laptop is an open session.
-type laptop struct {
+// client is an open session.
+type client struct {
 	conn *tls.Conn
 	br   *bufio.Reader
 }
 
-func (s *site) open(cert tls.Certificate) *laptop {
+func (s *site) open(cert tls.Certificate) *client {
 	s.t.Helper()
 	resp, conn, br, err := s.request(&cert, upgrade)
 	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
 		s.t.Fatalf("%v, %v", resp, err)
 	}
-	if got := resp.Header.Get("Sekisho-Inner"); got != `mtu=1400, dns=("10.1.0.53")` {
+	if got := resp.Header.Get("Sekisho-Inner"); got != `mtu=1400, dns=("10.1.0.53"), trains` {
 		s.t.Errorf("Sekisho-Inner: %s", got)
 	}
-	return &laptop{conn, br}
+	return &client{conn, br}
 }
 
 // expect reads exactly these bytes.
-func (l *laptop) expect(t *testing.T, want string) {
+func (l *client) expect(t *testing.T, want string) {
 	t.Helper()
 	got := make([]byte, len(want))
 	if _, err := io.ReadFull(l.br, got); err != nil || string(got) != want {
@@ -222,7 +229,9 @@ func TestSession(t *testing.T) {
 		t.Errorf("passed %x, want the honest packet only", got)
 	}
 	// Back to the laptop: its own, nobody's, and a runt.
-	s.wire.in <- [][]byte{packet(99, 3), {0x45}, packet(99, 2)}
+	for _, p := range [][]byte{packet(99, 3), {0x45}, packet(99, 2)} {
+		s.wire.in <- p
+	}
 	l.expect(t, capsule(packet(99, 2)))
 	st := s.server.Status()
 	if len(st.Sessions) != 1 || st.Sessions[0].Counters.Dropped != 7 {
@@ -275,6 +284,12 @@ func TestNewConnectionReplacesTheOld(t *testing.T) {
 	old.expect(t, first(2))
 	renewed := s.open(s.device(1, time.Hour))
 	renewed.expect(t, first(2))
+	s.wire.in <- packet(99, 2)
+	old.expect(t, capsule(packet(99, 2))) // until the laptop uses the new one
+	io.WriteString(renewed.conn, capsule(packet(2, 76)))
+	if got := <-s.wire.out; !bytes.Equal(got, packet(2, 76)) {
+		t.Errorf("passed %x", got)
+	}
 	if _, err := old.br.ReadByte(); err != io.EOF {
 		t.Errorf("old connection: %v, want an orderly end", err)
 	}
@@ -283,7 +298,7 @@ func TestNewConnectionReplacesTheOld(t *testing.T) {
 	if got := <-s.wire.out; !bytes.Equal(got, packet(2, 77)) {
 		t.Errorf("passed %x", got)
 	}
-	s.wire.in <- [][]byte{packet(99, 2)}
+	s.wire.in <- packet(99, 2)
 	renewed.expect(t, capsule(packet(99, 2)))
 }
 
@@ -326,14 +341,10 @@ func TestStuckLaptopDoesNotStallTheOthers(t *testing.T) {
 	lively.expect(t, first(3))
 	big := make([]byte, 1400)
 	copy(big, packet(99, 2))
-	batch := make([][]byte, 128)
-	for i := range batch {
-		batch[i] = big
+	for range 25600 { // 36 MB: more than any socket buffer holds
+		s.wire.in <- big
 	}
-	for range 200 { // 36 MB: more than any socket buffer holds
-		s.wire.in <- batch
-	}
-	s.wire.in <- [][]byte{packet(99, 3)}
+	s.wire.in <- packet(99, 3)
 	lively.expect(t, capsule(packet(99, 3)))
 	for _, sess := range s.server.Status().Sessions {
 		if (sess.Counters.Dropped > 0) != (sess.Inner == netip.MustParseAddr("10.80.0.2")) {

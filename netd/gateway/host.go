@@ -5,6 +5,7 @@ package gateway
 import (
 	"context"
 	"log/slog"
+	"net"
 	"time"
 
 	"sekisho/netd/kernel"
@@ -59,3 +60,17 @@ func (h *Host) Hold(ctx context.Context, log *slog.Logger) {
 
 // Close releases the namespace. What was applied stays until the device goes.
 func (h *Host) Close() { h.ns.Close() }
+
+// Sockets listens on TCP and UDP.
+func (c *Config) Sockets() (net.Listener, net.PacketConn, error) {
+	tcp, err := net.Listen("tcp", c.Listen.String())
+	if err != nil {
+		return nil, nil, err
+	}
+	udp, err := net.ListenPacket("udp", c.Listen.String())
+	if err != nil {
+		tcp.Close()
+		return nil, nil, err
+	}
+	return tcp, udp, nil
+}

@@ -10,16 +10,15 @@ import (
 	"io"
 	"log"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
-	"net/netip"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
-	"golang.org/x/net/netutil"
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
 
 	"sekisho/attest"
 	"sekisho/attest/cryptrec"
@@ -46,13 +45,28 @@ const deviceURI = "urn:sekisho:device:"
 
 // Device is where the server's packets come from and go to: a tunnel.Device.
 type Device interface {
-	ReadBatch() ([][]byte, error)
-	WriteBatch(packets [][]byte) error
+	Read() (tunnel.Frame, error)
+	Write(packets [][]byte) error
+	WriteFrame(tunnel.Frame) error
 	Close() error
+}
+
+// Revocations is what the server asks of the feed of revoked devices.
+type Revocations interface {
+	// Heard returns why the feed is not to be relied on now, in which case
+	// nobody new is admitted; nil when it is.
+	Heard() error
+	// Revoked reports whether the device has lost its admission.
+	Revoked(attest.Digest) bool
+	// Changed returns a channel that is closed with the next change.
+	Changed() <-chan struct{}
 }
 
 // Server is a gateway. Make one with New.
 type Server struct {
+	// Revocations is the feed; nil revokes nobody. Set it before Serve.
+	Revocations Revocations
+
 	config *Config
 	tls    *tls.Config
 	leases *Leases
@@ -60,36 +74,27 @@ type Server struct {
 	log    *slog.Logger
 	since  time.Time
 
-	mu       sync.RWMutex
-	byDevice map[attest.Digest]*session
-	byInner  map[[4]byte]*session
-	ended    netd.Counters // of sessions that are over
-	refused  uint64
-	sources  *sources       // of Serve, nil before it
-	running  sync.WaitGroup // sessions, added under mu while Serve's context is not done
-}
-
-// session is one laptop's connection.
-type session struct {
-	stream *connectip.Stream
-	device attest.Digest
-	inner  netip.Addr
-	remote string
-	since  time.Time
-	until  time.Time
+	mu      sync.RWMutex
+	devices map[attest.Digest]*laptop
+	byInner map[[16]byte]*laptop
+	ended   netd.Counters // of sessions that are over
+	refused uint64
+	sources *sources       // of Serve, nil before it
+	running sync.WaitGroup // sessions, added under mu while Serve's context is not done
 }
 
 // New returns a Server that serves config with the given TLS configuration.
 func New(config *Config, t *tls.Config, leases *Leases, dev Device, log *slog.Logger) *Server {
 	return &Server{
 		config: config, tls: t, leases: leases, dev: dev, log: log, since: time.Now(),
-		byDevice: map[attest.Digest]*session{}, byInner: map[[4]byte]*session{},
+		devices: map[attest.Digest]*laptop{}, byInner: map[[16]byte]*laptop{},
 	}
 }
 
-// Serve accepts laptops on l until ctx is done or the device fails. It closes
-// l, the device and every session, and waits for them.
-func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+// Serve accepts laptops on tcp, and over HTTP/3 on udp unless that is nil,
+// until ctx is done or the device fails. It closes all of them and every
+// session, and waits for them.
+func (s *Server) Serve(ctx context.Context, tcp net.Listener, udp net.PacketConn) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	srv := &http.Server{
@@ -106,14 +111,17 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	srv.Protocols.SetHTTP1(true)
 	srv.SetKeepAlivesEnabled(false)
 	var parts sync.WaitGroup
-	from := newSources(netutil.LimitListener(l, s.config.MaxSessions+opening))
+	from := newSources(tcp, s.config.MaxSessions+opening)
 	s.mu.Lock()
 	s.sources = from
 	s.mu.Unlock()
-	parts.Go(func() {
-		cancel(fmt.Errorf("accept: %w", srv.ServeTLS(from, "", "")))
-	})
+	parts.Go(func() { cancel(fmt.Errorf("accept: %w", srv.ServeTLS(from, "", ""))) })
+	if udp != nil {
+		parts.Go(func() { cancel(s.serveH3(ctx, udp, from)) })
+	}
 	parts.Go(func() { cancel(s.dispatch()) })
+	parts.Go(func() { s.tick(ctx) })
+	parts.Go(func() { s.followRevocations(ctx) })
 	<-ctx.Done()
 	srv.Close()
 	s.dev.Close()
@@ -124,35 +132,89 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	return context.Cause(ctx)
 }
 
+// connKey is the context key of what serveH3 leaves for handleH3.
+type connKey struct{}
+
+// serveH3 accepts laptops over HTTP/3 until ctx is done.
+func (s *Server) serveH3(ctx context.Context, udp net.PacketConn, from *sources) error {
+	socket := &quic.Transport{
+		Conn: udp,
+		// Beyond this many under way each must show that it can be reached at its
+		// address before it costs a handshake (RFC 9000, section 8.1.2).
+		VerifySourceAddress: func(net.Addr) bool { return from.underWay() > opening/8 },
+		ConnContext: func(ctx context.Context, c *quic.ClientInfo) (context.Context, error) {
+			leave, ok := from.admit(c.RemoteAddr)
+			if !ok {
+				return nil, errors.New("crowded")
+			}
+			context.AfterFunc(ctx, leave)
+			return context.WithValue(ctx, sourceKey{}, leave), nil
+		},
+	}
+	l, err := socket.Listen(http3.ConfigureTLSConfig(s.tls), connectip.QUICConfig())
+	if err != nil {
+		return fmt.Errorf("listen on udp: %w", err)
+	}
+	srv := &http3.Server{
+		Handler: http.HandlerFunc(s.handle), EnableDatagrams: true, MaxHeaderBytes: maxHeader, IdleTimeout: openTimeout,
+		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
+	}
+	defer udp.Close()
+	defer socket.Close()
+	stop := context.AfterFunc(ctx, func() { srv.Close(); l.Close() })
+	defer stop()
+	return fmt.Errorf("accept on udp: %w", srv.ServeListener(l))
+}
+
+// sourceKey is the context key of a QUIC connection's leave.
+type sourceKey struct{}
+
 // handle admits one laptop. It returns when the session is over.
 func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 	sess, err := s.admit(r)
+	if err == nil {
+		err = connectip.Granted(w.Header(), r.ProtoMajor, tunnel.Assignment{MTU: s.config.MTU, DNS: s.config.DNS})
+	}
 	if err != nil {
 		s.refuse(w, r, err)
 		return
 	}
-	header, err := connectip.Granted(tunnel.Assignment{MTU: s.config.MTU, DNS: s.config.DNS})
+	ctx := r.Context()
+	if r.ProtoMajor == 1 {
+		sess.stream, err = overTLS(w, r, sess)
+	} else {
+		// The request's context ends with its stream, the session by itself.
+		sess.stream, err = overH3(w, r, sess)
+	}
 	if err != nil {
-		s.refuse(w, r, err)
+		s.log.Warn("session not opened", "remote", sess.remote, "err", err)
 		return
 	}
-	conn, rw, err := http.NewResponseController(w).Hijack()
+	s.run(ctx, sess)
+}
+
+// overTLS takes the connection out of HTTP/1.1.
+func overTLS(w http.ResponseWriter, r *http.Request, sess *session) (*connectip.Stream, error) {
+	header := w.Header()
+	c, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		s.refuse(w, r, err)
-		return
+		return nil, err
 	}
-	defer conn.Close()
-	if c, ok := conn.(*tls.Conn).NetConn().(*sourceConn); ok {
-		c.leave() // a laptop, and from here on a session
-	}
+	conn := c.(*tls.Conn)
+	from := conn.NetConn().(*sourceConn)
+	from.leave() // a laptop, and from here on a session
 	if err := grant(conn, rw, header); err != nil {
-		return
+		conn.Close()
+		return nil, err
 	}
 	buffered, err := rw.Reader.Peek(rw.Reader.Buffered())
 	if err != nil {
-		return
+		conn.Close()
+		return nil, err
 	}
-	s.run(r.Context(), sess, conn.(*tls.Conn), buffered)
+	stream := connectip.NewTLSStream(conn, from.Wire, buffered, sess.until)
+	stream.Trains = connectip.TakesTrains(r)
+	return stream, nil
 }
 
 // grant writes the 101 response and lifts the deadlines of the request.
@@ -166,6 +228,23 @@ func grant(conn net.Conn, rw *bufio.ReadWriter, header http.Header) error {
 	return conn.SetDeadline(time.Time{})
 }
 
+// overH3 takes the request's stream out of HTTP/3.
+func overH3(w http.ResponseWriter, r *http.Request, sess *session) (*connectip.Stream, error) {
+	conn, ok := r.Context().Value(connKey{}).(*quic.Conn)
+	if !ok {
+		return nil, errors.New("request without a connection")
+	}
+	if leave, ok := conn.Context().Value(sourceKey{}).(func()); ok {
+		leave()
+	}
+	w.WriteHeader(http.StatusOK)
+	stream, err := w.(http3.HTTPStreamer).HTTPStream()
+	if err != nil {
+		return nil, err
+	}
+	return connectip.NewH3Stream(stream, conn, nil, sess.until), nil
+}
+
 // refusal is an error with the HTTP status that tells it.
 type refusal struct {
 	status int
@@ -176,8 +255,8 @@ func (r *refusal) Error() string { return r.err.Error() }
 
 // admit decides about a request. A nil error proves: only algorithms in force
 // were used; the client showed a certificate in force, of the verifier's CA,
-// that names one device; the request is for CONNECT-IP; the device has an
-// inner address; there is room.
+// that names one device; the request is for CONNECT-IP; the device is not
+// revoked and has an inner address; there is room.
 func (s *Server) admit(r *http.Request) (*session, error) {
 	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
 		return nil, &refusal{http.StatusForbidden, errors.New("no verified certificate")}
@@ -192,8 +271,16 @@ func (s *Server) admit(r *http.Request) (*session, error) {
 	if err := connectip.Requested(r); err != nil {
 		return nil, &refusal{http.StatusBadRequest, err}
 	}
+	if s.Revocations != nil {
+		if err := s.Revocations.Heard(); err != nil {
+			return nil, &refusal{http.StatusServiceUnavailable, fmt.Errorf("revocations: %w", err)}
+		}
+		if s.Revocations.Revoked(device) {
+			return nil, &refusal{http.StatusForbidden, fmt.Errorf("device %s is revoked", device)}
+		}
+	}
 	s.mu.RLock()
-	n, known := len(s.byDevice), s.byDevice[device] != nil
+	n, known := len(s.devices), s.devices[device] != nil
 	s.mu.RUnlock()
 	if n >= s.config.MaxSessions && !known {
 		return nil, &refusal{http.StatusServiceUnavailable, fmt.Errorf("%d sessions are open", n)}
@@ -202,7 +289,7 @@ func (s *Server) admit(r *http.Request) (*session, error) {
 	if err != nil {
 		return nil, &refusal{http.StatusServiceUnavailable, err}
 	}
-	return &session{device: device, inner: inner, remote: r.RemoteAddr, since: time.Now(), until: lapse(r.TLS.VerifiedChains[0])}, nil
+	return &session{device: device, inner: s.config.inner(inner), remote: r.RemoteAddr, carriage: r.Proto, since: time.Now(), until: lapse(r.TLS.VerifiedChains[0])}, nil
 }
 
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
@@ -219,96 +306,6 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	s.mu.Unlock()
 	s.log.Warn("session refused", "remote", r.RemoteAddr, "status", status, "err", err)
 	http.Error(w, http.StatusText(status), status)
-}
-
-// run carries a session from its registration to its end.
-func (s *Server) run(ctx context.Context, sess *session, conn *tls.Conn, buffered []byte) {
-	stream := connectip.NewStream(conn, buffered)
-	source := sess.inner.As4()
-	stream.OnPackets = func(packets [][]byte) int {
-		honest := packets[:0]
-		for _, p := range packets {
-			if fromSource(p, source) {
-				honest = append(honest, p)
-			}
-		}
-		_ = s.dev.WriteBatch(honest) // what the kernel refuses is lost, as on any wire
-		return len(packets) - len(honest)
-	}
-	stream.OnRequest = func(ids []uint64) error {
-		stream.Assign(sess.inner, ids...)
-		return nil
-	}
-	sess.stream = stream
-
-	s.mu.Lock()
-	if ctx.Err() != nil {
-		s.mu.Unlock()
-		return
-	}
-	s.running.Add(1)
-	defer s.running.Done()
-	old := s.byDevice[sess.device]
-	s.byDevice[sess.device], s.byInner[source] = sess, sess
-	s.mu.Unlock()
-	if old != nil {
-		old.stream.Retire()
-	}
-	stream.Assign(sess.inner, 0)
-	stream.AdvertiseEverything()
-	s.log.Info("session open", "device", sess.device, "inner", sess.inner, "remote", sess.remote, "until", sess.until)
-
-	err := stream.Run(ctx, sess.until)
-
-	c := stream.Counters()
-	s.mu.Lock()
-	if s.byDevice[sess.device] == sess {
-		delete(s.byDevice, sess.device)
-		delete(s.byInner, source)
-	}
-	add(&s.ended, c)
-	s.mu.Unlock()
-	s.log.Info("session closed", "device", sess.device, "inner", sess.inner, "reason", err, "dropped", c.Dropped)
-}
-
-// dispatch moves packets from the device to the sessions until it fails.
-func (s *Server) dispatch() error {
-	for {
-		batch, err := s.dev.ReadBatch()
-		if err != nil {
-			return err
-		}
-		s.mu.RLock()
-		for len(batch) > 0 {
-			to, ok := destination(batch[0])
-			n := 1
-			for n < len(batch) {
-				if next, ok := destination(batch[n]); !ok || next != to {
-					break
-				}
-				n++
-			}
-			if sess := s.byInner[to]; ok && sess != nil {
-				sess.stream.Send(batch[:n]...)
-			}
-			batch = batch[n:]
-		}
-		s.mu.RUnlock()
-	}
-}
-
-// fromSource reports whether p is a whole IPv4 packet from source (RFC 791,
-// section 3.1).
-func fromSource(p []byte, source [4]byte) bool {
-	return len(p) >= 20 && p[0]>>4 == 4 && int(p[2])<<8|int(p[3]) == len(p) && [4]byte(p[12:16]) == source
-}
-
-// destination returns the destination address of an IPv4 packet.
-func destination(p []byte) ([4]byte, bool) {
-	if len(p) < 20 || p[0]>>4 != 4 {
-		return [4]byte{}, false
-	}
-	return [4]byte(p[16:20]), true
 }
 
 // deviceOf returns the one device that a laptop's certificate names.
@@ -335,49 +332,4 @@ func add(sum *netd.Counters, c netd.Counters) {
 	sum.ReceivedPackets += c.ReceivedPackets
 	sum.ReceivedBytes += c.ReceivedBytes
 	sum.Dropped += c.Dropped
-}
-
-// Status is the answer to GET /v1/status.
-type Status struct {
-	State    string        `json:"state"` // "serving"
-	Since    time.Time     `json:"since"`
-	Reason   string        `json:"reason"`
-	Detail   string        `json:"detail"`
-	Listen   string        `json:"listen"`
-	Pool     netip.Prefix  `json:"pool"`
-	Leases   int           `json:"leases"`
-	Refused  uint64        `json:"refused"`  // requests
-	Crowded  uint64        `json:"crowded"`  // connections closed because their source address had too many under way
-	Counters netd.Counters `json:"counters"` // of all sessions, sent is towards laptops
-	Sessions []Session     `json:"sessions"` // by inner address
-}
-
-// Session describes an open session.
-type Session struct {
-	Device   attest.Digest `json:"device"`
-	Inner    netip.Addr    `json:"inner"`
-	Remote   string        `json:"remote"`
-	Since    time.Time     `json:"since"`
-	Until    time.Time     `json:"until"`
-	Counters netd.Counters `json:"counters"`
-}
-
-// Status returns what the server does.
-func (s *Server) Status() Status {
-	s.mu.RLock()
-	list := slices.Collect(maps.Values(s.byDevice))
-	st := Status{State: "serving", Since: s.since, Listen: s.config.Listen.String(), Pool: s.config.Pool, Refused: s.refused, Counters: s.ended}
-	if s.sources != nil {
-		st.Crowded = s.sources.refused.Load()
-	}
-	s.mu.RUnlock()
-	st.Leases = s.leases.Len()
-	for _, sess := range list {
-		c := sess.stream.Counters()
-		add(&st.Counters, c)
-		st.Sessions = append(st.Sessions, Session{sess.device, sess.inner, sess.remote, sess.since, sess.until, c})
-	}
-	slices.SortFunc(st.Sessions, func(a, b Session) int { return a.Inner.Compare(b.Inner) })
-	st.Detail = fmt.Sprintf("%d sessions", len(list))
-	return st
 }

@@ -5,12 +5,14 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"sekisho/netd/tunnel"
 )
 
 // Device is one end of a Pipe: a tunnel.Device.
 type Device interface {
-	ReadBatch() ([][]byte, error)
-	WriteBatch(packets [][]byte) error
+	Read() (tunnel.Frame, error)
+	WriteFrame(tunnel.Frame) error
 	Close() error
 }
 
@@ -50,12 +52,12 @@ func (p *Pipe) Run(ctx context.Context) error {
 
 func (p *Pipe) carry(from, to Device) error {
 	for {
-		batch, err := from.ReadBatch()
+		f, err := from.Read()
 		if err != nil {
 			return err
 		}
 		if p.open() {
-			_ = to.WriteBatch(batch) // a device that is down loses them, as a cable would
+			_ = to.WriteFrame(f) // a device that is down loses them, as a cable would
 		}
 	}
 }

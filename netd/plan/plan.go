@@ -4,12 +4,13 @@
 //
 // Everything is closed unless a line of the plan opens it.
 //
-// Outside, the host sends TCP to exactly the configured endpoints, over host
-// routes; there is no default route, no connected route and no forwarding. It
+// Outside, the host sends TCP to exactly the configured endpoints, and UDP to
+// the gateways among them, over host routes; there is no default route, no
+// connected route and no forwarding. It
 // may do so over every usable uplink: the metric of the routes says which one
 // is in use, and a probe or a session that drains is bound to its own.
 // DHCP needs no rule: netd's packet socket stands before the inet hooks, so
-// no UDP at all passes them. ARP is not IP and is left alone. IPv6 is off on
+// no other UDP passes them. ARP is not IP and is left alone. IPv6 is off on
 // uplinks for now.
 //
 // Inside, in the states Tunnel and Office only, packets pass between work0 and
@@ -44,6 +45,8 @@ type Situation struct {
 	Standby []netd.Uplink
 	// Endpoints are the verifiers and gateways: all that the host may talk to.
 	Endpoints []netip.AddrPort
+	// QUIC are those of Endpoints that it may talk to by UDP too.
+	QUIC []netip.AddrPort
 	// Inner is the inner address that the gateway assigned, MTU that of the
 	// inner packets in bytes. They count in the states Tunnel and Office only.
 	Inner netip.Addr
@@ -133,7 +136,7 @@ func outside(in Situation) Namespace {
 		if i > 0 {
 			metric += 1 + slices.Index(links, up.Name) // stays while others come and go
 		}
-		n.open(up, in.endpoints(i == 0), metric)
+		n.open(up, in.endpoints(i == 0), in.QUIC, metric)
 	}
 	if in.office() {
 		officeOutside(in, in.endpoints(true), &n)
@@ -144,8 +147,9 @@ func outside(in Situation) Namespace {
 // inUse is the metric of the routes of the uplink in use.
 const inUse = 1
 
-// open lets the host talk to the endpoints over up.
-func (n *Namespace) open(up netd.Uplink, endpoints []netip.AddrPort, metric int) {
+// open lets the host talk to the endpoints over up by TCP, and to those that
+// speak QUIC by UDP too.
+func (n *Namespace) open(up netd.Uplink, endpoints, quic []netip.AddrPort, metric int) {
 	self := host(up.Address.Addr())
 	n.Addresses = append(n.Addresses, Address{up.Name, up.Address})
 	if up.Router.IsValid() {
@@ -162,8 +166,13 @@ func (n *Namespace) open(up netd.Uplink, endpoints []netip.AddrPort, metric int)
 		if (r.Via.IsValid() || up.Address.Contains(e.Addr())) && e.Addr() != up.Router && !slices.Contains(n.Routes, r) {
 			n.Routes = append(n.Routes, r)
 		}
-		output.Rules = append(output.Rules, Rule{Out: up.Name, Source: self, Destination: to, Protocol: TCP, DestinationPort: e.Port(), Verdict: Accept})
-		input.Rules = append(input.Rules, Rule{In: up.Name, Source: to, Destination: self, Protocol: TCP, SourcePort: e.Port(), Tracked: Established, Verdict: Accept})
+		for _, p := range []Protocol{TCP, UDP} {
+			if p == UDP && !slices.Contains(quic, e) {
+				continue
+			}
+			output.Rules = append(output.Rules, Rule{Out: up.Name, Source: self, Destination: to, Protocol: p, DestinationPort: e.Port(), Verdict: Accept})
+			input.Rules = append(input.Rules, Rule{In: up.Name, Source: to, Destination: self, Protocol: p, SourcePort: e.Port(), Tracked: Established, Verdict: Accept})
+		}
 	}
 }
 

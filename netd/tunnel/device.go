@@ -3,65 +3,63 @@ package tunnel
 import (
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 
 	"golang.zx2c4.com/wireguard/tun"
 )
 
 const (
-	// headroom before each packet for the virtio-net header that
-	// wireguard/tun puts there (10 bytes), rounded up.
-	headroom = 16
 	// room for a packet that wireguard/tun grows by the following ones of the
 	// same flow (generic receive offload).
-	room = headroom + 1<<16
+	room = FrameHeader + 1<<16
 	// MaxMTU is the largest inner MTU in bytes.
 	MaxMTU = 9000
 	// MinMTU is the smallest inner MTU in bytes (RFC 791: 576 must be accepted).
 	MinMTU = 576
 )
 
-// Device moves batches of IP packets from and to a TUN device with segmentation
-// offload: one system call for many packets of a flow.
+// Device moves IP packets from and to a TUN device with segmentation offload.
+// Trains are passed as the kernel makes and takes them, one system call for
+// 64 KiB; single packets of a flow are joined by wireguard/tun where they can be.
 type Device struct {
-	tun tun.Device
-
-	read  [][]byte // buffers of ReadBatch
-	sizes []int
-	got   [][]byte
+	tun  tun.Device
+	file *os.File // of tun, where each read and write has a virtio-net header
+	in   []byte   // of Read
+	skip int      // bytes of in that Read leaves for the header
 
 	mu    sync.Mutex // guards write and slots
-	write [][]byte   // buffers of WriteBatch, made on demand
+	write [][]byte   // buffers of Write, made on demand
 	slots [][]byte
 }
 
-// NewDevice wraps dev, whose inner packets are at most MaxMTU bytes.
+// NewDevice wraps dev, a TUN device of the kernel.
 func NewDevice(dev tun.Device) *Device {
-	n := dev.BatchSize()
-	d := &Device{tun: dev, read: make([][]byte, n), sizes: make([]int, n), got: make([][]byte, 0, n), write: make([][]byte, n)}
-	for i := range d.read {
-		d.read[i] = make([]byte, headroom+MaxMTU)
+	d := &Device{tun: dev, file: dev.File(), in: make([]byte, room), write: make([][]byte, dev.BatchSize())}
+	if dev.BatchSize() == 1 { // without offload there is no header
+		d.skip = FrameHeader
 	}
 	return d
 }
 
-// ReadBatch waits for packets. They are valid until the next call. One
-// goroutine may read at a time.
-func (d *Device) ReadBatch() ([][]byte, error) {
-	n, err := d.tun.Read(d.read, d.sizes, headroom)
-	if err != nil && !errors.Is(err, tun.ErrTooManySegments) {
-		return nil, fmt.Errorf("read tun device: %w", err)
+// Read waits for a frame. It is valid until the next call. One goroutine may
+// read at a time.
+func (d *Device) Read() (Frame, error) {
+	for {
+		clear(d.in[:FrameHeader])
+		n, err := d.file.Read(d.in[d.skip:])
+		if err != nil {
+			return nil, fmt.Errorf("read tun device: %w", err)
+		}
+		if f := Frame(d.in[:d.skip+n]); n+d.skip > FrameHeader && f.fromVirtio() == nil {
+			return f, nil // the kernel makes no other frames; one that it did is lost
+		}
 	}
-	d.got = d.got[:0]
-	for i := range n {
-		d.got = append(d.got, d.read[i][headroom:headroom+d.sizes[i]])
-	}
-	return d.got, nil
 }
 
-// WriteBatch writes packets, which it copies: they may lie in one buffer. A
-// device that is down loses them, as a cable would.
-func (d *Device) WriteBatch(packets [][]byte) error {
+// Write writes packets, which it copies: they may lie in one buffer. A device
+// that is down loses them, as a cable would.
+func (d *Device) Write(packets [][]byte) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var errs []error
@@ -75,20 +73,36 @@ func (d *Device) WriteBatch(packets [][]byte) error {
 			if d.write[i] == nil {
 				d.write[i] = make([]byte, room)
 			}
-			slot := d.write[i][:headroom+len(p)]
-			copy(slot[headroom:], p)
+			slot := d.write[i][:FrameHeader+len(p)]
+			copy(slot[FrameHeader:], p)
 			d.slots = append(d.slots, slot)
 		}
 		packets = packets[n:]
 		if len(d.slots) == 0 {
 			continue
 		}
-		if _, err := d.tun.Write(d.slots, headroom); err != nil {
+		if _, err := d.tun.Write(d.slots, FrameHeader); err != nil {
 			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// Close closes the TUN device, which ends ReadBatch.
+// WriteFrame writes a frame, and changes it on the way. A train from a peer
+// must have passed Check.
+func (d *Device) WriteFrame(f Frame) error {
+	switch {
+	case !f.Train():
+		return d.Write([][]byte{f.Packet()})
+	case d.skip != 0 || !f.TCP():
+		return f.Split(make([]byte, MaxMTU), func(p []byte) { _ = d.Write([][]byte{p}) })
+	}
+	if err := f.virtio(); err != nil {
+		return err
+	}
+	_, err := d.file.Write(f)
+	return err
+}
+
+// Close closes the TUN device, which ends Read.
 func (d *Device) Close() error { return d.tun.Close() }

@@ -1,6 +1,7 @@
 // Package capture records the frames of a laptop's uplink and judges them: a
-// host domain may send nothing but ARP, neighbour discovery, DHCP and TLS 1.3 to
-// the organisation's servers, and everything else is a leak.
+// host domain may send nothing but ARP, neighbour discovery, DHCP, TLS 1.3 to
+// the organisation's servers and QUIC to its gateways, and everything else is a
+// leak.
 package capture
 
 import (
@@ -30,6 +31,9 @@ type AllowList struct {
 	// Servers are the verifiers' and gateways' endpoints: TLS 1.3 over TCP,
 	// opened by the laptop.
 	Servers []netip.AddrPort
+	// QUIC are the gateways' endpoints that speak QUIC over UDP, which the
+	// laptop opens too.
+	QUIC []netip.AddrPort
 	// Links are the uplink's own prefixes, where a DHCP server may be spoken
 	// to by unicast (RFC 2131 section 4.3.2, RENEWING).
 	Links []netip.Prefix
@@ -64,9 +68,10 @@ type Report struct {
 	Frames int   `json:"frames"`
 	Bytes  int64 `json:"bytes"`
 	// Counts holds the frames of each kind: "arp", "nd", "dhcp", "tls",
-	// "surroundings", "leak".
+	// "quic", "icmp", "surroundings", "leak".
 	Counts map[string]int `json:"counts"`
-	// Flows counts the TLS connections to each server.
+	// Flows counts the TLS connections to each server, and the QUIC ones under
+	// "udp " and its address.
 	Flows map[string]int `json:"flows"`
 	// Suites counts the TLS cipher suites that the servers selected.
 	Suites map[string]int `json:"suites"`
@@ -82,8 +87,8 @@ type Report struct {
 func (r *Report) Clean() bool { return r.Frames > 0 && r.Leaked == 0 }
 
 func (r *Report) String() string {
-	s := fmt.Sprintf("%d frames: arp %d, nd %d, dhcp %d, tls %d in %d connections, leaked %d",
-		r.Frames, r.Counts["arp"], r.Counts["nd"], r.Counts["dhcp"], r.Counts["tls"], total(r.Flows), r.Leaked)
+	s := fmt.Sprintf("%d frames: arp %d, nd %d, dhcp %d, tls %d and quic %d in %d connections, leaked %d",
+		r.Frames, r.Counts["arp"], r.Counts["nd"], r.Counts["dhcp"], r.Counts["tls"], r.Counts["quic"], total(r.Flows), r.Leaked)
 	if n := r.Counts["midway"]; n > 0 {
 		s += fmt.Sprintf(", not judged %d of connections begun before the capture", n)
 	}
@@ -101,7 +106,7 @@ func total(m map[string]int) (n int) {
 // uplink on, and judges every one of them by allow. An error means that the
 // capture could not be judged, which is not a clean report either.
 func Check(pcap io.Reader, allow AllowList) (Report, error) {
-	c := checker{allow: allow, flows: map[flowKey]*flow{}, report: Report{
+	c := checker{allow: allow, flows: map[flowKey]*flow{}, talks: map[flowKey]bool{}, report: Report{
 		Counts: map[string]int{}, Flows: map[string]int{}, Suites: map[string]int{},
 	}}
 	r, err := pcapgo.NewReader(pcap)
@@ -149,6 +154,7 @@ type checker struct {
 	allow  AllowList
 	report Report
 	flows  map[flowKey]*flow
+	talks  map[flowKey]bool // QUIC
 }
 
 // leak files f, unless the surroundings sent it.
@@ -226,7 +232,11 @@ func (c *checker) neighbour(ip layers.IPv6, f frame) {
 		c.allowed("nd")
 		return
 	}
-	c.leak(f, "ICMPv6 that is not neighbour discovery")
+	if c.unreachable(ip.Payload, netip.AddrFrom16([16]byte(ip.DstIP.To16()))) {
+		c.allowed("icmp")
+		return
+	}
+	c.leak(f, "ICMPv6 that is not neighbour discovery, nor an error about a server")
 }
 
 func (c *checker) transport(protocol layers.IPProtocol, payload []byte, src, dst netip.Addr, f frame) {
@@ -245,7 +255,15 @@ func (c *checker) transport(protocol layers.IPProtocol, payload []byte, src, dst
 			c.allowed("dhcp")
 			return
 		}
-		c.leak(f, "UDP that is not DHCP")
+		if why := c.quic(udp.Payload, netip.AddrPortFrom(src, uint16(udp.SrcPort)), netip.AddrPortFrom(dst, uint16(udp.DstPort)), f); why != "" {
+			c.leak(f, why)
+		}
+	case layers.IPProtocolICMPv4:
+		if !c.unreachable(payload, dst) {
+			c.leak(f, "neither TCP nor UDP, nor an error about a server")
+			return
+		}
+		c.allowed("icmp")
 	default:
 		c.leak(f, "neither TCP nor UDP")
 	}

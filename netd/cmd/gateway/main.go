@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"os/signal"
 	"sync"
@@ -26,8 +25,8 @@ import (
 const usage = `usage: gateway serve -config FILE
        gateway status [-socket PATH] [--json]
 
-serve   Admits laptops with mutual TLS 1.3 (AES-256-GCM only) and carries their
-        packets by CONNECT-IP (RFC 9484). Makes the TUN device, its routes and
+serve   Admits laptops with mutual TLS 1.3 (AES-256-GCM only), on TCP and in
+        QUIC on UDP, and carries their packets by CONNECT-IP (RFC 9484). Makes the TUN device, its routes and
         the nftables table "sekisho-gateway" by itself; needs CAP_NET_ADMIN,
         and CAP_NET_BIND_SERVICE for a port below 1024. LGWAN's routers must
         route the pool to this machine. The file, in JSON:
@@ -113,7 +112,7 @@ func serve(ctx context.Context, file string) error {
 		return err
 	}
 	defer host.Close()
-	l, err := net.Listen("tcp", config.Listen.String())
+	tcp, udp, err := config.Sockets()
 	if err != nil {
 		dev.Close()
 		return err
@@ -121,7 +120,8 @@ func serve(ctx context.Context, file string) error {
 	status, err := api.Listen(config.Status)
 	if err != nil {
 		dev.Close()
-		l.Close()
+		tcp.Close()
+		udp.Close()
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
@@ -135,7 +135,7 @@ func serve(ctx context.Context, file string) error {
 		}
 	})
 	daemon.SdNotify(false, daemon.SdNotifyReady+"\nSTATUS=serving "+config.Listen.String())
-	err = server.Serve(ctx, l)
+	err = server.Serve(ctx, tcp, udp)
 	if ctx.Err() != nil {
 		err = nil // asked to end
 	}

@@ -59,7 +59,7 @@ func printStatus(w io.Writer, s netd.Status) error {
 		fmt.Fprintf(t, "%s\t%s\n", label, u)
 	}
 	if n := s.Tunnel; n != nil {
-		fmt.Fprintf(t, "tunnel\tinner %s gateway %s mtu %d\n", n.Inner, n.Gateway, n.MTU)
+		fmt.Fprintf(t, "tunnel\tinner %s gateway %s by %s mtu %d\n", n.Inner, n.Gateway, n.Carriage, n.MTU)
 		fmt.Fprintf(t, "\t%s since %s until %s\n", n.Cipher, n.Since.Format(time.DateTime), n.Until.Format(time.DateTime))
 		fmt.Fprintf(t, "\tsent %d packets %d B, received %d packets %d B, dropped %d\n",
 			n.Counters.SentPackets, n.Counters.SentBytes, n.Counters.ReceivedPackets, n.Counters.ReceivedBytes, n.Counters.Dropped)

@@ -3,195 +3,297 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
-	"io"
-	"log/slog"
+	"encoding/binary"
+	"fmt"
 	"net"
-	"net/netip"
-	"net/url"
+	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
-	"crypto/x509/pkix"
-	"math/big"
-
-	"sekisho/attest"
-	"sekisho/attest/cryptrec"
-	"sekisho/netd/gateway"
 	"sekisho/netd/internal/nstest"
-	"sekisho/netd/kernel"
-	"sekisho/netd/plan"
-	"sekisho/netd/tunnel"
 	"sekisho/netd/tunnel/connectip"
 )
 
-const benchBytes = 256 << 20 // of each transfer
+// Ports of what the far end answers with.
+const (
+	sinkPort   = 5001 // reads everything
+	sourcePort = 5002 // writes without end
+	echoPort   = 5003 // UDP
+)
 
-// BenchmarkTunnel sends one TCP stream through the connectip tunnel, over plain
-// TLS of the same algorithms, and over the bare veth pair below both, in turns
-// within one run: quote the ratios, for the absolute figures are the machine's.
-// Both ends share this process and its cores.
-func BenchmarkTunnel(b *testing.B) {
-	nstest.Require(b)
-	client, site := nstest.New(b, "client"), nstest.New(b, "site")
-	nstest.Pair(client, "eth0", "203.0.113.1/24", site, "eth0", "203.0.113.20/24")
-	openTunnel(b, client, site)
-
-	paths := []struct{ name, address string }{{"veth", "203.0.113.20:5001"}, {"tls", "203.0.113.20:5002"}, {"tunnel", "10.80.0.1:5003"}}
-	serverTLS, clientTLS := plainTLS(b)
-	for _, p := range paths {
-		l := site.Listen(p.address)
-		if p.name == "tls" {
-			l = tls.NewListener(l, serverTLS)
-		}
+// serveFar runs sink, source and echo in ns until the test ends.
+func serveFar(t testing.TB, ns *nstest.NS, received *atomic.Int64) {
+	chunk := make([]byte, 128<<10)
+	for port, serve := range map[int]func(net.Conn){
+		sinkPort:   func(c net.Conn) { count(c, received) },
+		sourcePort: func(c net.Conn) { flood(context.Background(), c, chunk) },
+	} {
+		l := ns.Listen(fmt.Sprintf("0.0.0.0:%d", port))
 		go func() {
 			for {
 				c, err := l.Accept()
 				if err != nil {
 					return
 				}
-				io.Copy(io.Discard, struct{ io.Reader }{c})
-				c.Close()
+				go func() { defer c.Close(); serve(c) }()
 			}
 		}()
 	}
-	spent := map[string]time.Duration{}
-	b.SetBytes(int64(len(paths) * benchBytes))
-	for b.Loop() {
-		for _, p := range paths {
-			start := time.Now()
-			if err := transfer(client, p.address, map[bool]*tls.Config{true: clientTLS}[p.name == "tls"]); err != nil {
-				b.Fatal(p.name, err)
-			}
-			spent[p.name] += time.Since(start)
-		}
-	}
-	for _, p := range paths {
-		b.ReportMetric(float64(b.N)*benchBytes*8/1e9/spent[p.name].Seconds(), p.name+"-Gbit/s")
-	}
-	b.ReportMetric(spent["tls"].Seconds()/spent["tunnel"].Seconds(), "tunnel/tls")
-	b.ReportMetric(spent["veth"].Seconds()/spent["tunnel"].Seconds(), "tunnel/veth")
-}
-
-// transfer sends benchBytes and waits until the far end has read them.
-func transfer(from *nstest.NS, address string, config *tls.Config) error {
-	var c net.Conn
-	if err := from.Do(func() (err error) { c, err = net.DialTimeout("tcp", address, 5*time.Second); return err }); err != nil {
-		return err
-	}
-	defer c.Close()
-	var out interface {
-		io.Writer
-		CloseWrite() error
-	} = c.(*net.TCPConn)
-	if config != nil {
-		t := tls.Client(c, config)
-		c, out = t, t
-	}
-	chunk := make([]byte, 256<<10)
-	for range benchBytes / len(chunk) {
-		if _, err := out.Write(chunk); err != nil {
-			return err
-		}
-	}
-	if err := out.CloseWrite(); err != nil {
-		return err
-	}
-	_, err := io.Copy(io.Discard, struct{ io.Reader }{c})
-	return err
-}
-
-// openTunnel runs a gateway in site and a driver in client, the inner address
-// 10.80.0.2 on the client's tun0 and the gateway's own, 10.80.0.1, at the far end.
-func openTunnel(b *testing.B, client, site *nstest.NS) {
-	ca, verifier := newAuthority(b, "City CA"), newAuthority(b, "Verifier CA")
-	chain, key := ca.server(b, "gateway.test")
-	pair, err := tls.X509KeyPair(chain, key)
-	if err != nil {
-		b.Fatal(err)
-	}
-	server := cryptrec.Config()
-	server.Certificates, server.ClientAuth, server.ClientCAs = []tls.Certificate{pair}, tls.RequireAndVerifyClientCert, pool(verifier.cert)
-	server.NextProtos, server.DynamicRecordSizingDisabled = []string{"http/1.1"}, true
-	config := &gateway.Config{Pool: netip.MustParsePrefix("10.80.0.0/16"), MTU: connectip.DefaultMTU, MaxSessions: 10}
-	leases, err := gateway.OpenLeases(b.TempDir()+"/leases.json", config.Pool)
-	if err != nil {
-		b.Fatal(err)
-	}
-	far := device(b, site, plan.Namespace{
-		Links:     []plan.Link{{Name: "tun0", Up: true, MTU: config.MTU}},
-		Addresses: []plan.Address{{Link: "tun0", Prefix: netip.MustParsePrefix("10.80.0.1/32")}},
-		Routes:    []plan.Route{{Destination: config.Pool, Link: "tun0"}},
-		Ruleset:   plan.Ruleset{Table: "bench"},
-	})
-	near := device(b, client, plan.Namespace{
-		Links:     []plan.Link{{Name: "tun0", Up: true, MTU: config.MTU}},
-		Addresses: []plan.Address{{Link: "tun0", Prefix: netip.MustParsePrefix("10.80.0.2/32")}},
-		Routes:    []plan.Route{{Destination: config.Pool, Link: "tun0"}},
-		Ruleset:   plan.Ruleset{Table: "bench"},
-	})
-	ctx, cancel := context.WithCancel(context.Background())
-	l := site.Listen("203.0.113.20:443")
-	driver := connectip.New(near)
-	ended := make(chan struct{}, 2)
-	go func() {
-		gateway.New(config, server, leases, far, slog.New(slog.DiscardHandler)).Serve(ctx, l)
-		ended <- struct{}{}
-	}()
-	go func() { driver.Run(ctx); ended <- struct{}{} }()
-	b.Cleanup(func() { cancel(); <-ended; <-ended })
-
-	k := newKey(b)
-	cert := issue(b, &x509.Certificate{
-		SerialNumber: big.NewInt(3), Subject: pkix.Name{CommonName: "laptop"}, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
-		URIs: []*url.URL{{Scheme: "urn", Opaque: "sekisho:device:" + strings.Repeat("ab", 32)}}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-	}, verifier.cert, k.Public(), verifier.key)
-	if err := client.Do(func() error {
-		_, err := driver.Up(ctx, tunnel.Target{
-			Gateway: attest.Endpoint{Address: netip.MustParseAddrPort("203.0.113.20:443"), ServerName: "gateway.test"}, Roots: pool(ca.cert),
-			Credential: &tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: k}, Until: cert.NotAfter,
-		})
+	var echo net.PacketConn
+	if err := ns.Do(func() (err error) {
+		echo, err = net.ListenPacket("udp", fmt.Sprintf("0.0.0.0:%d", echoPort))
 		return err
 	}); err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { echo.Close() })
+	go func() {
+		for b := make([]byte, 2048); ; {
+			n, from, err := echo.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			echo.WriteTo(b[:n], from)
+		}
+	}()
+}
+
+func count(c net.Conn, n *atomic.Int64) {
+	for b := make([]byte, 256<<10); ; {
+		got, err := c.Read(b)
+		n.Add(int64(got))
+		if err != nil {
+			return
+		}
 	}
 }
 
-// device makes tun0 in ns as want says.
-func device(b *testing.B, ns *nstest.NS, want plan.Namespace) *tunnel.Device {
-	n, err := kernel.Open(ns.Path)
-	if err != nil {
-		b.Fatal(err)
+func flood(ctx context.Context, c net.Conn, chunk []byte) {
+	for ctx.Err() == nil {
+		if _, err := c.Write(chunk); err != nil {
+			return
+		}
 	}
-	defer n.Close()
-	dev, err := n.CreateTUN("tun0", connectip.DefaultMTU)
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := n.Apply(want); err != nil {
-		b.Fatal(err)
-	}
-	return tunnel.NewDevice(dev)
 }
 
-func plainTLS(b *testing.B) (server, client *tls.Config) {
-	ca := newAuthority(b, "City CA")
-	chain, key := ca.server(b, "plain.test")
-	pair, err := tls.X509KeyPair(chain, key)
-	if err != nil {
-		b.Fatal(err)
-	}
-	server, client = cryptrec.Config(), cryptrec.Config()
-	server.Certificates = []tls.Certificate{pair}
-	client.RootCAs, client.ServerName, client.DynamicRecordSizingDisabled = pool(ca.cert), "plain.test", true
-	return server, client
+func dialFrom(ns *nstest.NS, network, address string) (c net.Conn, err error) {
+	err = ns.Do(func() error { c, err = net.DialTimeout(network, address, 5*time.Second); return err })
+	return c, err
 }
 
-func pool(c *x509.Certificate) *x509.CertPool {
-	p := x509.NewCertPool()
-	p.AddCert(c)
-	return p
+// rate is what streams TCP streams each way carry in Gbit/s: up from near to
+// far, down back. The first quarter of the time does not count.
+func rate(t testing.TB, near *nstest.NS, far string, up, down int, received *atomic.Int64, lasting time.Duration) float64 {
+	ctx, cancel := context.WithCancel(context.Background())
+	chunk := make([]byte, 128<<10)
+	var parts sync.WaitGroup
+	var conns []net.Conn
+	for i := range up + down {
+		port := sinkPort
+		if i >= up {
+			port = sourcePort
+		}
+		c, err := dialFrom(near, "tcp", fmt.Sprintf("%s:%d", far, port))
+		if err != nil {
+			t.Fatal(far, err)
+		}
+		conns = append(conns, c)
+		parts.Go(func() {
+			if i < up {
+				flood(ctx, c, chunk)
+			} else {
+				count(c, received)
+			}
+		})
+	}
+	<-time.After(lasting / 4)
+	from, start := received.Load(), time.Now()
+	<-time.After(lasting * 3 / 4)
+	n, took := received.Load()-from, time.Since(start)
+	cancel()
+	for _, c := range conns {
+		c.Close()
+	}
+	parts.Wait()
+	return float64(n) * 8 / 1e9 / took.Seconds()
+}
+
+// pings measures the round trips of small packets every 5 ms while it lasts, and
+// returns the 99th percentile and how many of a hundred came back.
+func pings(t testing.TB, near *nstest.NS, far string, lasting time.Duration) (p99 time.Duration, percent float64) {
+	c, err := dialFrom(near, "udp", fmt.Sprintf("%s:%d", far, echoPort))
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	var trips []time.Duration
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for b := make([]byte, 100); ; {
+			if _, err := c.Read(b); err != nil {
+				return
+			}
+			trips = append(trips, time.Since(start)-time.Duration(binary.BigEndian.Uint64(b)))
+		}
+	}()
+	tick := time.NewTicker(5 * time.Millisecond)
+	sent := 0
+	for time.Since(start) < lasting {
+		c.Write(binary.BigEndian.AppendUint64(nil, uint64(time.Since(start))))
+		sent++
+		<-tick.C
+	}
+	tick.Stop()
+	c.SetReadDeadline(time.Now().Add(time.Second))
+	<-done
+	c.Close()
+	if len(trips) == 0 {
+		t.Fatal("no ping came back")
+	}
+	slices.Sort(trips)
+	return trips[len(trips)*99/100], 100 * float64(len(trips)) / float64(sent)
+}
+
+// BenchmarkTunnel compares the tunnel's two carriages with wireguard-go and
+// OpenVPN: each end a process of its own, over one veth pair, in turns within
+// one run. Quote the ratios (medians of the rounds): the absolute figures are
+// the machine's.
+func BenchmarkTunnel(b *testing.B) {
+	nstest.Require(b, "openvpn")
+	near, far := nstest.New(b, "near"), nstest.New(b, "far")
+	nstest.Pair(near, "eth0", outerNear+"/24", far, "eth0", outerFar+"/24")
+	list := []*contender{
+		newSekisho(b, near, far, "tls", connectip.TLS, 0),
+		newWireGuard(b, near, far),
+		newOpenVPN(b, near, far),
+		newSekisho(b, near, far, "http3", connectip.HTTP3, 1),
+	}
+	var received atomic.Int64
+	serveFar(b, far, &received)
+	shapes := []struct {
+		name     string
+		up, down int
+	}{{"one", 1, 0}, {"eight", 8, 0}, {"both", 1, 1}}
+	rates := map[string][]float64{}
+	for b.Loop() {
+		for _, shape := range shapes {
+			for _, c := range list {
+				if c.name == "openvpn" && shape.name != "one" {
+					continue
+				}
+				rates[c.name+" "+shape.name] = append(rates[c.name+" "+shape.name], rate(b, near, c.far, shape.up, shape.down, &received, time.Second))
+			}
+		}
+	}
+	for _, shape := range shapes {
+		for _, c := range list {
+			if v := rates[c.name+" "+shape.name]; len(v) > 0 {
+				b.ReportMetric(median(v), c.name+"-"+shape.name+"-Gbit/s")
+			}
+		}
+		b.ReportMetric(ratio(rates["tls "+shape.name], rates["wireguard-go "+shape.name]), shape.name+"-tls/wireguard")
+	}
+	b.ReportMetric(ratio(rates["tls one"], rates["openvpn one"]), "one-tls/openvpn")
+	for _, c := range list {
+		b.Logf("%s: most memory of near and far end %s MiB", c.name, strings.Join(c.memory(), " and "))
+	}
+}
+
+// BenchmarkTunnelDelay measures pings beside one stream, and the processor time
+// of the laptop's end at rest and at 100 Mbit/s.
+func BenchmarkTunnelDelay(b *testing.B) {
+	nstest.Require(b)
+	near, far := nstest.New(b, "near"), nstest.New(b, "far")
+	nstest.Pair(near, "eth0", outerNear+"/24", far, "eth0", outerFar+"/24")
+	var received atomic.Int64
+	serveFar(b, far, &received)
+	list := []*contender{newSekisho(b, near, far, "tls", connectip.TLS, 0), newSekisho(b, near, far, "http3", connectip.HTTP3, 1), newWireGuard(b, near, far)}
+	for b.Loop() {
+		for _, c := range list {
+			var p99 time.Duration
+			var parts sync.WaitGroup
+			parts.Go(func() { rate(b, near, c.far, 1, 0, &received, 4*time.Second) })
+			parts.Go(func() { p99, _ = pings(b, near, c.far, 3*time.Second) })
+			parts.Wait()
+			b.ReportMetric(float64(p99.Microseconds())/1000, c.name+"-p99-ms")
+			laptop := c.roles[0]
+			used := laptop.cpu()
+			<-time.After(3 * time.Second)
+			b.ReportMetric((laptop.cpu()-used).Seconds()/3*100, c.name+"-idle-%cpu")
+			used = laptop.cpu()
+			paced(b, near, c.far, 100e6, 3*time.Second)
+			b.ReportMetric((laptop.cpu()-used).Seconds()/3*100, c.name+"-100Mbit-%cpu")
+		}
+	}
+}
+
+// paced sends TCP at so many bits a second.
+func paced(t testing.TB, near *nstest.NS, far string, bits float64, lasting time.Duration) {
+	c, err := dialFrom(near, "tcp", fmt.Sprintf("%s:%d", far, sinkPort))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	const every = 5 * time.Millisecond
+	chunk := make([]byte, int(bits/8*every.Seconds()))
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for start := time.Now(); time.Since(start) < lasting; <-tick.C {
+		if _, err := c.Write(chunk); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkTunnelLoss does it over 30 ms of round trip with 1 % of the packets
+// lost each way, made in user space (impairment): this machine's kernel has no
+// netem.
+func BenchmarkTunnelLoss(b *testing.B) {
+	nstest.Require(b)
+	near, far := nstest.New(b, "near"), nstest.New(b, "far")
+	link := impair(b, "eth0", near, outerNear, far, outerFar, 15*time.Millisecond)
+	list := []*contender{newSekisho(b, near, far, "tls", connectip.TLS, 0), newWireGuard(b, near, far), newSekisho(b, near, far, "http3", connectip.HTTP3, 1)}
+	link.loss.Store(10_000)
+	var received atomic.Int64
+	serveFar(b, far, &received)
+	rates := map[string][]float64{}
+	delays := map[string][]float64{}
+	for b.Loop() {
+		for _, c := range list {
+			var p99 time.Duration
+			var parts sync.WaitGroup
+			parts.Go(func() {
+				rates[c.name] = append(rates[c.name], 1000*rate(b, near, c.far, 1, 0, &received, 4*time.Second))
+			})
+			parts.Go(func() { p99, _ = pings(b, near, c.far, 3*time.Second) })
+			parts.Wait()
+			delays[c.name] = append(delays[c.name], float64(p99.Microseconds())/1000)
+		}
+	}
+	for _, c := range list {
+		b.ReportMetric(median(rates[c.name]), c.name+"-Mbit/s")
+		b.ReportMetric(median(delays[c.name]), c.name+"-p99-ms")
+	}
+	b.ReportMetric(ratio(rates["tls"], rates["wireguard-go"]), "tls/wireguard")
+	b.ReportMetric(ratio(rates["http3"], rates["wireguard-go"]), "http3/wireguard")
+}
+
+func median(v []float64) float64 {
+	v = slices.SortedFunc(slices.Values(v), cmp.Compare[float64])
+	return v[len(v)/2]
+}
+
+// ratio is the median of the rounds' ratios.
+func ratio(a, b []float64) float64 {
+	var q []float64
+	for i := range min(len(a), len(b)) {
+		q = append(q, a[i]/b[i])
+	}
+	return median(q)
 }

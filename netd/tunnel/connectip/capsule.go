@@ -1,10 +1,14 @@
 package connectip
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync"
+
+	"sekisho/netd/tunnel"
 )
 
 // Capsule types (RFC 9297, section 3.5; RFC 9484, section 4.7).
@@ -13,6 +17,9 @@ const (
 	capsuleAddressAssign      = 0x01
 	capsuleAddressRequest     = 0x02
 	capsuleRouteAdvertisement = 0x03
+	// capsuleTrain is ours, sent only to a peer that said it understands it
+	// (trainsParameter): a tunnel.Frame that is a train.
+	capsuleTrain = 0x3e6b1545
 )
 
 const (
@@ -20,6 +27,8 @@ const (
 	MaxPacket = 9000
 	// maxDatagram is the largest value of a DATAGRAM capsule: context id and packet.
 	maxDatagram = MaxPacket + 8
+	// maxTrain is the largest value of a train's capsule.
+	maxTrain = tunnel.FrameHeader + 1<<16 - 1
 	// maxControl is the largest value of any other known capsule.
 	maxControl = 2048
 	// maxSkipped is the largest value of an unknown capsule. RFC 9297, section
@@ -69,8 +78,8 @@ func appendPacket(b, packet []byte) []byte {
 	return append(b, packet...)
 }
 
-// packetOverhead bounds what appendPacket adds, in bytes.
-const packetOverhead = 1 + 4 + 1
+// capsuleOverhead bounds what stands before a packet or a train, in bytes.
+const capsuleOverhead = 4 + 4 + 1
 
 func appendCapsule(b []byte, kind uint64, value []byte) []byte {
 	b = appendVarint(b, kind)
@@ -150,36 +159,64 @@ func version(a netip.Addr) byte {
 }
 
 // appendEveryRoute appends a ROUTE_ADVERTISEMENT capsule (RFC 9484, section
-// 4.7.3) for every IPv4 address and protocol.
-func appendEveryRoute(b []byte) []byte {
-	return appendCapsule(b, capsuleRouteAdvertisement, []byte{4, 0, 0, 0, 0, 255, 255, 255, 255, 0})
+// 4.7.3) for every address of the families given, and every protocol.
+func appendEveryRoute(b []byte, v4, v6 bool) []byte {
+	var v []byte
+	if v4 {
+		v = append(v, 4, 0, 0, 0, 0, 255, 255, 255, 255, 0)
+	}
+	if v6 {
+		v = append(append(v, 6), make([]byte, 16)...)
+		v = append(append(v, bytes.Repeat([]byte{255}, 16)...), 0)
+	}
+	return appendCapsule(b, capsuleRouteAdvertisement, v)
 }
 
-// scanner cuts a byte stream into capsules. It keeps at most one capsule.
+// scanner cuts a byte stream into capsules. Its buffer is there only while
+// bytes are in it.
 type scanner struct {
-	buf        []byte
+	pool       *sync.Pool // of *[scanSize]byte
+	buf        *[scanSize]byte
 	start, end int
 	skip       uint64 // bytes of an unknown capsule still to come
 }
 
-// record is the most that one TLS read returns (RFC 8446, section 5.1).
-const record = 1 << 14
+const (
+	// record is the most that one TLS read returns (RFC 8446, section 5.1).
+	record = 1 << 14
+	// scanSize is room for the longest capsule and a record more.
+	scanSize = maxTrain + 16 + record
+)
 
-func newScanner(buffered []byte) *scanner {
-	s := &scanner{buf: make([]byte, record+maxDatagram+16)}
-	s.end = copy(s.buf, buffered)
+func newScanner(pool *sync.Pool, buffered []byte) *scanner {
+	s := &scanner{pool: pool}
+	s.end = copy(s.free(), buffered)
 	return s
 }
 
 // free returns where the next bytes of the stream go; fed says how many came.
 // Values that next returned are no longer valid.
 func (s *scanner) free() []byte {
-	s.end = copy(s.buf, s.buf[s.start:s.end])
+	if s.buf == nil {
+		s.buf, _ = s.pool.Get().(*[scanSize]byte)
+		if s.buf == nil {
+			s.buf = new([scanSize]byte)
+		}
+	}
+	s.end = copy(s.buf[:], s.buf[s.start:s.end])
 	s.start = 0
 	return s.buf[s.end:]
 }
 
 func (s *scanner) fed(n int) { s.end += n }
+
+// rest gives the buffer back if nothing is in it.
+func (s *scanner) rest() {
+	if s.buf != nil && s.start == s.end {
+		s.pool.Put(s.buf)
+		s.buf, s.start, s.end = nil, 0, 0
+	}
+}
 
 // next returns the next whole capsule of a known type, and ok = false if the
 // stream must be read further. The value is valid until the next call of free.
@@ -192,6 +229,9 @@ func (s *scanner) next() (kind uint64, value []byte, ok bool, err error) {
 			if s.skip -= n; s.skip > 0 {
 				return 0, nil, false, nil
 			}
+		}
+		if s.buf == nil {
+			return 0, nil, false, nil
 		}
 		b := s.buf[s.start:s.end]
 		kind, n := varint(b)
@@ -206,6 +246,8 @@ func (s *scanner) next() (kind uint64, value []byte, ok bool, err error) {
 		switch kind {
 		case capsuleDatagram:
 			limit = maxDatagram
+		case capsuleTrain:
+			limit = maxTrain
 		case capsuleAddressAssign, capsuleAddressRequest, capsuleRouteAdvertisement:
 		default:
 			if size > maxSkipped {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"net/netip"
 	"reflect"
+	"sync"
 	"testing"
 )
 
@@ -31,7 +32,7 @@ func TestVarint(t *testing.T) {
 
 func TestAddresses(t *testing.T) {
 	list := []address{{7, netip.MustParsePrefix("10.80.0.2/32")}, {0, netip.MustParsePrefix("2001:db8::/64")}}
-	s := newScanner(appendAddresses(nil, capsuleAddressAssign, list...))
+	s := newScanner(new(sync.Pool), appendAddresses(nil, capsuleAddressAssign, list...))
 	kind, v, ok, err := s.next()
 	if kind != capsuleAddressAssign || !ok || err != nil {
 		t.Fatal(kind, ok, err)
@@ -63,10 +64,10 @@ func TestScannerByteByByte(t *testing.T) {
 	stream = appendPacket(stream, []byte("one"))
 	stream = appendCapsule(stream, 0x1f2e3d, bytes.Repeat([]byte{1}, 40<<10)) // greased
 	stream = appendCapsule(stream, capsuleDatagram, nil)
-	stream = appendEveryRoute(stream)
+	stream = appendEveryRoute(stream, true, true)
 	stream = appendPacket(stream, bytes.Repeat([]byte{2}, MaxPacket))
 	for _, step := range []int{1, 7, 1000, 1 << 14} {
-		s := newScanner(nil)
+		s := newScanner(new(sync.Pool), nil)
 		var kinds []uint64
 		var sizes []int
 		for in := stream; len(in) > 0; {
@@ -84,7 +85,7 @@ func TestScannerByteByByte(t *testing.T) {
 				kinds, sizes = append(kinds, kind), append(sizes, len(v))
 			}
 		}
-		if !reflect.DeepEqual(kinds, []uint64{0, 0, 3, 0}) || !reflect.DeepEqual(sizes, []int{4, 0, 10, MaxPacket + 1}) {
+		if !reflect.DeepEqual(kinds, []uint64{0, 0, 3, 0}) || !reflect.DeepEqual(sizes, []int{4, 0, 44, MaxPacket + 1}) {
 			t.Errorf("step %d: capsules %v of %v bytes", step, kinds, sizes)
 		}
 	}
@@ -97,7 +98,7 @@ func TestScannerCaps(t *testing.T) {
 		"unknown":  appendVarint(appendVarint(nil, 0x4444), maxSkipped+1),
 		"2^62-1":   appendVarint(appendVarint(nil, capsuleDatagram), 1<<62-1),
 	} {
-		if _, _, _, err := newScanner(head).next(); err == nil {
+		if _, _, _, err := newScanner(new(sync.Pool), head).next(); err == nil {
 			t.Errorf("%s: an oversized capsule was accepted", name)
 		}
 	}
@@ -106,9 +107,9 @@ func TestScannerCaps(t *testing.T) {
 func FuzzScanner(f *testing.F) {
 	f.Add(appendPacket(nil, []byte("packet")), uint16(1))
 	f.Add(appendAddresses(nil, capsuleAddressAssign, address{1, netip.MustParsePrefix("10.80.0.2/32")}), uint16(3))
-	f.Add(appendCapsule(appendEveryRoute(nil), 0x9999, make([]byte, 300)), uint16(64))
+	f.Add(appendCapsule(appendEveryRoute(nil, true, false), 0x9999, make([]byte, 300)), uint16(64))
 	f.Fuzz(func(t *testing.T, in []byte, step uint16) {
-		s := newScanner(nil)
+		s := newScanner(new(sync.Pool), nil)
 		for len(in) > 0 {
 			room := s.free()
 			if len(room) == 0 {
@@ -125,12 +126,12 @@ func FuzzScanner(f *testing.F) {
 				if !ok {
 					break
 				}
-				if len(v) > maxDatagram {
+				if len(v) > maxTrain {
 					t.Fatalf("capsule %#x of %d bytes", kind, len(v))
 				}
 				if kind == capsuleAddressAssign || kind == capsuleAddressRequest {
 					if list, err := parseAddresses(v); err == nil {
-						_, v, _, _ := newScanner(appendAddresses(nil, kind, list...)).next()
+						_, v, _, _ := newScanner(new(sync.Pool), appendAddresses(nil, kind, list...)).next()
 						again, err := parseAddresses(v)
 						if err != nil || len(again) != len(list) {
 							t.Fatalf("%v does not survive: %v, %v", list, again, err)

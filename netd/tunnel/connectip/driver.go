@@ -1,22 +1,17 @@
 package connectip
 
 import (
-	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net"
-	"net/http"
 	"net/netip"
-	"net/url"
 	"slices"
 	"sync"
 	"time"
 
-	"sekisho/attest/cryptrec"
 	"sekisho/netd/tunnel"
 )
 
@@ -25,149 +20,334 @@ const (
 	openTimeout = 10 * time.Second
 	// maxResponse bounds the gateway's response header in bytes.
 	maxResponse = 8 << 10
+	// headStart is what the preferred carriage has before the other is tried too
+	// (as RFC 8305, section 5, gives one address family).
+	headStart = 250 * time.Millisecond
+	// patience is what one carriage has left when the other has failed: a
+	// network that drops UDP does not say so.
+	patience = 1500 * time.Millisecond
 )
 
 // Driver is the connectip tunnel.Driver. Make one with New and keep Run going.
 type Driver struct {
 	dev *tunnel.Device
 
-	mu      sync.Mutex
-	current *session              // the one that carries packets, or the last that did
-	live    map[*session]struct{} // current, and those that linger after it
+	mu      sync.RWMutex // held for reading while a frame is queued, so that none is queued to a retired session
+	current *session     // the one that carries packets, or the last that did
+	live    map[*session]struct{}
+	target  tunnel.Target // of current
+	changed chan struct{}
+	choice  chooser
 	closed  bool
+
+	opening sync.Mutex // one opening at a time
+	// Only is the one carriage to be used; none lets the path decide.
+	Only Carriage
 }
 
 var _ tunnel.Driver = (*Driver)(nil)
 
 // New returns a driver that carries the packets of dev.
-func New(dev *tunnel.Device) *Driver { return &Driver{dev: dev, live: map[*session]struct{}{}} }
+func New(dev *tunnel.Device) *Driver {
+	return &Driver{dev: dev, live: map[*session]struct{}{}, changed: make(chan struct{})}
+}
+
+// opened is a connection to a gateway that granted a session.
+type opened struct {
+	stream     *Stream
+	assignment tunnel.Assignment // but for the addresses
+	carriage   Carriage
+	tls        tls.ConnectionState
+}
 
 // session is one open connection to a gateway.
 type session struct {
-	stream *Stream
-	status tunnel.Status // but for Counters and Err
-	cancel context.CancelFunc
-	ended  chan struct{}
-	err    error // set before ended is closed
+	stream   *Stream
+	carriage Carriage
+	status   tunnel.Status // but for what changes
+	cancel   context.CancelFunc
+	ended    chan struct{}
+	err      error // set before ended is closed
 }
 
-// Run moves packets from the device into the present session, and drops them
+// Run moves frames from the device into the present session, and drops them
 // while there is none, until ctx is done. It closes the device and every session.
 func (d *Driver) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { d.dev.Close() })
 	defer stop()
+	var parts sync.WaitGroup
+	parts.Go(func() { d.improve(ctx) })
 	var err error
 	for {
-		var batch [][]byte
-		if batch, err = d.dev.ReadBatch(); err != nil {
+		var f tunnel.Frame
+		if f, err = d.dev.Read(); err != nil {
 			break
 		}
-		if s := d.session(); s != nil {
-			s.stream.Send(batch...)
+		d.mu.RLock()
+		if d.current != nil {
+			d.current.stream.Send(f)
 		}
+		d.mu.RUnlock()
 	}
+	if ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	cancel()
 	d.mu.Lock()
 	d.closed = true
 	d.mu.Unlock()
 	d.Down()
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
+	parts.Wait()
 	return err
-}
-
-func (d *Driver) session() *session {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.current
 }
 
 // Up implements tunnel.Driver.
 func (d *Driver) Up(ctx context.Context, to tunnel.Target) (tunnel.Assignment, error) {
-	ctx, cancel := context.WithTimeout(ctx, openTimeout)
-	defer cancel()
-	s, err := d.open(ctx, to)
+	d.opening.Lock()
+	defer d.opening.Unlock()
+	s, err := d.race(ctx, to)
 	if err != nil {
 		return tunnel.Assignment{}, fmt.Errorf("gateway %s: %w", to.Gateway.Address, err)
 	}
+	return s.status.Assignment, d.adopt(s, to)
+}
+
+// Rebind implements tunnel.Driver.
+func (d *Driver) Rebind(ctx context.Context, path tunnel.Path) error {
+	d.mu.RLock()
+	to, open := d.target, d.current != nil && d.current.open()
+	d.mu.RUnlock()
+	if !open {
+		return errors.New("no session to move: open one")
+	}
+	to.Path = path
+	_, err := d.Up(ctx, to)
+	return err
+}
+
+// adopt makes s the session that carries packets and retires the one before.
+func (d *Driver) adopt(s *session, to tunnel.Target) error {
 	d.mu.Lock()
 	old := d.current
-	d.current = s
+	d.current, d.target = s, to
+	d.choice.at(s.carriage)
+	d.change()
 	d.mu.Unlock()
+	s.stream.ask() // the gateway takes a session for the present one when it is used
 	if old != nil {
 		old.stream.Retire()
 	}
-	return s.status.Assignment, nil
+	return nil
+}
+
+// change tells who waits for one. d.mu is held.
+func (d *Driver) change() {
+	close(d.changed)
+	d.changed = make(chan struct{})
 }
 
 // Status implements tunnel.Driver.
 func (d *Driver) Status() tunnel.Status {
-	s := d.session()
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	s := d.current
 	if s == nil {
 		return tunnel.Status{}
 	}
 	st := s.status
-	st.Counters = s.stream.Counters()
-	select {
-	case <-s.ended:
+	st.Counters, st.Changed, st.Suspect = s.stream.Counters(), d.changed, s.stream.Suspect()
+	if !s.open() {
 		st.Open, st.Err = false, s.err
-	default:
 	}
 	return st
 }
 
+func (s *session) open() bool {
+	select {
+	case <-s.ended:
+		return false
+	default:
+		return true
+	}
+}
+
 // Down implements tunnel.Driver. It returns when no connection is left.
 func (d *Driver) Down() {
-	d.mu.Lock()
+	d.mu.RLock()
 	live := slices.Collect(maps.Keys(d.live))
-	d.mu.Unlock()
+	d.mu.RUnlock()
 	for _, s := range live {
 		s.cancel()
 		<-s.ended
 	}
 }
 
-// open connects, upgrades, and waits for the first assignment.
-func (d *Driver) open(ctx context.Context, to tunnel.Target) (*session, error) {
-	conn, err := dial(ctx, to)
+// improve watches the sessions' signs of life, and moves the present one to
+// another carriage as the path asks.
+func (d *Driver) improve(ctx context.Context) {
+	beat := time.NewTicker(Beat)
+	defer beat.Stop()
+	var suspect bool
+	for n := 1; ; n++ {
+		select {
+		case <-ctx.Done():
+			return
+		case <-beat.C:
+		}
+		d.mu.Lock()
+		s, to := d.current, d.target
+		for l := range d.live {
+			l.stream.Tick()
+		}
+		if s == nil || !s.open() {
+			suspect = false
+			d.mu.Unlock()
+			continue
+		}
+		if now := s.stream.Suspect(); now != suspect {
+			suspect = now
+			d.change()
+		}
+		want := s.carriage
+		if n%int(sampleEvery/Beat) == 0 && d.Only == 0 && !suspect && !to.Proxy.IsValid() {
+			want = d.choice.step(s.stream.Sample())
+		}
+		d.mu.Unlock()
+		if want != s.carriage && d.opening.TryLock() {
+			d.move(ctx, s, to, want)
+			d.opening.Unlock()
+		}
+	}
+}
+
+// move opens the session anew over another carriage.
+func (d *Driver) move(ctx context.Context, from *session, to tunnel.Target, want Carriage) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout/2)
+	defer cancel()
+	done := make(chan struct{})
+	var s *session
+	var err error
+	go func() {
+		defer close(done)
+		s, err = d.open(ctx, to, want)
+	}()
+	beat := time.NewTicker(Beat) // signs of life are watched meanwhile
+	defer beat.Stop()
+	for waiting := true; waiting; {
+		select {
+		case <-done:
+			waiting = false
+		case <-beat.C:
+			from.stream.Tick()
+		}
+	}
+	d.mu.Lock()
+	stale := d.current != from || !from.open()
+	if err != nil {
+		d.choice.failed()
+	}
+	d.mu.Unlock()
+	switch {
+	case err != nil:
+	case stale:
+		s.cancel()
+	default:
+		d.adopt(s, to)
+	}
+}
+
+// race opens a session over whichever carriage gets there first.
+func (d *Driver) race(ctx context.Context, to tunnel.Target) (*session, error) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	first := TLS
+	d.mu.RLock()
+	if d.choice.now != 0 {
+		first = d.choice.now
+	}
+	d.mu.RUnlock()
+	if d.Only != 0 {
+		return d.open(ctx, to, d.Only)
+	}
+	if to.Proxy.IsValid() {
+		return d.open(ctx, to, TLS)
+	}
+	type result struct {
+		s   *session
+		err error
+	}
+	results := make(chan result, 2)
+	start := func(c Carriage) {
+		go func() {
+			s, err := d.open(ctx, to, c)
+			if err != nil {
+				err = fmt.Errorf("%s: %w", c, err)
+			}
+			results <- result{s, err}
+		}()
+	}
+	start(first)
+	running := 1
+	late := time.NewTimer(headStart)
+	defer late.Stop()
+	second := func() {
+		if late.Stop(); running == 1 {
+			running++
+			start(first.other())
+		}
+	}
+	var errs []error
+	for len(errs) < 2 {
+		select {
+		case <-late.C:
+			second()
+		case r := <-results:
+			if r.err == nil {
+				cancel()
+				if running == 2 && len(errs) == 0 { // the other's end is waited for, and it is not used
+					go func() {
+						if r := <-results; r.s != nil {
+							r.s.cancel()
+						}
+					}()
+				}
+				return r.s, nil
+			}
+			var refused *RefusedError
+			if errors.As(r.err, &refused) {
+				return nil, r.err // the other carriage leads to the same gateway
+			}
+			errs = append(errs, r.err)
+			second()
+			if len(errs) == 1 {
+				defer time.AfterFunc(patience, cancel).Stop()
+			}
+		}
+	}
+	return nil, errors.Join(errs...)
+}
+
+// open connects over one carriage and waits for the first assignment.
+func (d *Driver) open(ctx context.Context, to tunnel.Target, by Carriage) (*session, error) {
+	dial := dialTLS
+	if by == HTTP3 {
+		dial = dialH3
+	}
+	o, err := dial(ctx, to)
 	if err != nil {
 		return nil, err
 	}
-	assignment, buffered, err := upgrade(ctx, conn, to)
-	if err != nil {
-		conn.NetConn().Close()
-		return nil, err
-	}
-	state := conn.ConnectionState()
 	s := &session{
-		stream: NewStream(conn, buffered),
+		stream: o.stream, carriage: by,
 		status: tunnel.Status{
-			Open: true, Gateway: to.Gateway.Address, Since: time.Now(), Until: to.Until,
-			Cipher: tls.CipherSuiteName(state.CipherSuite) + " " + state.CurveID.String(),
+			Open: true, Gateway: to.Gateway.Address, Path: to.Path, Carriage: by.String(), Since: time.Now(), Until: to.Until,
+			Cipher: tls.CipherSuiteName(o.tls.CipherSuite) + " " + o.tls.CurveID.String(),
 		},
 		ended: make(chan struct{}),
 	}
-	s.status.Ended = s.ended
-	assigned := make(chan netip.Addr, 1)
-	var inner netip.Addr // touched by the stream's reader only
-	s.stream.Probe = true
-	s.stream.OnPackets = func(packets [][]byte) int {
-		// A device that is down loses them; the plan has closed it on purpose.
-		_ = d.dev.WriteBatch(packets)
-		return 0
-	}
-	s.stream.OnAssign = func(p netip.Prefix) error {
-		switch {
-		case !p.IsSingleIP() || !p.Addr().Is4() || p.Addr().IsUnspecified() || p.Addr().IsLoopback() || p.Addr().IsMulticast():
-			return fmt.Errorf("gateway assigned %s, want one IPv4 unicast address", p)
-		case !inner.IsValid():
-			inner = p.Addr()
-			assigned <- inner
-		case inner != p.Addr():
-			return fmt.Errorf("gateway changed the inner address from %s to %s", inner, p.Addr())
-		}
-		return nil
-	}
+	assigned := make(chan tunnel.Assignment, 1)
+	d.serve(s, o.assignment, assigned)
 	// The session outlives the context of Up: Run or Down ends it.
 	var life context.Context
 	life, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
@@ -175,23 +355,24 @@ func (d *Driver) open(ctx context.Context, to tunnel.Target) (*session, error) {
 	if d.closed {
 		d.mu.Unlock()
 		s.cancel()
-		conn.NetConn().Close()
+		s.stream.by.close()
 		return nil, net.ErrClosed
 	}
 	d.live[s] = struct{}{}
 	d.mu.Unlock()
 	go func() { // Run waits for it in Down
-		s.err = s.stream.Run(life, to.Until)
+		s.err = s.stream.Run(life)
 		s.cancel()
 		d.mu.Lock()
 		delete(d.live, s)
-		d.mu.Unlock()
 		close(s.ended)
+		if d.current == s {
+			d.change()
+		}
+		d.mu.Unlock()
 	}()
 	select {
-	case a := <-assigned:
-		assignment.Inner = a
-		s.status.Assignment = assignment
+	case s.status.Assignment = <-assigned:
 		return s, nil
 	case <-s.ended:
 		return nil, s.err
@@ -202,69 +383,50 @@ func (d *Driver) open(ctx context.Context, to tunnel.Target) (*session, error) {
 	}
 }
 
-// dial opens the TLS connection. A nil error proves that the gateway showed a
-// certificate of the organisation for its name, and that only algorithms of the
-// list in force were used.
-func dial(ctx context.Context, to tunnel.Target) (*tls.Conn, error) {
-	dialer := net.Dialer{KeepAlive: -1, Control: tunnel.BindToLink(to.Link)} // the stream has its own signs of life
-	if to.Source.IsValid() {
-		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(to.Source, 0))
+// serve sets what the session's stream does with what comes. assigned receives
+// the first assignment, on top of a.
+func (d *Driver) serve(s *session, a tunnel.Assignment, assigned chan<- tunnel.Assignment) {
+	var first bool // touched by the stream's reader only
+	mtu := a.MTU
+	s.stream.Probe = true
+	s.stream.OnPackets = func(packets [][]byte) int {
+		// A device that is down loses them; the plan has closed it on purpose.
+		_ = d.dev.Write(packets)
+		return 0
 	}
-	raw, err := dialer.DialContext(ctx, "tcp", to.Gateway.Address.String())
-	if err != nil {
-		return nil, err
+	s.stream.OnTrain = func(f tunnel.Frame) error {
+		if err := f.Check(mtu); err != nil {
+			return err
+		}
+		_ = d.dev.WriteFrame(f)
+		return nil
 	}
-	config := cryptrec.Config()
-	config.ServerName = to.Gateway.ServerName
-	config.RootCAs = to.Roots
-	config.Certificates = []tls.Certificate{*to.Credential}
-	config.NextProtos = []string{"http/1.1"}
-	config.DynamicRecordSizingDisabled = true // records are full, or the packet waited for none
-	conn := tls.Client(raw, config)
-	if err := conn.HandshakeContext(ctx); err != nil {
-		raw.Close()
-		return nil, err
+	s.stream.OnAssign = func(list []netip.Prefix) error {
+		var v4, v6 netip.Addr
+		for _, p := range list {
+			addr := p.Addr()
+			family := &v4
+			if addr.Is6() {
+				family = &v6
+			}
+			switch {
+			case !p.IsSingleIP() || addr.IsUnspecified() || addr.IsLoopback() || addr.IsMulticast() || addr.IsLinkLocalUnicast() || addr.Is4In6():
+				return fmt.Errorf("gateway assigned %s, want one unicast address", p)
+			case family.IsValid() && *family != addr:
+				return fmt.Errorf("gateway assigned both %s and %s", *family, addr)
+			}
+			*family = addr
+		}
+		switch {
+		case !v4.IsValid():
+			return errors.New("gateway assigned no IPv4 address")
+		case !first:
+			first = true
+			a.Inner, a.Inner6 = v4, v6
+			assigned <- a
+		case v4 != a.Inner || v6 != a.Inner6:
+			return fmt.Errorf("gateway changed the inner addresses from %s and %s to %s and %s", a.Inner, a.Inner6, v4, v6)
+		}
+		return nil
 	}
-	if err := cryptrec.Check(conn.ConnectionState()); err != nil {
-		raw.Close()
-		return nil, err
-	}
-	return conn, nil
-}
-
-// upgrade asks for CONNECT-IP and returns what the gateway says of the inner
-// network, and what it sent beyond its response.
-func upgrade(ctx context.Context, conn *tls.Conn, to tunnel.Target) (tunnel.Assignment, []byte, error) {
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-	a, buffered, err := exchange(conn, to)
-	if !stop() && err == nil {
-		err = ctx.Err()
-	}
-	return a, buffered, err
-}
-
-func exchange(conn *tls.Conn, to tunnel.Target) (tunnel.Assignment, []byte, error) {
-	var none tunnel.Assignment
-	req := &http.Request{
-		Method: http.MethodGet, URL: &url.URL{Scheme: "https", Host: to.Gateway.ServerName, Path: Path}, Host: to.Gateway.ServerName,
-		ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{"User-Agent": nil},
-	}
-	setUpgrade(req.Header)
-	if err := req.Write(conn); err != nil {
-		return none, nil, fmt.Errorf("request: %w", err)
-	}
-	br := bufio.NewReader(&io.LimitedReader{R: conn, N: maxResponse})
-	resp, err := http.ReadResponse(br, req)
-	if errors.Is(err, io.ErrUnexpectedEOF) {
-		return none, nil, fmt.Errorf("response: cut off, or over %d bytes", maxResponse)
-	}
-	if err != nil {
-		return none, nil, fmt.Errorf("response: %w", err)
-	}
-	a, err := parseGranted(resp)
-	if err != nil {
-		return none, nil, err
-	}
-	buffered, err := br.Peek(br.Buffered())
-	return a, buffered, err
 }

@@ -2,102 +2,193 @@ package connectip
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"sekisho/netd"
+	"sekisho/netd/tunnel"
 )
 
 const (
-	// probeEvery is how long a client is silent, or hears nothing, before it
-	// asks for a sign of life.
-	probeEvery = 3 * time.Second
-	// DeadAfter is how long a stream may bring nothing at all, or block a
-	// write, before it is given up. A peer whose client probes is never silent
-	// for that long.
+	// probeBusy and probeIdle are how long a client hears nothing before it asks
+	// for a sign of life: while packets went either way lately, and otherwise.
+	probeBusy = time.Second
+	probeIdle = 10 * time.Second
+	busyFor   = 30 * time.Second
+	// SuspectAfter is how long a client's question may stay without an answer,
+	// and nothing else be heard, before the path is suspected: 2.5 s at most
+	// after the last packet of a path in use.
+	SuspectAfter = 1250 * time.Millisecond
+	// DeadAfter is how long a question may stay unanswered, or a write be
+	// stuck, before the session is given up.
 	DeadAfter = 9 * time.Second
+	// gatewayDead is how long a gateway hears nothing before it gives up: a
+	// client in order is never silent for that long.
+	gatewayDead = probeIdle + DeadAfter
+	// Beat is how often Tick wants to be called.
+	Beat = 250 * time.Millisecond
 	// lingering is how long a stream that was replaced may still bring packets.
 	lingering = 2 * time.Second
-	// queueLimit bounds the bytes that wait for the peer; packets beyond are
-	// dropped, which tells the inner TCP to slow down.
-	queueLimit = 256 << 10
 	// batchLimit bounds the packets handed over at once.
 	batchLimit = 128
 )
 
 var (
-	// ErrDead is returned by Run when the peer was silent or stuck for DeadAfter.
+	// ErrDead is returned by Run when the peer was silent or stuck.
 	ErrDead = errors.New("peer is silent")
 	// ErrExpired is returned by Run when the certificate's life is over.
 	ErrExpired = errors.New("certificate has lapsed")
 	// errReplaced ends the lingering of a retired stream.
-	errReplaced = errors.New("replaced by a newer session")
+	errReplaced = errors.New("ended in order, or replaced by a newer session")
 )
 
-// Stream carries capsules over one TLS connection; both ends use it. Packets
-// are queued by Send and written in as few TLS records as they fit.
+// carriage is what carries a stream's capsules: TLS on TCP, or HTTP/3.
+type carriage interface {
+	// Read reads from the stream of capsules; wait returns when it would not
+	// wait. Read may call idle, on its own goroutine, before it waits all the same.
+	Read(b []byte) (int, error)
+	wait() error
+	setIdle(idle func())
+	// datagrams calls deliver with packets that came beside the stream, until
+	// there will be no more. It returns nil if there never are any.
+	datagrams(ctx context.Context, deliver func([][]byte)) error
+	// send sends whole capsules. What it cannot send is lost; how many packets
+	// that were, it returns.
+	send(capsules []byte) (lost int, err error)
+	// finish says that nothing more is sent, where that lets the peer end too.
+	finish()
+	// close ends everything at once.
+	close()
+	// sample measures the path.
+	sample() Sample
+}
+
+// Stream carries capsules over one connection; both ends use it. Packets are
+// queued by Send and written in as few TLS records, or QUIC packets, as they fit.
 type Stream struct {
-	conn *tls.Conn
+	by   carriage
 	scan *scanner
 
 	// OnPackets is called with received packets, valid until it returns. It
-	// returns how many of them it refused.
+	// returns how many of them it refused. It may be called from two goroutines.
 	OnPackets func(packets [][]byte) (refused int)
+	// OnTrain is called with a received train, likewise. Its Check is the
+	// callee's. Nil refuses trains.
+	OnTrain func(tunnel.Frame) error
 	// OnAssign and OnRequest are called for ADDRESS_ASSIGN and ADDRESS_REQUEST
 	// capsules; an error ends the stream. Either may be nil.
-	OnAssign  func(netip.Prefix) error
-	OnRequest func(ids []uint64) error
+	OnAssign  func([]netip.Prefix) error
+	OnRequest func([]Request) error
 	// Probe makes this end ask for signs of life: the client's part.
 	Probe bool
+	// Trains says that the peer takes trains.
+	Trains bool
 
-	out outbox
+	out     outbox
+	until   time.Time
+	start   time.Time
+	cancel  atomic.Pointer[context.CancelCauseFunc]
+	probes  uint64      // sent; Tick's
+	suspect atomic.Bool // a question is unanswered for SuspectAfter
 
 	sentPackets, sentBytes, receivedPackets, receivedBytes, dropped atomic.Uint64
-	heard, said                                                     atomic.Int64 // time of the last read and write, nanoseconds since start
-	start                                                           time.Time
-	retired                                                         atomic.Bool
-	flushed                                                         chan struct{} // closed when a retired stream has sent its last
+
+	// Times since start, in nanoseconds: of the last bytes and packets heard,
+	// of the last packet sent, of the question that is unanswered (or 0).
+	heard, active, asked atomic.Int64
+
+	retired atomic.Bool
+	flushed chan struct{} // closed when a retired stream has sent its last
 }
 
-// NewStream returns a stream over conn. buffered holds what was read from conn
-// beyond the HTTP upgrade. Set the callbacks, then call Run.
-func NewStream(conn *tls.Conn, buffered []byte) *Stream {
-	return &Stream{conn: conn, scan: newScanner(buffered), out: outbox{wake: make(chan struct{}, 1)}, start: time.Now(), flushed: make(chan struct{})}
+// Request is one entry of an ADDRESS_REQUEST capsule.
+type Request = address
+
+// scanBuffers are shared by all streams of the process.
+var scanBuffers sync.Pool
+
+// newStream returns a stream over by that ends at until. buffered holds what
+// was read beyond the HTTP upgrade. Set the callbacks, then call Run.
+func newStream(by carriage, buffered []byte, until time.Time) *Stream {
+	return &Stream{
+		by: by, scan: newScanner(&scanBuffers, buffered), until: until, start: time.Now(),
+		out: outbox{wake: make(chan struct{}, 1), most: queueMost}, flushed: make(chan struct{}),
+	}
 }
 
-// Send queues packets for the peer and never blocks. What does not fit in the
-// queue is dropped and counted.
-func (s *Stream) Send(packets ...[]byte) {
-	n, bytes := s.out.packets(packets)
-	s.sentPackets.Add(uint64(n))
+func (s *Stream) now() int64 { return int64(time.Since(s.start)) }
+
+// Send queues a frame for the peer and never blocks. What does not fit in the
+// queue is dropped and counted. It returns false if the stream has been retired.
+func (s *Stream) Send(f tunnel.Frame) bool {
+	taken, bytes, dropped, open := s.out.frame(f, s.Trains)
+	if !open {
+		return false
+	}
+	s.active.Store(s.now())
+	s.sentPackets.Add(uint64(taken))
 	s.sentBytes.Add(uint64(bytes))
-	s.dropped.Add(uint64(len(packets) - n))
+	s.dropped.Add(uint64(dropped))
+	return true
 }
 
-// Assign queues an ADDRESS_ASSIGN capsule that gives inner, in answer to each
-// of ids (RFC 9484, section 4.7.2); 0 answers nobody.
-func (s *Stream) Assign(inner netip.Addr, ids ...uint64) {
+// Assign queues an ADDRESS_ASSIGN capsule that gives all of inner, in answer to
+// the requests (RFC 9484, section 4.7.2).
+func (s *Stream) Assign(inner []netip.Addr, answers ...Request) {
 	var list []address
-	for _, id := range ids {
-		list = append(list, address{id, netip.PrefixFrom(inner, inner.BitLen())})
+	for _, a := range inner {
+		entry := address{Prefix: netip.PrefixFrom(a, a.BitLen())}
+		for _, r := range answers {
+			if r.Prefix.Addr().Is4() == a.Is4() {
+				entry.ID = r.ID
+				list = append(list, entry)
+			}
+		}
+		if entry.ID == 0 {
+			list = append(list, entry)
+		}
 	}
 	s.out.control(appendAddresses(nil, capsuleAddressAssign, list...))
 }
 
-// AdvertiseEverything queues a ROUTE_ADVERTISEMENT capsule for all of IPv4.
-func (s *Stream) AdvertiseEverything() { s.out.control(appendEveryRoute(nil)) }
+// AdvertiseEverything queues a ROUTE_ADVERTISEMENT capsule for all of the
+// families that inner has.
+func (s *Stream) AdvertiseEverything(inner []netip.Addr) {
+	var v4, v6 bool
+	for _, a := range inner {
+		v4, v6 = v4 || a.Is4(), v6 || a.Is6()
+	}
+	s.out.control(appendEveryRoute(nil, v4, v6))
+}
 
 // Retire tells the stream that another has taken its place: what is queued is
 // still sent, what the peer sent is still received, then it ends.
 func (s *Stream) Retire() {
 	s.retired.Store(true)
 	s.out.close()
+}
+
+// End closes the stream at once; Run returns why.
+func (s *Stream) End(why error) {
+	if cancel := s.cancel.Load(); cancel != nil {
+		(*cancel)(why)
+	}
+}
+
+// Suspect reports whether the peer leaves a question unanswered for
+// SuspectAfter and nothing else is heard of it.
+func (s *Stream) Suspect() bool { return s.suspect.Load() }
+
+// Sample measures the path.
+func (s *Stream) Sample() Sample {
+	p := s.by.sample()
+	p.Carried = s.sentBytes.Load() + s.receivedBytes.Load()
+	return p
 }
 
 // Counters returns what the stream has carried.
@@ -109,85 +200,173 @@ func (s *Stream) Counters() netd.Counters {
 	}
 }
 
-// Run carries capsules until ctx is done, until comes, or either end fails,
-// and closes the connection. It always returns an error.
-func (s *Stream) Run(ctx context.Context, until time.Time) error {
+// Run carries capsules until ctx is done, Tick or End ends it, or either end
+// fails, and closes the connection. It always returns an error.
+func (s *Stream) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	s.cancel.Store(&cancel)
 	var parts sync.WaitGroup
 	parts.Go(func() { cancel(s.receive(ctx)) })
 	parts.Go(func() {
-		if err := s.transmit(ctx, until); err != nil {
+		if err := s.by.datagrams(ctx, s.deliver); err != nil {
+			cancel(fmt.Errorf("receive: %w", err))
+		}
+	})
+	parts.Go(func() {
+		if err := s.transmit(ctx); err != nil {
 			cancel(err)
 		}
 	})
 	<-ctx.Done()
-	s.conn.NetConn().Close() // not tls.Conn.Close, which waits for a stuck write
+	s.by.close()
 	parts.Wait()
 	return context.Cause(ctx)
 }
 
-func (s *Stream) receive(ctx context.Context) error {
-	var batch [][]byte
-	for first := true; ; first = false {
-		if !first { // the scanner may hold whole capsules already
-			s.conn.SetReadDeadline(time.Now().Add(DeadAfter))
-			n, err := s.conn.Read(s.scan.free())
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				return fmt.Errorf("%w: nothing received for %v", ErrDead, DeadAfter)
-			}
-			if err != nil {
-				if s.retired.Load() {
-					select {
-					case <-s.flushed:
-					case <-ctx.Done():
-					}
-					return errReplaced
-				}
-				return fmt.Errorf("receive: %w", err)
-			}
-			s.scan.fed(n)
-			s.heard.Store(int64(time.Since(s.start)))
+// Tick judges signs of life and the end of the certificate. Its owner calls it
+// every Beat, on one goroutine.
+func (s *Stream) Tick() {
+	if s.cancel.Load() == nil {
+		return // not running yet
+	}
+	if now := time.Now().Round(0); now.After(s.until) { // the wall clock, which jumps and goes on in suspend
+		s.End(fmt.Errorf("%w: at %s", ErrExpired, s.until.UTC().Format(time.RFC3339)))
+		return
+	}
+	now, heard, asked := s.now(), s.heard.Load(), s.asked.Load()
+	if !s.Probe {
+		if silent := time.Duration(now - heard); silent > gatewayDead {
+			s.End(fmt.Errorf("%w: nothing received for %v", ErrDead, silent.Round(time.Second)))
 		}
-		batch = batch[:0]
-		for {
+		return
+	}
+	if asked != 0 && heard >= asked {
+		asked = 0
+		s.asked.Store(0)
+		s.suspect.Store(false)
+	}
+	every := probeIdle
+	if now-max(s.active.Load(), 0) < int64(busyFor) {
+		every = probeBusy
+	}
+	switch waited := time.Duration(now - asked); {
+	case asked == 0:
+		if time.Duration(now-heard) >= every {
+			s.ask()
+			s.asked.Store(now)
+		}
+	case waited > DeadAfter:
+		s.End(fmt.Errorf("%w: no answer for %v", ErrDead, waited.Round(time.Second)))
+	case waited > SuspectAfter:
+		s.suspect.Store(true)
+		s.ask() // the first question may have been lost
+	}
+}
+
+// ask queues a question that every conforming proxy must answer (RFC 9484,
+// section 4.7.2).
+func (s *Stream) ask() {
+	s.probes++
+	s.out.control(appendAddresses(nil, capsuleAddressRequest, address{s.probes, netip.PrefixFrom(netip.IPv4Unspecified(), 32)}))
+}
+
+func (s *Stream) receive(ctx context.Context) error {
+	var packets [][]byte
+	var failed error
+	// take hands on every whole capsule that was read.
+	take := func() {
+		packets = packets[:0]
+		for failed == nil {
 			kind, v, ok, err := s.scan.next()
 			if err != nil {
-				return fmt.Errorf("receive: %w", err)
+				failed = fmt.Errorf("receive: %w", err)
 			}
-			if !ok {
+			if err != nil || !ok {
 				break
 			}
-			if kind == capsuleDatagram {
+			switch kind {
+			case capsuleDatagram:
 				context, n := varint(v)
 				if n == 0 || context != 0 || len(v) == n {
 					s.dropped.Add(1) // another context is not ours to understand (RFC 9484, section 6)
 					continue
 				}
-				if batch = append(batch, v[n:]); len(batch) == batchLimit {
-					s.deliver(batch)
-					batch = batch[:0]
+				if packets = append(packets, v[n:]); len(packets) < batchLimit {
+					continue
 				}
+			case capsuleTrain:
+				s.deliver(packets) // in order
+				s.train(v)
+				packets = packets[:0]
+				continue
+			default:
+				failed = s.control(kind, v)
 				continue
 			}
-			if err := s.control(kind, v); err != nil {
-				return err
+			s.deliver(packets)
+			packets = packets[:0]
+		}
+		s.deliver(packets)
+		packets = packets[:0]
+	}
+	s.by.setIdle(take)
+	for {
+		take()
+		if failed != nil {
+			return failed
+		}
+		s.scan.rest()
+		var n int
+		err := s.by.wait()
+		if err == nil {
+			n, err = s.by.Read(s.scan.free())
+		}
+		if errors.Is(err, io.EOF) {
+			s.Retire() // the peer is through, and still takes what is queued for it
+		}
+		if err != nil {
+			if s.retired.Load() {
+				select {
+				case <-s.flushed:
+				case <-ctx.Done():
+				}
+				return errReplaced
 			}
+			return fmt.Errorf("receive: %w", err)
 		}
-		if len(batch) > 0 {
-			s.deliver(batch)
-		}
+		s.scan.fed(n)
+		s.heard.Store(s.now())
 	}
 }
 
 func (s *Stream) deliver(batch [][]byte) {
+	if len(batch) == 0 {
+		return
+	}
 	var bytes int
 	for _, p := range batch {
 		bytes += len(p)
 	}
+	now := s.now()
+	s.heard.Store(now)
+	s.active.Store(now)
 	s.receivedPackets.Add(uint64(len(batch)))
 	s.receivedBytes.Add(uint64(bytes))
 	s.dropped.Add(uint64(s.OnPackets(batch)))
+}
+
+func (s *Stream) train(f tunnel.Frame) {
+	if s.OnTrain == nil || len(f) <= tunnel.FrameHeader {
+		s.dropped.Add(1)
+		return
+	}
+	s.active.Store(s.now())
+	s.receivedPackets.Add(1)
+	s.receivedBytes.Add(uint64(len(f.Packet())))
+	if s.OnTrain(f) != nil {
+		s.dropped.Add(1)
+	}
 }
 
 func (s *Stream) control(kind uint64, v []byte) error {
@@ -203,134 +382,57 @@ func (s *Stream) control(kind uint64, v []byte) error {
 		if len(list) == 0 {
 			return errors.New("gateway took the inner address back")
 		}
+		var inner []netip.Prefix
 		for _, a := range list {
-			if err := s.OnAssign(a.Prefix); err != nil {
-				return err
-			}
+			inner = append(inner, a.Prefix)
 		}
+		return s.OnAssign(inner)
 	case kind == capsuleAddressRequest && s.OnRequest != nil:
 		if len(list) == 0 {
 			return errors.New("address request without an entry") // RFC 9484, section 4.7.2
 		}
-		var ids []uint64
-		for _, a := range list {
-			ids = append(ids, a.ID)
-		}
-		return s.OnRequest(ids)
+		return s.OnRequest(list)
 	}
 	return nil
 }
 
-// transmit writes the queue, probes, and watches the end of the certificate.
-// It returns nil if the stream has been retired and its reader shall end it.
-func (s *Stream) transmit(ctx context.Context, until time.Time) error {
-	tick := time.NewTicker(probeEvery / 3)
-	defer tick.Stop()
-	expiry := time.NewTimer(time.Until(until))
-	defer expiry.Stop()
-	var probes uint64
+// transmit writes the queue. It returns nil if the stream has been retired and
+// its reader shall end it.
+func (s *Stream) transmit(ctx context.Context) error {
 	var spare []byte
 	for {
-		var now time.Time
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-expiry.C:
-			return fmt.Errorf("%w: at %s", ErrExpired, until.UTC().Format(time.RFC3339))
-		case now = <-tick.C:
-			// The timer above does not see the wall clock jump or a suspended machine.
-			if now.Round(0).After(until) {
-				return fmt.Errorf("%w: at %s", ErrExpired, until.UTC().Format(time.RFC3339))
-			}
-			quiet := time.Since(s.start) - probeEvery
-			if s.Probe && (quiet > time.Duration(s.heard.Load()) || quiet > time.Duration(s.said.Load())) {
-				probes++
-				s.out.control(appendAddresses(nil, capsuleAddressRequest, address{probes, netip.PrefixFrom(netip.IPv4Unspecified(), 32)}))
-			}
 		case <-s.out.wake:
 		}
-		data, closed := s.out.take(spare)
-		if len(data) > 0 {
-			s.conn.SetWriteDeadline(time.Now().Add(DeadAfter))
-			if _, err := s.conn.Write(data); errors.Is(err, os.ErrDeadlineExceeded) {
-				return fmt.Errorf("%w: takes nothing for %v", ErrDead, DeadAfter)
-			} else if err != nil {
-				return fmt.Errorf("send: %w", err)
+		for {
+			data, closed := s.out.take(spare)
+			if len(data) > 0 {
+				from := time.Now()
+				lost, err := s.by.send(data)
+				if err != nil {
+					return fmt.Errorf("send: %w", err)
+				}
+				s.dropped.Add(uint64(lost))
+				s.out.took(len(data), time.Since(from))
+				spare = data
+			} else {
+				spare = nil // idle: thousands of streams shall not hold buffers
 			}
-			s.said.Store(int64(time.Since(s.start)))
-			spare = data
-		} else {
-			spare = nil // idle: thousands of streams shall not hold buffers
-		}
-		if closed {
-			s.conn.CloseWrite()
-			close(s.flushed)
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-time.After(lingering):
-				return errReplaced
+			if closed {
+				s.by.finish()
+				close(s.flushed)
+				select {
+				case <-ctx.Done():
+					return ctx.Err()
+				case <-time.After(lingering):
+					return errReplaced
+				}
+			}
+			if len(data) == 0 {
+				break
 			}
 		}
-	}
-}
-
-// outbox is the queue of one stream, in the form in which it goes out.
-type outbox struct {
-	mu     sync.Mutex
-	data   []byte
-	closed bool
-	wake   chan struct{}
-}
-
-// packets appends as capsules what fits, and returns how many packets and how
-// many of their bytes that was.
-func (o *outbox) packets(list [][]byte) (n, bytes int) {
-	o.mu.Lock()
-	if !o.closed {
-		for _, p := range list {
-			if len(p) > MaxPacket || len(o.data)+len(p)+packetOverhead > queueLimit {
-				continue
-			}
-			o.data = appendPacket(o.data, p)
-			n++
-			bytes += len(p)
-		}
-	}
-	o.mu.Unlock()
-	o.signal()
-	return n, bytes
-}
-
-// control appends a capsule that is not dropped: the peer's own requests bound
-// them, and a peer that asks without reading is cut at twice the limit.
-func (o *outbox) control(capsule []byte) {
-	o.mu.Lock()
-	if !o.closed && len(o.data) < 2*queueLimit {
-		o.data = append(o.data, capsule...)
-	}
-	o.mu.Unlock()
-	o.signal()
-}
-
-// take returns all that is queued and goes on with spare as the next buffer.
-func (o *outbox) take(spare []byte) (data []byte, closed bool) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	data, o.data = o.data, spare[:0]
-	return data, o.closed
-}
-
-func (o *outbox) close() {
-	o.mu.Lock()
-	o.closed = true
-	o.mu.Unlock()
-	o.signal()
-}
-
-func (o *outbox) signal() {
-	select {
-	case o.wake <- struct{}{}:
-	default:
 	}
 }

@@ -13,7 +13,7 @@ import (
 )
 
 func response(status int, fields ...string) *http.Response {
-	r := &http.Response{StatusCode: status, Header: http.Header{}}
+	r := &http.Response{ProtoMajor: 1, StatusCode: status, Header: http.Header{}}
 	for i := 0; i < len(fields); i += 2 {
 		r.Header.Add(fields[i], fields[i+1])
 	}
@@ -22,13 +22,15 @@ func response(status int, fields ...string) *http.Response {
 
 func TestGrantedRoundTrip(t *testing.T) {
 	want := tunnel.Assignment{MTU: 1380, DNS: []netip.Addr{netip.MustParseAddr("10.1.0.53"), netip.MustParseAddr("fd00::53")}}
-	h, err := Granted(want)
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := parseGranted(&http.Response{StatusCode: 101, Header: h})
-	if err != nil || got.MTU != want.MTU || !slices.Equal(got.DNS, want.DNS) {
-		t.Errorf("%+v, %v, want %+v", got, err, want)
+	for major, status := range map[int]int{1: 101, 3: 200} {
+		h := http.Header{}
+		if err := Granted(h, major, want); err != nil {
+			t.Fatal(err)
+		}
+		got, trains, err := parseGranted(&http.Response{ProtoMajor: major, StatusCode: status, Header: h})
+		if err != nil || got.MTU != want.MTU || !slices.Equal(got.DNS, want.DNS) || !trains {
+			t.Errorf("HTTP/%d: %+v, trains %v, %v, want %+v", major, got, trains, err, want)
+		}
 	}
 }
 
@@ -56,13 +58,13 @@ func TestParseGranted(t *testing.T) {
 		"five resolvers":    {response(101, with(`dns=("1.1.1.1" "1.1.1.1" "1.1.1.1" "1.1.1.1" "1.1.1.1")`)...), 0},
 		"garbage":           {response(101, with(`mtu==`)...), 0},
 	} {
-		a, err := parseGranted(c.r)
+		a, _, err := parseGranted(c.r)
 		if (err == nil) != (c.mtu != 0) || err == nil && a.MTU != c.mtu {
 			t.Errorf("%s: %+v, %v", name, a, err)
 		}
 	}
 	var refused *RefusedError
-	if _, err := parseGranted(response(503, "Retry-After", "10")); !errors.As(err, &refused) || refused.RetryAfter != "10" {
+	if _, _, err := parseGranted(response(503, "Retry-After", "10")); !errors.As(err, &refused) || refused.RetryAfter != "10" {
 		t.Errorf("503: %v", err)
 	}
 }
@@ -77,7 +79,7 @@ func FuzzResponse(f *testing.F) {
 		if err != nil {
 			return
 		}
-		a, err := parseGranted(r)
+		a, _, err := parseGranted(r)
 		if err == nil && (a.MTU < tunnel.MinMTU || a.MTU > tunnel.MaxMTU || len(a.DNS) > maxDNS) {
 			t.Errorf("granted %+v", a)
 		}

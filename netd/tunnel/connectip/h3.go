@@ -1,0 +1,263 @@
+package connectip
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+
+	"sekisho/attest/cryptrec"
+	"sekisho/netd/tunnel"
+)
+
+// streamChunk is how much of the stream's capsules is read at once: packets do
+// not come there unless a path is too narrow for them.
+const streamChunk = 2 << 10
+
+// heldDatagrams bounds the packets that wait for the TUN device.
+const heldDatagrams = 1024
+
+// QUICConfig is that of both ends.
+func QUICConfig() *quic.Config {
+	return &quic.Config{
+		EnableDatagrams:      true,
+		HandshakeIdleTimeout: openTimeout / 2,
+		MaxIdleTimeout:       gatewayDead,
+		// One request, and the three streams of HTTP/3's own (RFC 9114, section 6.2).
+		MaxIncomingStreams:             4,
+		MaxIncomingUniStreams:          8,
+		InitialStreamReceiveWindow:     64 << 10,
+		MaxStreamReceiveWindow:         512 << 10,
+		InitialConnectionReceiveWindow: 96 << 10,
+		MaxConnectionReceiveWindow:     768 << 10,
+	}
+}
+
+// requestStream is what both ends of an HTTP/3 request have.
+type requestStream interface {
+	Read(b []byte) (int, error)
+	Write(b []byte) (int, error)
+	SetWriteDeadline(time.Time) error
+	SendDatagram(b []byte) error
+	ReceiveDatagram(ctx context.Context) ([]byte, error)
+	Context() context.Context
+}
+
+// overH3 carries packets in HTTP datagrams (RFC 9297, section 2.1) and all else
+// on the request's stream. A packet that is too long for a datagram on this
+// path goes on the stream too, as a DATAGRAM capsule (section 3.5), so a narrow
+// path is slow but never a black hole; QUIC itself finds out how long a
+// datagram may be (RFC 9000, section 14.3).
+type overH3 struct {
+	stream requestStream
+	conn   *quic.Conn
+	end    func() // closes what the connection stands on
+	last   quic.ConnectionStats
+
+	chunk       [streamChunk]byte
+	start, stop int
+}
+
+// NewH3Stream returns a stream over an HTTP/3 request that was granted. end
+// closes what conn stands on; it may be nil.
+func NewH3Stream(stream requestStream, conn *quic.Conn, end func(), until time.Time) *Stream {
+	return newStream(&overH3{stream: stream, conn: conn, end: end}, nil, until)
+}
+
+func (c *overH3) setIdle(func()) {}
+func (c *overH3) finish()        {} // with the stream's end datagrams on their way would be lost
+
+func (c *overH3) close() {
+	c.conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
+	if c.end != nil {
+		c.end()
+	}
+}
+
+func (c *overH3) wait() error {
+	if c.start < c.stop {
+		return nil
+	}
+	n, err := c.stream.Read(c.chunk[:])
+	if n > 0 {
+		c.start, c.stop = 0, n
+		return nil
+	}
+	return err
+}
+
+func (c *overH3) Read(b []byte) (int, error) {
+	if err := c.wait(); err != nil {
+		return 0, err
+	}
+	n := copy(b, c.chunk[c.start:c.stop])
+	c.start += n
+	return n, nil
+}
+
+// datagrams receives on one goroutine, whose queue in quic-go is short, and
+// delivers batches on another.
+func (c *overH3) datagrams(ctx context.Context, deliver func([][]byte)) error {
+	var mu sync.Mutex
+	var held [][]byte
+	wake := make(chan struct{}, 1)
+	done := make(chan error, 1)
+	go func() {
+		for {
+			b, err := c.stream.ReceiveDatagram(ctx)
+			if err != nil {
+				done <- err
+				return
+			}
+			if context, n := varint(b); n == 0 || context != 0 || len(b) == n {
+				continue // another context is not ours to understand (RFC 9484, section 6)
+			} else {
+				b = b[n:]
+			}
+			mu.Lock()
+			if len(held) < heldDatagrams {
+				held = append(held, b)
+			}
+			mu.Unlock()
+			select {
+			case wake <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	var batch [][]byte
+	for {
+		clear(batch)
+		select {
+		case err := <-done:
+			return err
+		case <-wake:
+		}
+		mu.Lock()
+		held, batch = batch[:0], held
+		mu.Unlock()
+		for some := range slices.Chunk(batch, batchLimit) {
+			deliver(some)
+		}
+	}
+}
+
+func (c *overH3) send(capsules []byte) (lost int, err error) {
+	c.stream.SetWriteDeadline(time.Now().Add(DeadAfter))
+	for len(capsules) > 0 {
+		kind, n := varint(capsules)
+		size, m := varint(capsules[n:])
+		whole := capsules[:n+m+int(size)]
+		capsules = capsules[len(whole):]
+		if kind == capsuleDatagram {
+			err := c.stream.SendDatagram(whole[n+m:])
+			var long *quic.DatagramTooLargeError
+			if err == nil {
+				continue
+			}
+			if !errors.As(err, &long) {
+				return lost, err
+			}
+		}
+		if _, err := c.stream.Write(whole); err != nil {
+			return lost, err
+		}
+	}
+	return lost, nil
+}
+
+func (c *overH3) sample() Sample {
+	now := c.conn.ConnectionStats()
+	p := Sample{
+		Sent: now.PacketsSent - c.last.PacketsSent,
+		RTT:  now.SmoothedRTT, Jitter: now.MeanDeviation,
+	}
+	if now.PacketsLost > c.last.PacketsLost { // it may go down again
+		p.Lost = now.PacketsLost - c.last.PacketsLost
+	}
+	c.last = now
+	return p
+}
+
+// dialH3 opens a session over HTTP/3. A nil error proves what it proves for
+// dialTLS.
+func dialH3(ctx context.Context, to tunnel.Target) (_ *opened, err error) {
+	if to.Proxy.IsValid() {
+		return nil, errors.New("an http proxy carries no udp")
+	}
+	listen := net.ListenConfig{Control: tunnel.BindToLink(to.Path.Link)}
+	local := net.UDPAddr{IP: to.Path.Source.AsSlice()}
+	udp, err := listen.ListenPacket(ctx, "udp", local.String())
+	if err != nil {
+		return nil, err
+	}
+	socket := &quic.Transport{Conn: udp}
+	end := func() {
+		socket.Close()
+		udp.Close()
+	}
+	config := clientTLS(to)
+	config.NextProtos = []string{http3.NextProtoH3}
+	conn, err := socket.Dial(ctx, net.UDPAddrFromAddrPort(to.Gateway.Address), config, QUICConfig())
+	if err != nil {
+		end()
+		return nil, err
+	}
+	o, err := connect(ctx, conn, end, to)
+	if err != nil {
+		conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
+		end()
+		return nil, err
+	}
+	return o, nil
+}
+
+// connect asks for CONNECT-IP (RFC 9484, section 4.5).
+func connect(ctx context.Context, conn *quic.Conn, end func(), to tunnel.Target) (*opened, error) {
+	state := conn.ConnectionState().TLS
+	if err := cryptrec.Check(state); err != nil {
+		return nil, err
+	}
+	client := (&http3.Transport{EnableDatagrams: true, MaxResponseHeaderBytes: maxResponse}).NewClientConn(conn)
+	select {
+	case <-client.ReceivedSettings():
+	case <-client.Context().Done():
+		return nil, context.Cause(client.Context())
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if s := client.Settings(); !s.EnableExtendedConnect || !s.EnableDatagrams {
+		return nil, errors.New("gateway's http/3 has no extended connect or no datagrams")
+	}
+	stream, err := client.OpenRequestStream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	req := request(to)
+	req.Method, req.Proto, req.ProtoMajor, req.ProtoMinor = http.MethodConnect, Protocol, 3, 0
+	req.Header.Set(http3.CapsuleProtocolHeader, "?1")
+	stop := context.AfterFunc(ctx, func() { stream.SetDeadline(time.Unix(1, 0)) })
+	err = stream.SendRequestHeader(req)
+	var resp *http.Response
+	if err == nil {
+		resp, err = stream.ReadResponse()
+	}
+	if !stop() && err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("request: %w", err)
+	}
+	a, _, err := parseGranted(resp)
+	if err != nil {
+		return nil, err
+	}
+	return &opened{NewH3Stream(stream, conn, end, to.Until), a, HTTP3, state}, nil
+}
