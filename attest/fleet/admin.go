@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -82,19 +83,25 @@ func parent(path string) string {
 func AdminHandler(s *Service, log *slog.Logger) http.Handler {
 	a := &admin{s, log}
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST "+AdminTickets, a.createTicket)
-	mux.HandleFunc("GET "+AdminDevices, a.devices)
-	mux.HandleFunc("GET "+AdminDevices+"/{id}", a.device)
-	mux.HandleFunc("DELETE "+AdminDevices+"/{id}", a.retireDevice)
-	mux.HandleFunc("GET "+AdminResults, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, s.Results()) })
-	mux.HandleFunc("GET "+AdminReferences, a.references)
-	mux.HandleFunc("POST "+AdminReferences, a.addReference)
-	mux.HandleFunc("DELETE "+AdminReferences, a.removeReference)
-	mux.HandleFunc("GET "+AdminEscrows+"/{id}", a.escrows)
-	a.identityRoutes(mux)
-	a.recoveryRoutes(mux)
-	a.policyRoutes(mux)
+	for _, r := range a.routes() {
+		mux.HandleFunc(r.pattern, r.handler)
+	}
 	return mux
+}
+
+// routes are all of the admin API, which only the owner of its socket reaches.
+func (a *admin) routes() []route {
+	return slices.Concat([]route{
+		{"POST " + AdminTickets, a.createTicket},
+		{"GET " + AdminDevices, a.devices},
+		{"GET " + AdminDevices + "/{id}", a.device},
+		{"DELETE " + AdminDevices + "/{id}", a.retireDevice},
+		{"GET " + AdminResults, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Results()) }},
+		{"GET " + AdminReferences, a.references},
+		{"POST " + AdminReferences, a.addReference},
+		{"DELETE " + AdminReferences, a.removeReference},
+		{"GET " + AdminEscrows + "/{id}", a.escrows},
+	}, a.identityRoutes(), a.recoveryRoutes(), a.policyRoutes())
 }
 
 type admin struct {

@@ -42,19 +42,21 @@ type ReportKey struct {
 	PEM string        `json:"pem"`
 }
 
-func (a *admin) policyRoutes(mux *http.ServeMux) {
-	mux.HandleFunc("GET "+AdminPolicies, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Policies.Status(a.Now())) })
-	mux.HandleFunc("POST "+AdminPolicies, a.publish)
-	mux.HandleFunc("DELETE "+AdminShadow, func(w http.ResponseWriter, r *http.Request) {
-		a.done(w, "shadow policy ended", a.DropShadow(r.Context()))
-	})
-	mux.HandleFunc("DELETE "+AdminHold, func(w http.ResponseWriter, r *http.Request) { a.done(w, "hold released", a.Release(r.Context())) })
-	mux.HandleFunc("POST "+AdminSimulate, a.simulatePolicy)
-	mux.HandleFunc("GET "+AdminReports, a.reports)
-	mux.HandleFunc("GET "+AdminReports+"/{id}", a.report)
-	mux.HandleFunc("GET "+AdminReportKey, a.reportKey)
-	mux.HandleFunc("GET "+AdminFirmware, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Commons.Summary()) })
-	mux.HandleFunc("POST "+AdminFirmware, a.importFirmware)
+func (a *admin) policyRoutes() []route {
+	return []route{
+		{"GET " + AdminPolicies, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Policies.Status(a.Now())) }},
+		{"POST " + AdminPolicies, a.publish},
+		{"DELETE " + AdminShadow, func(w http.ResponseWriter, r *http.Request) {
+			a.done(w, "shadow policy ended", a.DropShadow(r.Context()))
+		}},
+		{"DELETE " + AdminHold, func(w http.ResponseWriter, r *http.Request) { a.done(w, "hold released", a.Release(r.Context())) }},
+		{"POST " + AdminSimulate, a.simulatePolicy},
+		{"GET " + AdminReports, a.reports},
+		{"GET " + AdminReports + "/{id}", a.report},
+		{"GET " + AdminReportKey, a.reportKey},
+		{"GET " + AdminFirmware, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Commons.Summary()) }},
+		{"POST " + AdminFirmware, a.importFirmware},
+	}
 }
 
 func (a *admin) done(w http.ResponseWriter, what string, err error) {

@@ -101,7 +101,7 @@ func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*at
 		case err != nil:
 			return nil, err
 		case ok:
-			return s.conclude(ctx, in, out, rec.device, reportID)
+			return s.conclude(ctx, encoded, in, out, rec.device, reportID)
 		}
 	}
 	return nil, attest.Refuse(attest.ReasonBusy, "the record of device %s changes all the time; try again", id)
@@ -173,7 +173,7 @@ func (s *Service) commit(ctx context.Context, id attest.Digest, rec record, nonc
 
 // conclude draws the consequences of an appraisal that was recorded: the
 // certificate, the brake, the report.
-func (s *Service) conclude(ctx context.Context, in verifier.Input, out verifier.Outcome, d Device, reportID string) (*attest.AttestResponse, error) {
+func (s *Service) conclude(ctx context.Context, evidence []byte, in verifier.Input, out verifier.Outcome, d Device, reportID string) (*attest.AttestResponse, error) {
 	r := out.Result
 	resp := &attest.AttestResponse{Result: r}
 	if r.Status == attest.StatusAffirming {
@@ -198,7 +198,8 @@ func (s *Service) conclude(ctx context.Context, in verifier.Input, out verifier.
 	if v := in.Device.Volume; v != nil {
 		rec.Volume = v[:]
 	}
-	data, token, err := report.Make(in, out, rec, s.Organization, s.Lifetime, s.Reports.key)
+	out.Result.Report = reportID
+	data, token, err := report.Make(evidence, in, out, rec, s.Organization, s.Lifetime, s.Reports.key)
 	if err != nil {
 		return nil, err
 	}

@@ -46,7 +46,7 @@ type ServerConfig struct {
 	CAKey               string      `json:"ca_key"`               // PEM file
 	Store               string      `json:"store"`                // directory: of the embedded etcd, reports, and keys
 	Etcd                *EtcdConfig `json:"etcd"`                 // an external cluster, in place of the embedded one
-	EscrowDir           string      `json:"escrow_dir"`           // directory of the laptops' recovery keys in escrow; absent: none is kept, and laptops make no disk
+	Escrow              bool        `json:"escrow"`               // keep the recovery keys of laptops in escrow; without, laptops make no disk
 	EKRoots             []string    `json:"ek_roots"`             // PEM files, or "built-in": whose TPMs may enrol
 	ReferenceValues     []string    `json:"reference_values"`     // JSON files; more by attestctl
 	CertificateLifetime string      `json:"certificate_lifetime"` // such as "10m"
@@ -249,9 +249,7 @@ func (c *ServerConfig) Open(ctx context.Context, now func() time.Time, log *slog
 	}
 	config := Config{Verifier: c.ID, Log: log, Issuer: issuer, EKRoots: roots, References: refs, Approvers: approvers, Now: now}
 	config.Organization, config.Lifetime = c.Organization, lifetime
-	if c.EscrowDir != "" {
-		config.Escrows = NewEscrows(c.EscrowDir)
-	}
+	config.Escrows = c.Escrow
 	if err := c.openAppraisal(&config); err != nil {
 		if config.Reports != nil {
 			err = errors.Join(err, config.Reports.Close())

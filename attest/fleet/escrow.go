@@ -1,17 +1,16 @@
 package fleet
 
 import (
+	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/x509"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
+
+	"go.etcd.io/etcd/client/v3/concurrency"
 
 	"sekisho/attest"
 	"sekisho/attest/seal"
@@ -25,72 +24,48 @@ const maxEscrows = 64
 // AdminEscrows and /DEVICE: GET → []seal.Escrow of that device, oldest first.
 const AdminEscrows = "/admin/v1/escrows"
 
-// Escrows keeps the devices' recovery keys, which only the organisation's
-// escrow key opens, in a directory: DEVICE/VOLUME.json.
-type Escrows struct{ dir string }
-
-// NewEscrows keeps escrows in dir, which is made with the first.
-func NewEscrows(dir string) *Escrows { return &Escrows{dir} }
-
-// Add stores e durably. What is there stays: a device that did not hear our
-// answer sends its volume's again, and nobody exchanges one later.
-func (s *Escrows) Add(e *seal.Escrow) error {
-	dir := filepath.Join(s.dir, e.Device.String())
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("escrow: %w", err)
-	}
-	there, err := os.ReadDir(dir)
-	if err != nil {
-		return fmt.Errorf("escrow: %w", err)
-	}
-	name := hex.EncodeToString(e.Volume) + ".json"
-	if slices.ContainsFunc(there, func(f os.DirEntry) bool { return f.Name() == name }) {
-		return nil
-	}
-	if len(there) >= maxEscrows {
-		return fmt.Errorf("escrow: device %s has %d already; remove those of disks that are gone", e.Device, len(there))
-	}
-	data, err := json.Marshal(e)
-	if err != nil {
-		return fmt.Errorf("escrow: %w", err)
-	}
-	if err := replace(filepath.Join(dir, name), data); err != nil {
-		return fmt.Errorf("escrow: %w", err)
-	}
-	return nil
+// addEscrow stores e durably. What is there stays: a device that did not hear
+// our answer sends its volume's again, and nobody exchanges one later.
+func (s *Service) addEscrow(ctx context.Context, e *seal.Escrow) error {
+	_, err := s.Store.Update(ctx, func(t concurrency.STM) error {
+		if t.Get(s.keys.device(e.Device)) == "" {
+			return attest.Refuse(attest.ReasonDeviceUnknown, "device %s is not enrolled here", e.Device)
+		}
+		key := s.keys.escrows(e.Device)
+		list, _, err := read[[]seal.Escrow](t, key)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(list, func(x seal.Escrow) bool { return bytes.Equal(x.Volume, e.Volume) }) {
+			return nil
+		}
+		if len(list) >= maxEscrows {
+			return fmt.Errorf("escrow: device %s has %d already; remove those of disks that are gone", e.Device, len(list))
+		}
+		return write(t, key, append(list, *e))
+	})
+	return err
 }
 
-// Of returns the escrows of a device.
-func (s *Escrows) Of(device attest.Digest) ([]seal.Escrow, error) {
-	dir := filepath.Join(s.dir, device.String())
-	files, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("escrow: %w", err)
-	}
+// EscrowsOf returns the escrows of a device, oldest first. They stay when the
+// device is retired: its disk may have to be read.
+func (s *Service) EscrowsOf(ctx context.Context, device attest.Digest) ([]seal.Escrow, error) {
 	list := []seal.Escrow{}
-	for _, f := range files {
-		if !strings.HasSuffix(f.Name(), ".json") {
-			continue
-		}
-		data, err := readFile(filepath.Join(dir, f.Name()))
-		if err != nil {
-			return nil, fmt.Errorf("escrow: %w", err)
-		}
-		e, err := seal.ParseEscrow(data)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, *e)
-	}
-	return list, nil
+	_, err := s.Store.Update(ctx, func(t concurrency.STM) error {
+		stored, _, err := read[[]seal.Escrow](t, s.keys.escrows(device))
+		list = append([]seal.Escrow{}, stored...)
+		return err
+	})
+	slices.SortStableFunc(list, func(x, y seal.Escrow) int { return x.Created.Compare(y.Created) })
+	return list, err
 }
 
 // Escrow stores a device's recovery key in escrow. A nil error proves: the
 // escrow is durable, and the device that it names signed it with a credential
 // of ours that is in force.
-func (s *Service) Escrow(req attest.EscrowRequest) error {
-	if s.Escrows == nil {
-		return attest.Refuse(attest.ReasonRequestMalformed, "this verifier keeps no escrows; set escrow_dir")
+func (s *Service) Escrow(ctx context.Context, req attest.EscrowRequest) error {
+	if !s.Escrows {
+		return attest.Refuse(attest.ReasonRequestMalformed, "this verifier keeps no escrows; set escrow")
 	}
 	e, err := seal.ParseEscrow(req.Escrow)
 	if err != nil {
@@ -116,7 +91,7 @@ func (s *Service) Escrow(req attest.EscrowRequest) error {
 	if !ok || !ecdsa.VerifyASN1(key, digest[:], req.Signature) {
 		return attest.Refuse(attest.ReasonSignatureInvalid, "escrow: not signed by the credential's key")
 	}
-	return s.Escrows.Add(e)
+	return s.addEscrow(ctx, e)
 }
 
 func (a *api) escrow(w http.ResponseWriter, r *http.Request) {
@@ -124,7 +99,7 @@ func (a *api) escrow(w http.ResponseWriter, r *http.Request) {
 	if !a.decode(w, r, &req) {
 		return
 	}
-	err := a.service.Escrow(req)
+	err := a.service.Escrow(r.Context(), req)
 	if err == nil {
 		a.log.Info("recovery key in escrow", "from", r.RemoteAddr)
 	}
@@ -133,20 +108,14 @@ func (a *api) escrow(w http.ResponseWriter, r *http.Request) {
 
 // escrows lists a device's escrows, oldest first.
 func (a *admin) escrows(w http.ResponseWriter, r *http.Request) {
-	var device attest.Digest
-	if err := device.UnmarshalText([]byte(r.PathValue("id"))); err != nil {
-		a.fail(w, http.StatusBadRequest, err)
+	device, ok := a.id(w, r.PathValue("id"))
+	if !ok {
 		return
 	}
-	if a.Escrows == nil {
-		a.fail(w, http.StatusNotFound, errors.New("this verifier keeps no escrows; set escrow_dir"))
+	if !a.Escrows {
+		a.fail(w, http.StatusNotFound, errors.New("this verifier keeps no escrows; set escrow"))
 		return
 	}
-	list, err := a.Escrows.Of(device)
-	if err != nil {
-		a.fail(w, http.StatusInternalServerError, err)
-		return
-	}
-	slices.SortStableFunc(list, func(x, y seal.Escrow) int { return x.Created.Compare(y.Created) })
-	reply(w, http.StatusOK, list)
+	list, err := a.EscrowsOf(r.Context(), device)
+	answer(a, w, list, err)
 }

@@ -35,14 +35,16 @@ type PurchaseResponse struct {
 	Added int `json:"added"`
 }
 
-func (a *admin) identityRoutes(mux *http.ServeMux) {
-	mux.HandleFunc("GET "+AdminTickets, a.tickets)
-	mux.HandleFunc("DELETE "+AdminTickets, a.revokeTicket)
-	mux.HandleFunc("GET "+AdminPermits, a.permits)
-	mux.HandleFunc("POST "+AdminPermits, a.addPermit)
-	mux.HandleFunc("GET "+AdminFormer, a.former)
-	mux.HandleFunc("GET "+AdminPurchase, a.purchase)
-	mux.HandleFunc("POST "+AdminPurchase, a.addPurchase)
+func (a *admin) identityRoutes() []route {
+	return []route{
+		{"GET " + AdminTickets, a.tickets},
+		{"DELETE " + AdminTickets, a.revokeTicket},
+		{"GET " + AdminPermits, a.permits},
+		{"POST " + AdminPermits, a.addPermit},
+		{"GET " + AdminFormer, a.former},
+		{"GET " + AdminPurchase, a.purchase},
+		{"POST " + AdminPurchase, a.addPurchase},
+	}
 }
 
 func (a *admin) tickets(w http.ResponseWriter, r *http.Request) {

@@ -369,7 +369,7 @@ func (l *load) attest(ctx context.Context, c **client, x *simulated, keep bool) 
 }
 
 // testServer makes a server certificate, and the pool that trusts it.
-func testServer(b *testing.B, ca *x509.Certificate) (tls.Certificate, *x509.CertPool) {
+func testServer(b testing.TB, ca *x509.Certificate) (tls.Certificate, *x509.CertPool) {
 	b.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

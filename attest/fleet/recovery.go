@@ -74,12 +74,14 @@ func (s *Service) Recoveries(ctx context.Context) ([]Recovery, error) {
 	return list, err
 }
 
-func (a *admin) recoveryRoutes(mux *http.ServeMux) {
-	mux.HandleFunc("GET "+AdminRecoveries, func(w http.ResponseWriter, r *http.Request) {
-		list, err := a.Recoveries(r.Context())
-		answer(a, w, list, err)
-	})
-	mux.HandleFunc("POST "+AdminRecoveries, a.useRecovery)
+func (a *admin) recoveryRoutes() []route {
+	return []route{
+		{"GET " + AdminRecoveries, func(w http.ResponseWriter, r *http.Request) {
+			list, err := a.Recoveries(r.Context())
+			answer(a, w, list, err)
+		}},
+		{"POST " + AdminRecoveries, a.useRecovery},
+	}
 }
 
 func (a *admin) useRecovery(w http.ResponseWriter, r *http.Request) {

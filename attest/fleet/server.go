@@ -86,12 +86,28 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 func Handler(s *Service, log *slog.Logger) http.Handler {
 	a := &api{s, log, newLimiter(s.Now), make(chan struct{}, maxWork)}
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST "+attest.PathEnrolBegin, a.limited(a.begin))
-	mux.HandleFunc("POST "+attest.PathEnrolFinish, a.limited(a.finish))
-	mux.HandleFunc("POST "+attest.PathChallenge, a.limited(a.challenge))
-	mux.HandleFunc("POST "+attest.PathAttest, a.limited(a.attest))
-	mux.HandleFunc("POST "+attest.PathEscrow, a.limited(a.escrow))
+	for _, r := range a.routes() {
+		mux.HandleFunc(r.pattern, a.limited(r.handler))
+	}
 	return mux
+}
+
+// route is one request that is answered: all others are not found.
+type route struct {
+	pattern string // of http.ServeMux
+	handler http.HandlerFunc
+}
+
+// routes are all of the public API. Each of them judges by itself what it is
+// shown: a ticket, an answer to a challenge, evidence, a signature.
+func (a *api) routes() []route {
+	return []route{
+		{"POST " + attest.PathEnrolBegin, a.begin},
+		{"POST " + attest.PathEnrolFinish, a.finish},
+		{"POST " + attest.PathChallenge, a.challenge},
+		{"POST " + attest.PathAttest, a.attest},
+		{"POST " + attest.PathEscrow, a.escrow},
+	}
 }
 
 type api struct {

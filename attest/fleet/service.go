@@ -54,7 +54,7 @@ type Config struct {
 	PolicyKeys *policy.Keyring // nil: unsigned reference values decide
 	Reports    *Reports        // nil: no reports and no signed results
 	Brake      *Brake          // nil: mass refusals are not noticed
-	Escrows    *Escrows        // nil: no recovery keys are kept
+	Escrows    bool            // recovery keys are kept
 	Log        *slog.Logger    // nil: nothing is logged
 
 	// NonceKey is shared by the organisation's verifiers; zero: a new one.

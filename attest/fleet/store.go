@@ -89,6 +89,7 @@ func ReferenceID(r attest.ReferenceValues) string { return r.Image + " " + r.Ver
 //	purchase/EKDIGEST   Purchase
 //	permits/SUBJECT     []Permit, whose enrolment they are for
 //	recovery/APPROVAL   Recovery, a release of a recovery key
+//	escrows/ID          []seal.Escrow, recovery keys that only the organisation opens
 //	enrolment/SESSION   pending, with a lease
 //	shared/...          what every verifier follows in memory, see shared
 type keys string
@@ -104,6 +105,7 @@ func (k keys) former(id attest.Digest) string   { return string(k) + "former/" +
 func (k keys) ticket(id string) string          { return string(k) + "ticket/" + url.PathEscape(id) }
 func (k keys) purchase(d attest.Digest) string  { return string(k) + "purchase/" + d.String() }
 func (k keys) permits(id attest.Digest) string  { return string(k) + "permits/" + id.String() }
+func (k keys) escrows(id attest.Digest) string  { return string(k) + "escrows/" + id.String() }
 func (k keys) enrolment(session []byte) string  { return k.enrolments() + hex.EncodeToString(session) }
 func (k keys) enrolments() string               { return string(k) + "enrolment/" }
 func (k keys) shared() string                   { return string(k) + "shared/" }

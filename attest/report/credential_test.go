@@ -44,7 +44,7 @@ func TestAttackCertificateOfAnotherResult(t *testing.T) {
 	}
 	issue := func(s *sample) credential {
 		out := verifier.Appraise(s.in)
-		_, token, err := Make(s.in, out, s.rec, org, 10*time.Minute, key)
+		_, token, err := Make(encoded(s.in), s.in, out, s.rec, org, 10*time.Minute, key)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -67,12 +67,9 @@ type Record struct {
 // ID names the report of one evidence, and its result.
 func ID(evidence []byte) string { return verifier.ResultID(evidence) }
 
-// Make makes the report of an appraisal and signs it and its token.
-func Make(in verifier.Input, out verifier.Outcome, rec Record, organization string, lifetime time.Duration, key crypto.Signer) (report, token []byte, err error) {
-	evidence, err := in.Evidence.Encode()
-	if err != nil {
-		return nil, nil, err
-	}
+// Make makes the report of an appraisal and signs it and its token. evidence
+// is in.Evidence, encoded.
+func Make(evidence []byte, in verifier.Input, out verifier.Outcome, rec Record, organization string, lifetime time.Duration, key crypto.Signer) (report, token []byte, err error) {
 	r := Report{
 		Profile: Profile, Organization: organization, Verifier: in.Verifier, Time: in.Now.Unix(),
 		Evidence: Wrapped{Type: attest.ContentType, Value: evidence}, Device: rec, References: in.References,
@@ -110,7 +107,9 @@ func (r *Report) claims(out verifier.Outcome) (Claims, error) {
 		key = &id
 	}
 	res := out.Result
-	res.Report = ID(r.Evidence.Value)
+	if res.Report == "" {
+		res.Report = ID(r.Evidence.Value)
+	}
 	return NewClaims(res, r.Organization, key, time.Duration(r.Lifetime)*time.Second), nil
 }
 

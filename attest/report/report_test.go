@@ -107,7 +107,7 @@ func newSample(t testing.TB, boot logtest.Image) *sample {
 
 func (s *sample) make(t testing.TB, key *ecdsa.PrivateKey) (report, token []byte) {
 	t.Helper()
-	report, token, err := Make(s.in, verifier.Appraise(s.in), s.rec, org, 10*time.Minute, key)
+	report, token, err := Make(encoded(s.in), s.in, verifier.Appraise(s.in), s.rec, org, 10*time.Minute, key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -164,7 +164,7 @@ func TestVerifyRefusesAnotherVerdict(t *testing.T) {
 	s := newSample(t, logtest.Image{Kernel: "evil"})
 	out := verifier.Appraise(s.in)
 	out.Result.Status, out.Result.Reason, out.Result.Findings = attest.StatusAffirming, attest.ReasonNone, nil
-	data, _, err := Make(s.in, out, s.rec, org, time.Minute, key)
+	data, _, err := Make(encoded(s.in), s.in, out, s.rec, org, time.Minute, key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,7 +172,7 @@ func TestVerifyRefusesAnotherVerdict(t *testing.T) {
 		t.Errorf("%+v %v", v, err)
 	}
 	s.rec.ID = make([]byte, 32)
-	if data, _, err = Make(s.in, out, s.rec, org, time.Minute, key); err != nil {
+	if data, _, err = Make(encoded(s.in), s.in, out, s.rec, org, time.Minute, key); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Verify(data, Trust{Key: &key.PublicKey}); err == nil {
@@ -310,7 +310,7 @@ func BenchmarkMake(b *testing.B) {
 	key, s := newKey(b), newSample(b, image)
 	out := verifier.Appraise(s.in)
 	for b.Loop() {
-		if _, _, err := Make(s.in, out, s.rec, org, time.Minute, key); err != nil {
+		if _, _, err := Make(encoded(s.in), s.in, out, s.rec, org, time.Minute, key); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -342,4 +342,13 @@ func FuzzCheckToken(f *testing.F) {
 			}
 		}
 	})
+}
+
+// encoded is the evidence of an input.
+func encoded(in verifier.Input) []byte {
+	data, err := in.Evidence.Encode()
+	if err != nil {
+		panic(err) // the tests made it
+	}
+	return data
 }

@@ -57,7 +57,11 @@ func writeReport(t *testing.T, file string, key *ecdsa.PrivateKey, boot, good lo
 		Evidence: e, Device: &verifier.Device{ID: id, AK: who.AK}, References: []attest.ReferenceValues{good.Reference("sekisho", "1")},
 		Verifier: e.Verifier, Now: time.Unix(1_800_000_000, 0), LastGood: good.Boot().Bytes(),
 	}
-	data, _, err := report.Make(in, verifier.Appraise(in), report.Record{ID: id[:], EK: who.EK, AK: who.AK}, "Test City", time.Minute, key)
+	encoded, err := in.Evidence.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, _, err := report.Make(encoded, in, verifier.Appraise(in), report.Record{ID: id[:], EK: who.EK, AK: who.AK}, "Test City", time.Minute, key)
 	check(err)
 	check(os.WriteFile(file, data, 0o600))
 }
