@@ -14,9 +14,10 @@ import (
 	"sekisho/hostos/login/vscard"
 )
 
-// touchTime is how long a command of the card waits for a finger. It is less
-// than the waiting time that the card's answer to reset asks for.
-const touchTime = 25 * time.Second
+// TouchTime is how long a command of the card waits for a finger unless Config
+// says otherwise. It is less than the waiting time that the card's answer to
+// reset asks for.
+const TouchTime = 25 * time.Second
 
 // Finger is the fingerprint reader; *fprint.Reader has it.
 type Finger interface {
@@ -29,6 +30,7 @@ type Config struct {
 	Agency  string // the organisation's name
 	Attestd Attestd
 	Disk    Disk
+	Touch   time.Duration // 0 is TouchTime
 	Now     func() time.Time
 	Log     *slog.Logger
 }
@@ -60,6 +62,9 @@ type Say struct {
 
 // New loads the state and returns a card that is not in the reader.
 func New(ctx context.Context, c Config) (*Engine, error) {
+	if c.Touch == 0 {
+		c.Touch = TouchTime
+	}
 	e := &Engine{Config: c, store: &store{disk: c.Disk}, change: make(chan struct{})}
 	if err := e.store.load(ctx); err != nil {
 		return nil, err
@@ -276,7 +281,7 @@ func (e *Engine) record(ctx context.Context, slot piv.Slot, factor string, why R
 
 // touch waits for a finger of user. Open: it matched.
 func (e *Engine) touch(ctx context.Context, user string) Reason {
-	ctx, cancel := context.WithTimeout(ctx, touchTime)
+	ctx, cancel := context.WithTimeout(ctx, e.Touch)
 	defer cancel()
 	for {
 		e.mu.Lock()
