@@ -324,6 +324,10 @@ func TestFromDarkToTunnelAndBack(t *testing.T) {
 			t.Errorf("%d sessions opened for the renewed credential, want 1", n)
 		}
 
+		// The verifier is away for an hour, the certificate still good.
+		sleep(time.Hour)
+		r.want(netd.Tunnel, "")
+
 		// A refusal closes at once, the same device may come back.
 		r.attestd.answers <- gate.Status{State: gate.StateRefused, Reason: "pcr-mismatch", Detail: "kernel differs"}
 		r.want(netd.Attesting, "pcr-mismatch")

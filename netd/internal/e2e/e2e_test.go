@@ -8,7 +8,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -92,36 +91,6 @@ func open(t *testing.T, life time.Duration) *world {
 	w.waitState(30*time.Second, netd.Tunnel, "")
 	w.readPage(10 * time.Second)
 	return w
-}
-
-// pester makes the work domain send what must not get astray: to the page, to
-// DNS, to the LAN, as another source. It returns a function that stops it.
-func (w *world) pester() (stop func()) {
-	done := make(chan struct{})
-	var all sync.WaitGroup
-	for _, to := range []string{"10.1.0.80:80", "8.8.8.8:53", "192.168.50.1:67", "203.0.113.20:443", "169.254.169.254:80", "10.20.0.77:9"} {
-		all.Go(func() {
-			var c net.Conn
-			if err := w.work.Do(func() (err error) { c, err = net.Dial("udp", to); return err }); err != nil {
-				w.t.Error(err)
-				return
-			}
-			defer c.Close()
-			tick := time.NewTicker(5 * time.Millisecond)
-			defer tick.Stop()
-			for {
-				if _, err := c.Write([]byte(secret)); err == nil {
-					w.tapped.sent.Add(1)
-				}
-				select {
-				case <-done:
-					return
-				case <-tick.C:
-				}
-			}
-		})
-	}
-	return sync.OnceFunc(func() { close(done); all.Wait() })
 }
 
 func TestGatewayKilledAndRestarted(t *testing.T) {

@@ -41,18 +41,25 @@ type tap struct {
 
 // tapped are the captures of a world and what its work domain sent.
 type tapped struct {
-	taps []*tap
-	sent atomic.Int64
+	taps  []*tap
+	far   *tap // where LGWAN begins
+	sent  atomic.Int64
+	quiet bool // the laptop is not expected to say anything
 }
 
 // tap captures lan0 in ns, whole frames, from before it is up.
 func (w *world) tap(ns *nstest.NS) {
 	w.t.Helper()
-	c := &tap{file: w.path(fmt.Sprintf("tap%d.pcap", len(w.tapped.taps)))}
+	w.tapped.taps = append(w.tapped.taps, w.startTap(ns, "lan0", fmt.Sprintf("tap%d.pcap", len(w.tapped.taps))))
+}
+
+func (w *world) startTap(ns *nstest.NS, link, file string) *tap {
+	w.t.Helper()
+	c := &tap{file: w.path(file)}
 	if w.desk != nil && ns == w.desk.router {
 		c.offices = []netip.Prefix{netip.MustParsePrefix("10.20.0.0/24")}
 	}
-	if err := ns.Do(func() (err error) { c.fd, err = packetSocket("lan0"); return err }); err != nil {
+	if err := ns.Do(func() (err error) { c.fd, err = packetSocket(link); return err }); err != nil {
 		w.t.Fatal(err)
 	}
 	f, err := os.Create(c.file)
@@ -63,7 +70,7 @@ func (w *world) tap(ns *nstest.NS) {
 	go func() { c.done <- errors.Join(c.record(f), f.Close(), unix.Close(c.fd)) }()
 	c.end = sync.OnceValue(func() error { close(c.stop); return <-c.done })
 	w.t.Cleanup(func() { c.end() })
-	w.tapped.taps = append(w.tapped.taps, c)
+	return c
 }
 
 // packetSocket opens a packet socket (packet(7)) on a link that may be down.
@@ -115,6 +122,7 @@ func (c *tap) record(f *os.File) error {
 // verdict is what the captures of a scenario hold.
 type verdict struct {
 	frames, allowed, leaked int
+	delivered               int      // of the work domain's packets, through the tunnel
 	leaks                   []string // the first few
 }
 
@@ -133,13 +141,16 @@ func (w *world) judge() verdict {
 			w.t.Fatal(err)
 		}
 	}
-	if v.allowed < 4 {
+	if err := errors.Join(w.tapped.far.end(), v.lgwan(w.tapped.far)); err != nil {
+		w.t.Fatal(err)
+	}
+	if v.allowed < 4 && !w.tapped.quiet {
 		w.t.Errorf("the captures hold only %d frames of the laptop", v.allowed)
 	}
 	if v.leaked > 0 {
 		w.t.Errorf("leaked %d frames:\n%s", v.leaked, bytes.Join(slicesOf(v.leaks), []byte("\n")))
 	}
-	w.t.Logf("uplinks: %d frames, %d of the laptop allowed, leaked %d; work domain sent %d", v.frames, v.allowed, v.leaked, w.tapped.sent.Load())
+	w.t.Logf("work domain sent %d, delivered %d, leaked %d; uplinks: %d frames, %d of the laptop", w.tapped.sent.Load(), v.delivered, v.leaked, v.frames, v.allowed)
 	return v
 }
 
@@ -193,6 +204,36 @@ func (v *verdict) read(c *tap, laptop []byte, servers []netip.AddrPort) error {
 			v.leak(info, data, why)
 		} else {
 			v.allowed++
+		}
+	}
+}
+
+// lgwan counts what came out of the tunnel. A packet with another source than
+// the laptop's inner address is a leak too.
+func (v *verdict) lgwan(c *tap) error {
+	f, err := os.Open(c.file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	r, err := pcapgo.NewReader(f)
+	if err != nil {
+		return err
+	}
+	inner := netip.MustParseAddr("10.80.0.2").As4()
+	for {
+		data, info, err := r.ReadPacketData()
+		switch {
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+			return nil
+		case err != nil:
+			return err
+		case !bytes.Contains(data, []byte(secret)):
+		case len(data) > 34 && binary.BigEndian.Uint16(data[12:]) == 0x0800 && [4]byte(data[26:30]) == inner:
+			v.delivered++
+		case len(data) > 34 && [4]byte(data[30:34]) == inner: // LGWAN's own answer, which quotes it
+		default:
+			v.leak(info, data, "a spoofed source reached LGWAN")
 		}
 	}
 }

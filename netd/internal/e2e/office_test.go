@@ -55,28 +55,37 @@ func (w *world) newDesk() *desk {
 		// A loaded test machine is slower than any office.
 		MaxRoundTripMS: 20,
 	}
-	nstest.Pair(d.router, "wan0", "198.51.100.1/24", w.site, "wan1", "198.51.100.20/24")
-	d.router.Run("ip", "route", "add", "203.0.113.0/24", "via", "198.51.100.20")
-	w.site.Run("ip", "route", "add", "10.20.0.0/24", "via", "198.51.100.1")
+	d.connect("10.20.0", 100)
 	return d
+}
+
+// connect gives the LAN a way to the site, over 198.51.NUMBER.0/24.
+func (d *desk) connect(net24 string, number int) {
+	wan := fmt.Sprintf("198.51.%d.", number)
+	nstest.Pair(d.router, "wan0", wan+"1/24", d.w.site, fmt.Sprintf("wan%d", number), wan+"20/24")
+	d.router.Run("ip", "route", "add", "203.0.113.0/24", "via", wan+"20")
+	d.w.site.Run("ip", "route", "add", net24+".0/24", "via", wan+"1")
 }
 
 // lookalike builds a LAN with the office's addresses, hardware addresses and
 // domain, without a beacon and a way to the site.
-func (w *world) lookalike(name string) *desk {
+func (w *world) lookalike(name string) *desk { return w.lan(name, "10.20.0") }
+
+// lan builds a LAN of a /24 that begins so, with DHCP by dnsmasq and its arguments.
+func (w *world) lan(name, net24 string, dhcp ...string) *desk {
 	d := &desk{w: w, router: nstest.New(w.t, name), servers: nstest.New(w.t, name+"-servers")}
 	d.router.Run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
 	d.servers.Run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
 	d.router.Run("ip", "link", "add", "br0", "address", "02:20:00:00:00:01", "up", "type", "bridge", "forward_delay", "0")
-	d.router.Run("ip", "address", "add", "10.20.0.1/24", "dev", "br0")
+	d.router.Run("ip", "address", "add", net24+".1/24", "dev", "br0")
 	d.router.Run("ip", "link", "add", "srv0", "type", "veth", "peer", "name", "eth0", "address", "02:20:00:00:00:09", "netns", d.servers.Path)
 	d.router.Run("ip", "link", "set", "srv0", "up", "master", "br0")
-	for _, a := range []string{"10.20.0.9/24", "10.20.0.77/24"} {
-		d.servers.Run("ip", "address", "add", a, "dev", "eth0")
+	for _, a := range []string{".9/24", ".77/24", ".80/24"} {
+		d.servers.Run("ip", "address", "add", net24+a, "dev", "eth0")
 	}
 	d.servers.Run("ip", "link", "set", "eth0", "up")
-	d.router.Start("dnsmasq", "--keep-in-foreground", "--log-facility=-", "--conf-file=/dev/null", "--port=0", "--interface=br0", "--bind-dynamic", "--leasefile-ro",
-		"--dhcp-range=10.20.0.100,10.20.0.200,255.255.255.0,2m", "--dhcp-authoritative", "--no-ping", "--domain=city.example", "--pid-file="+w.path(name+".pid"))
+	d.router.Start("dnsmasq", append([]string{"--keep-in-foreground", "--log-facility=-", "--conf-file=/dev/null", "--port=0", "--interface=br0", "--bind-dynamic", "--leasefile-ro",
+		"--dhcp-range=" + net24 + ".100," + net24 + ".200,255.255.255.0,2m", "--dhcp-authoritative", "--no-ping", "--domain=city.example", "--pid-file=" + w.path(name+".pid")}, dhcp...)...)
 	return d
 }
 

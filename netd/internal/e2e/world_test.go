@@ -95,8 +95,9 @@ type world struct {
 	dnsmasq                               []string // extra arguments of the home's DHCP server
 
 	tapped   tapped
-	desk     *desk  // the true office, if there is one
-	hardware []byte // address of the laptop's eth0
+	desk     *desk          // the true office, if there is one
+	hardware []byte         // address of the laptop's eth0
+	port     *tunnel.Device // what is written here comes from the work domain, whatever it is
 
 	mu     sync.Mutex
 	config guestlink.Config // what netd told linkd
@@ -135,6 +136,7 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 		"dns": []string{"10.1.0.53"}, "status": w.path("gateway.sock"),
 	})
 	w.linkd()
+	w.tapped.far = w.startTap(w.web, "eth0", "lgwan.pcap")
 	l := w.web.Listen("10.1.0.80:80")
 	server := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		if n, err := strconv.Atoi(r.URL.Query().Get("bytes")); err == nil {
@@ -243,6 +245,7 @@ func (w *world) linkd() {
 		ends[i] = tunnel.NewDevice(dev)
 		w.t.Cleanup(func() { dev.Close() })
 	}
+	w.port = ends[0]
 	pump := func(from, to *tunnel.Device) {
 		for {
 			f, err := from.Read()

@@ -1,0 +1,99 @@
+//go:build linux
+
+package e2e
+
+import (
+	"net"
+	"sync"
+	"time"
+
+	"github.com/gopacket/gopacket"
+	"github.com/gopacket/gopacket/layers"
+)
+
+// pester writes what a hostile work domain can send, past its own kernel: every
+// combination of sources, destinations and protocols, each with the secret in
+// it. It returns a function that stops it.
+func (w *world) pester() (stop func()) {
+	packets := hostile()
+	done := make(chan struct{})
+	var all sync.WaitGroup
+	all.Go(func() {
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for i := 0; ; i++ {
+			batch := [][]byte{packets[0]} // an honest one, so that it shows when the way is open
+			for k := range 63 {
+				batch = append(batch, packets[(i*63+k)%len(packets)])
+			}
+			if w.port.WriteBatch(batch) == nil {
+				w.tapped.sent.Add(int64(len(batch)))
+			}
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+			}
+		}
+	})
+	return sync.OnceFunc(func() { close(done); all.Wait() })
+}
+
+// hostile makes the packets.
+func hostile() (out [][]byte) {
+	sources := []string{"10.80.0.2", "10.80.9.9", "192.168.50.144", "10.20.0.144", "127.0.0.1", "169.254.169.254", "0.0.0.0", "203.0.113.20", "10.1.0.80", "255.255.255.255"}
+	destinations := []string{
+		"10.1.0.80", "10.80.0.1", "10.80.0.2", "8.8.8.8", "1.1.1.1", "192.168.50.1", "192.168.50.144", "10.20.0.77", "10.20.0.1", "203.0.113.10", "203.0.113.20",
+		"169.254.169.254", "127.0.0.1", "255.255.255.255", "192.168.50.255", "224.0.0.1", "224.0.0.251", "224.0.0.252", "239.255.255.250", "240.0.0.1", "0.0.0.0",
+	}
+	make4 := func(src, dst string, p layers.IPProtocol, l gopacket.SerializableLayer, more func(*layers.IPv4)) {
+		ip := &layers.IPv4{Version: 4, TTL: 64, Id: uint16(len(out)), Protocol: p, SrcIP: net.ParseIP(src), DstIP: net.ParseIP(dst)}
+		if more != nil {
+			more(ip)
+		}
+		if t, ok := l.(interface {
+			SetNetworkLayerForChecksum(gopacket.NetworkLayer) error
+		}); ok {
+			t.SetNetworkLayerForChecksum(ip)
+		}
+		out = append(out, serialize(ip, l, gopacket.Payload(secret)))
+	}
+	make4(sources[0], destinations[0], layers.IPProtocolUDP, &layers.UDP{SrcPort: 40000, DstPort: 80}, nil)
+	for _, src := range sources {
+		for _, dst := range destinations {
+			for _, port := range []layers.UDPPort{53, 67, 80, 443, 1900, 5353, 5355} {
+				make4(src, dst, layers.IPProtocolUDP, &layers.UDP{SrcPort: 40000, DstPort: port}, nil)
+			}
+			make4(src, dst, layers.IPProtocolUDP, &layers.UDP{SrcPort: 68, DstPort: 67}, nil)
+			make4(src, dst, layers.IPProtocolUDP, &layers.UDP{SrcPort: 40000, DstPort: 80}, func(ip *layers.IPv4) { ip.Flags = layers.IPv4MoreFragments })
+			make4(src, dst, layers.IPProtocolUDP, &layers.UDP{SrcPort: 40000, DstPort: 80}, func(ip *layers.IPv4) { ip.TTL = 1 })
+			make4(src, dst, layers.IPProtocolUDP, &layers.UDP{SrcPort: 40000, DstPort: 80}, func(ip *layers.IPv4) { // loose source route, RFC 791
+				ip.Options = []layers.IPv4Option{{OptionType: 131, OptionLength: 7, OptionData: []byte{4, 192, 168, 50, 1}}}
+			})
+			for _, port := range []layers.TCPPort{443, 853, 8443} {
+				make4(src, dst, layers.IPProtocolTCP, &layers.TCP{SrcPort: 40000, DstPort: port, SYN: true, Window: 1024}, nil)
+				make4(src, dst, layers.IPProtocolTCP, &layers.TCP{SrcPort: 443, DstPort: port, ACK: true, Window: 1024}, nil)
+			}
+			make4(src, dst, layers.IPProtocolICMPv4, &layers.ICMPv4{TypeCode: layers.CreateICMPv4TypeCode(8, 0)}, nil)
+			make4(src, dst, layers.IPProtocolICMPv4, &layers.ICMPv4{TypeCode: layers.CreateICMPv4TypeCode(5, 1)}, nil) // redirect
+			for _, p := range []layers.IPProtocol{layers.IPProtocolIGMP, layers.IPProtocolGRE, layers.IPProtocolESP, layers.IPProtocolSCTP, 253} {
+				make4(src, dst, p, gopacket.Payload(nil), nil)
+			}
+		}
+	}
+	for _, dst := range []string{"ff02::1", "ff02::2", "ff02::fb", "fe80::1", "2001:4860:4860::8888", "::1", "::ffff:10.20.0.77"} {
+		ip := &layers.IPv6{Version: 6, HopLimit: 255, NextHeader: layers.IPProtocolUDP, SrcIP: net.ParseIP("fe80::2"), DstIP: net.ParseIP(dst).To16()}
+		udp := &layers.UDP{SrcPort: 40000, DstPort: 53}
+		udp.SetNetworkLayerForChecksum(ip)
+		out = append(out, serialize(ip, udp, gopacket.Payload(secret)))
+	}
+	return out
+}
+
+func serialize(l ...gopacket.SerializableLayer) []byte {
+	buf := gopacket.NewSerializeBuffer()
+	if err := gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, l...); err != nil {
+		panic(err)
+	}
+	return append([]byte(nil), buf.Bytes()...)
+}
