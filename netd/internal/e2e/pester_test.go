@@ -26,7 +26,7 @@ func (w *world) pester() (stop func()) {
 			for k := range 63 {
 				batch = append(batch, packets[(i*63+k)%len(packets)])
 			}
-			if w.port.WriteBatch(batch) == nil {
+			if w.port.Write(batch) == nil {
 				w.tapped.sent.Add(int64(len(batch)))
 			}
 			select {

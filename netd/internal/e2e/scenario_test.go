@@ -178,7 +178,7 @@ func scenarios() []scenario {
 		{name: "captive portal that fakes 204", dark: true, before: func(w *world) { w.portal() }, run: portalThenOpen},
 		{name: "true office appears and vanishes", before: func(w *world) { w.newDesk() }, run: comesAndGoes},
 		{name: "kill -9 in every state", before: func(w *world) { w.newDesk() }, run: killedEverywhere},
-		{name: "flood into an uplink of 1 Mbit/s", run: flood},
+		{name: "flood into an uplink of 1 Mbit/s", run: floodSlow},
 		{name: "1,000 ruleset swaps under flood", before: func(w *world) { w.newDesk() }, run: swaps},
 		{name: "packets before the rules and before netd", dark: true, before: func(w *world) { <-time.After(2 * time.Second) }, run: func(t *testing.T, w *world) {
 			w.waitState(30*time.Second, netd.Tunnel, "")
@@ -478,8 +478,8 @@ func killedEverywhere(t *testing.T, w *world) {
 	w.readPage(30 * time.Second)
 }
 
-// flood sends as fast as the work domain can into a slow uplink.
-func flood(t *testing.T, w *world) {
+// floodSlow sends as fast as the work domain can into a slow uplink.
+func floodSlow(t *testing.T, w *world) {
 	w.home.Run("tc", "qdisc", "add", "dev", "wan0", "root", "tbf", "rate", "1mbit", "burst", "16kb", "latency", "100ms")
 	packet := hostile()[0]
 	packet = append(packet, make([]byte, 1300)...)
@@ -490,7 +490,7 @@ func flood(t *testing.T, w *world) {
 	}
 	bytes := 0
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
-		if w.port.WriteBatch(batch) == nil {
+		if w.port.Write(batch) == nil {
 			bytes += len(batch) * len(packet)
 			w.tapped.sent.Add(int64(len(batch)))
 		}
@@ -538,7 +538,7 @@ func swaps(t *testing.T, w *world) {
 	defer tun.Close()
 	go func() {
 		for {
-			if _, err := tun.ReadBatch(); err != nil {
+			if _, err := tun.Read(); err != nil {
 				return
 			}
 		}
