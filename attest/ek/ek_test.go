@@ -208,7 +208,7 @@ func TestBundle(t *testing.T) {
 
 func FuzzParse(f *testing.F) {
 	f.Add([]byte{0x10, 0x01, 0, 0, 0, 0x10, 0x02, 0x30, 0})
-	for _, name := range []string{"keylime-stm-rsa.der", "keylime-idevid.der", "hirs-nuc-1-ek_cert_untouched.cer", "guard-sr630-ek.pem"} {
+	for _, name := range []string{"keylime-stm-rsa.der", "keylime-idevid.der", "hirs-nuc-1-ek_cert_untouched.cer", "guard-sr630-ek.pem", "keylime-nuvoton-malformed-2.der", "gotpmtools-gce-pca_tpm_ecc_enc_cert.pem"} {
 		if data, err := os.ReadFile(filepath.Join(corpus, "ekcert", name)); err == nil {
 			f.Add(data)
 		}

@@ -3,9 +3,12 @@ package eventlog_test
 import (
 	"bytes"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"testing"
 
+	"sekisho/attest"
 	"sekisho/attest/eventlog"
 )
 
@@ -56,4 +59,45 @@ func flip(data []byte, at int) []byte {
 	out := bytes.Clone(data)
 	out[at] ^= 1
 	return out
+}
+
+// FuzzDiff: a log differs from itself in nothing, and in as many events the
+// other way round.
+func FuzzDiff(f *testing.F) {
+	a := image.Boot().Bytes()
+	f.Add(a, a)
+	f.Add(a, image.Boot().Bytes()[:400])
+	if data, err := os.ReadFile(filepath.Join(corpus, "eventlog-golden/tpm2tools-event.bin")); err == nil {
+		f.Add(data, a)
+	}
+	f.Fuzz(func(t *testing.T, a, b []byte) {
+		if list := eventlog.Diff(a, a); len(list) != 0 {
+			t.Errorf("a log differs from itself: %+v", list)
+		}
+		x, errA := eventlog.Read(a)
+		y, errB := eventlog.Read(b)
+		if errA != nil || errB != nil {
+			return
+		}
+		for _, bank := range x.Banks() {
+			if !slices.Contains(y.Banks(), bank) {
+				continue
+			}
+			count := func(list []attest.Change) (gone, come int) {
+				for _, c := range list {
+					if c.Was != "" {
+						gone++
+					}
+					if c.Is != "" {
+						come++
+					}
+				}
+				return gone, come
+			}
+			gone, come := count(x.Diff(y, bank))
+			if len(x.Events)-gone != len(y.Events)-come {
+				t.Errorf("%s: %d of %d events gone, %d of %d new", bank, gone, len(x.Events), come, len(y.Events))
+			}
+		}
+	})
 }

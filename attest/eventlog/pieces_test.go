@@ -52,5 +52,6 @@ func FuzzPieces(f *testing.F) {
 		checkSignatureLists(data)
 		checkSIPA(data, 0)
 		isHPEROM(data)
+		loadedFile(data)
 	})
 }

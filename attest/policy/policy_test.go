@@ -4,7 +4,9 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"reflect"
 	"strconv"
 	"strings"
@@ -311,5 +313,19 @@ func FuzzParse(f *testing.F) {
 			t.Error(err)
 		}
 		Evaluate(b.Rules, Facts{FactImage: {"x"}})
+	})
+}
+
+func FuzzParseKey(f *testing.F) {
+	f.Add([]byte("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"))
+	der, err := x509.MarshalPKIXPublicKey(&newKey(f).PublicKey)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if k, err := ParseKey(data); err == nil && k.Curve != elliptic.P256() {
+			t.Error("a key of another curve")
+		}
 	})
 }

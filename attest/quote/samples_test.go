@@ -6,12 +6,15 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"sekisho/attest"
 	"sekisho/attest/eventlog"
 	"sekisho/attest/quote"
+	"sekisho/attest/tpm"
 	"sekisho/attest/tpm/faketpm"
 )
 
@@ -223,4 +226,29 @@ func TestBothLanguages(t *testing.T) {
 			}
 		}
 	}
+}
+
+// FuzzJudgeEmbedded judges the quotes in logs of anyone: none but the one that
+// the key has signed passes.
+func FuzzJudgeEmbedded(f *testing.F) {
+	const name = "eventlog-with-pcrs/guard-win-supermicro-wbclquote"
+	var key *tpm.Signer
+	if data, err := os.ReadFile(filepath.Join(corpus, name+".pcpkey-bla.bin")); err == nil {
+		key = signer(f, data)
+		log := readFile(f, name+".eventlog")
+		f.Add(log)
+		f.Add(readFile(f, "eventlog-golden/guard-windows_event_log"))
+	} else {
+		key = signer(f, faketpm.New().Identity().AK)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		l, err := eventlog.Read(data)
+		if err != nil {
+			return
+		}
+		r := quote.JudgeEmbedded(l, key)
+		if r.Verdict == eventlog.VerdictPass && len(l.Events) != 37 {
+			t.Error("a quote of other events passes")
+		}
+	})
 }
