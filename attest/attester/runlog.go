@@ -10,10 +10,12 @@ import (
 	"net/http"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"sekisho/attest"
+	"sekisho/attest/gate"
 	"sekisho/attest/runlog"
 )
 
@@ -179,6 +181,10 @@ func (a *Attester) serveEvent(w http.ResponseWriter, r *http.Request) {
 	if err := d.Decode(&e); err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
+	}
+	// The server's own limit is too short for a TPM that is opened for this.
+	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(gate.MeasureTime)); err != nil {
+		a.Log.Warn("record event", "error", err)
 	}
 	err := a.Record(e)
 	switch {

@@ -16,12 +16,17 @@ import (
 // run-time events: trying again is of no use.
 var ErrNoEvents = errors.New("attestd keeps no log of run-time events")
 
+// MeasureTime bounds how long measuring an event may take: a TPM that is opened
+// for it may need most of a minute for its keys. Who gives up early and asks
+// again has the event measured twice.
+const MeasureTime = 3 * time.Minute
+
 // Record has attestd measure an event of the host domain's run time into the
 // TPM. A nil error means that it is measured and that a new quote follows.
 // Only root may do this. An event that was answered by another error may have
 // been measured; recording it again shows it twice.
 func (c *Client) Record(ctx context.Context, e attest.RunEvent) error {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := context.WithTimeout(ctx, MeasureTime)
 	defer cancel()
 	body, err := json.Marshal(e)
 	if err != nil {

@@ -2,7 +2,8 @@ package tpm
 
 import (
 	"bytes"
-	"crypto/ecdsa"
+	"crypto"
+	"encoding/binary"
 	"errors"
 	"fmt"
 
@@ -15,6 +16,7 @@ import (
 // (TPM2_Certify; TPM 2.0 Library, Part 3, section 18.2).
 type Certified struct {
 	Key       []byte // TPMT_PUBLIC
+	Storage   []byte // TPM Name of the storage key that it lies under; nil: it is a primary
 	Statement []byte // TPMS_ATTEST
 	Signature []byte // TPMT_SIGNATURE
 }
@@ -25,20 +27,31 @@ type Template struct {
 	area tpm2.TPMTPublic
 }
 
-// CredentialKey is the template of the certificate's key.
+// CredentialKey is the template of the certificate's key: a primary.
 func CredentialKey() Template {
 	return Template{"credential key", credentialTemplate([32]byte{})}
 }
 
-// LogonKey is the template of a logon key (slot 9A of the smart card): an
-// ECDSA P-256 primary of the owner hierarchy that no password opens, only
-// policy, such as seal.ReleaseKey.Authorized("logon") gives. unique makes one
-// key of many; the same value gives the same key again.
-func LogonKey(policy attest.Digest, unique [32]byte) Template {
-	area := signingTemplate(false, unique)
-	area.ObjectAttributes.UserWithAuth = false
-	area.AuthPolicy = tpm2.TPM2BDigest{Buffer: policy[:]}
-	return Template{"logon key", area}
+// LogonKey is the template of a key of the smart card, as CreateLogonKey makes
+// it, under the storage key. policy is the release key's for logon
+// (seal.ReleaseKey.Authorized), which alone opens the key; zero stands for a
+// key that is bound to its TPM and no boot.
+func LogonKey(kind string, agreement bool, policy attest.Digest) (Template, error) {
+	area, err := logonTemplate(kind, agreement)
+	if err != nil {
+		return Template{}, fmt.Errorf("logon key: %w", err)
+	}
+	if policy == (attest.Digest{}) {
+		area.ObjectAttributes.UserWithAuth = true
+	} else {
+		area.AuthPolicy = tpm2.TPM2BDigest{Buffer: policy[:]}
+	}
+	return Template{"logon key", area}, nil
+}
+
+// Certified is k as one presents it.
+func (k CardKey) Certified() Certified {
+	return Certified{Key: k.Sealed.Public, Storage: k.Sealed.Storage, Statement: k.Certify, Signature: k.CertifySig}
 }
 
 // ErrTemplate is returned by CheckCertified for a key that is certified or
@@ -52,9 +65,9 @@ var ErrTemplate = errors.New("not of its template")
 //     so it was made in a TPM, cannot leave it, and opens only as it must;
 //   - ak signed the statement, as a primary of its TPM's endorsement hierarchy;
 //   - the statement is a certification, made for extra;
-//   - it certifies this very key, by name, as a primary of the same TPM's
-//     owner hierarchy.
-func CheckCertified(ak *Public, want Template, extra attest.Digest, c Certified) (*ecdsa.PublicKey, error) {
+//   - it certifies this very key, by name, in the same TPM's owner hierarchy,
+//     as a primary or under the storage key of that name.
+func CheckCertified(ak *Public, want Template, extra []byte, c Certified) (crypto.PublicKey, error) {
 	key, err := ParsePublic(c.Key)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w: %w", want.name, ErrTemplate, err)
@@ -62,7 +75,7 @@ func CheckCertified(ak *Public, want Template, extra attest.Digest, c Certified)
 	if err := key.like(want.area); err != nil {
 		return nil, fmt.Errorf("%s: %w: %w", want.name, ErrTemplate, err)
 	}
-	public, err := key.ecdsaKey()
+	public, err := key.Key()
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w: %w", want.name, ErrTemplate, err)
 	}
@@ -73,43 +86,31 @@ func CheckCertified(ak *Public, want Template, extra attest.Digest, c Certified)
 	if err != nil {
 		return nil, fmt.Errorf("%s: certification: %w", want.name, err)
 	}
-	if !s.IsSigner(ak) || !s.Certifies(key) || !bytes.Equal(s.ExtraData, extra[:]) {
-		return nil, fmt.Errorf("%s: the certification is of another key or for another session", want.name)
+	// A qualified name is of the path from the hierarchy down (Part 1, section
+	// 16.5).
+	path := binary.BigEndian.AppendUint32(nil, uint32(tpm2.TPMRHOwner))
+	if c.Storage != nil {
+		path = name(append(path, c.Storage...))
+	}
+	if s.Type != TypeCertify || !s.IsSigner(ak) || !bytes.Equal(s.ExtraData, extra) ||
+		!bytes.Equal(s.Name, key.Name()) || !bytes.Equal(s.QualifiedName, name(append(path, key.Name()...))) {
+		return nil, fmt.Errorf("%s: the certification is of another key, another place or another session", want.name)
 	}
 	return public, nil
-}
-
-// Certify makes the key of a template and certifies it for extra. The key does
-// not stay loaded.
-func (t *TPM) Certify(template Template, extra attest.Digest) (c Certified, err error) {
-	fail := func(err error) (Certified, error) {
-		return Certified{}, fmt.Errorf("tpm: certify %s: %w", template.name, err)
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	key, err := t.primary(tpm2.TPMRHOwner, template.area)
-	if err != nil {
-		return fail(err)
-	}
-	defer func() { err = errors.Join(err, t.flush(key.handle)) }()
-	if c, err = t.certify(key, extra); err != nil {
-		return fail(err)
-	}
-	return c, nil
 }
 
 // certify certifies a loaded key with the attestation key. Its role is ADMIN,
 // for which an empty password does where the template does not ask for policy
 // (Part 1, section 19.2). t.mu is held.
-func (t *TPM) certify(key loaded, extra attest.Digest) (Certified, error) {
+func (t *TPM) certify(key loaded, extra []byte) (statement, signature []byte, err error) {
 	rsp, err := tpm2.Certify{
 		ObjectHandle:   tpm2.AuthHandle{Handle: key.handle, Name: key.name, Auth: tpm2.PasswordAuth(nil)},
 		SignHandle:     tpm2.AuthHandle{Handle: t.ak.handle, Name: t.ak.name, Auth: tpm2.PasswordAuth(nil)},
-		QualifyingData: tpm2.TPM2BData{Buffer: extra[:]},
+		QualifyingData: tpm2.TPM2BData{Buffer: extra},
 		InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
 	}.Execute(t.conn)
 	if err != nil {
-		return Certified{}, err
+		return nil, nil, fmt.Errorf("certify: %w", err)
 	}
-	return Certified{key.public.Bytes, rsp.CertifyInfo.Bytes(), tpm2.Marshal(rsp.Signature)}, nil
+	return rsp.CertifyInfo.Bytes(), tpm2.Marshal(rsp.Signature), nil
 }

@@ -291,15 +291,7 @@ func (t *TPM) certifyChild(s seal.Sealed) (statement, signature []byte, err erro
 		return nil, nil, errors.Join(err, t.flush(object.handle))
 	}
 	defer func() { err = errors.Join(err, t.flush(object.handle)) }()
-	rsp, err := tpm2.Certify{
-		ObjectHandle: tpm2.AuthHandle{Handle: object.handle, Name: object.name, Auth: tpm2.PasswordAuth(nil)},
-		SignHandle:   tpm2.AuthHandle{Handle: t.ak.handle, Name: t.ak.name, Auth: tpm2.PasswordAuth(nil)},
-		InScheme:     tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
-	}.Execute(t.conn)
-	if err != nil {
-		return nil, nil, fmt.Errorf("certify: %w", err)
-	}
-	return rsp.CertifyInfo.Bytes(), tpm2.Marshal(rsp.Signature), nil
+	return t.certify(object, nil)
 }
 
 // withChild loads an object that createChild made, calls use with it and the

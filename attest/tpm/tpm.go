@@ -189,9 +189,9 @@ func (t *TPM) Activate(blob, encSecret []byte) ([]byte, error) {
 func (t *TPM) Attest(extra attest.Digest) (*Proof, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	certified, err := t.certify(t.key, extra)
+	certify, certifySig, err := t.certify(t.key, extra[:])
 	if err != nil {
-		return nil, fmt.Errorf("tpm: certify: %w", err)
+		return nil, fmt.Errorf("tpm: %w", err)
 	}
 	// A PCR may be extended between reading and quoting: read around the quote
 	// until the values fit.
@@ -221,7 +221,7 @@ func (t *TPM) Attest(extra attest.Digest) (*Proof, error) {
 			return &Proof{
 				Quote: quoted.Quoted.Bytes(), QuoteSig: tpm2.Marshal(quoted.Signature),
 				PCRs:    pcrs,
-				Certify: certified.Statement, CertifySig: certified.Signature,
+				Certify: certify, CertifySig: certifySig,
 			}, nil
 		}
 	}

@@ -259,15 +259,16 @@ func (a *appraisal) clock() error {
 	return nil
 }
 
-func (a *appraisal) credentialKey() (err error) {
+func (a *appraisal) credentialKey() error {
 	e := a.in.Evidence
-	a.certify, err = tpm.CheckCertified(a.ak, tpm.CredentialKey(), a.extra, tpm.Certified{Key: e.Key, Statement: e.Certify, Signature: e.CertifySig})
+	key, err := tpm.CheckCertified(a.ak, tpm.CredentialKey(), a.extra[:], tpm.Certified{Key: e.Key, Statement: e.Certify, Signature: e.CertifySig})
 	switch {
 	case errors.Is(err, tpm.ErrTemplate):
 		return attest.Refuse(attest.ReasonKeyAttributes, "%v", err)
 	case err != nil:
 		return attest.Refuse(attest.ReasonKeyNotCertified, "%v", err)
 	}
+	a.certify = key.(*ecdsa.PublicKey) // the template's
 	return nil
 }
 
