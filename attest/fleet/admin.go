@@ -22,8 +22,12 @@ const (
 	AdminTickets    = "/admin/v1/tickets"    // POST TicketRequest → TicketResponse
 	AdminDevices    = "/admin/v1/devices"    // GET → []Device; /{id} → Device; DELETE /{id}?reason= → Former
 	AdminResults    = "/admin/v1/results"    // GET → []attest.Result, oldest first
+	AdminBackup     = "/admin/v1/backup"     // GET → text, see store.ReadBackup
 	AdminReferences = "/admin/v1/references" // GET → []Reference; POST values; DELETE ?id=
 )
+
+// backupTime bounds a backup over the socket.
+const backupTime = 10 * time.Minute
 
 // TicketRequest asks for a ticket.
 type TicketRequest struct {
@@ -101,6 +105,7 @@ func (a *admin) routes() []route {
 		{"POST " + AdminReferences, a.addReference},
 		{"DELETE " + AdminReferences, a.removeReference},
 		{"GET " + AdminEscrows + "/{id}", a.escrows},
+		{"GET " + AdminBackup, a.backup},
 	}, a.identityRoutes(), a.recoveryRoutes(), a.policyRoutes())
 }
 
@@ -187,6 +192,18 @@ func (a *admin) retireDevice(w http.ResponseWriter, r *http.Request) {
 		a.log.Warn("device retired", "device", id, "reason", f.Reason)
 		reply(w, http.StatusOK, f)
 	}
+}
+
+// backup sends all records. One that breaks off has no end, which its reader
+// notices.
+func (a *admin) backup(w http.ResponseWriter, r *http.Request) {
+	http.NewResponseController(w).SetWriteDeadline(a.Now().Add(backupTime))
+	b, err := a.Store.Backup(r.Context(), w, a.Now())
+	if err != nil {
+		a.log.Error("backup", "error", err)
+		return
+	}
+	a.log.Info("backup", "records", b.Records, "revision", b.Revision)
 }
 
 func (a *admin) references(w http.ResponseWriter, _ *http.Request) {

@@ -14,6 +14,7 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/seal"
+	"sekisho/attest/store"
 )
 
 // maxAdminAnswer bounds an answer of the admin API in bytes.
@@ -85,6 +86,32 @@ func (a *Admin) RemoveReference(ctx context.Context, id string) error {
 // ErrRefused is returned for what the verifier understood and will not do:
 // signatures are missing, or the time is not right.
 var ErrRefused = errors.New("refused")
+
+// Backup writes all records of the verifier's store, once it has seen that the
+// backup is whole.
+func (a *Admin) Backup(ctx context.Context, to io.ReadWriteSeeker) (b store.Backup, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://verifier"+AdminBackup, nil)
+	if err != nil {
+		return b, err
+	}
+	patient := *a.http
+	patient.Timeout = backupTime
+	resp, err := patient.Do(req)
+	if err != nil {
+		return b, fmt.Errorf("verifier's admin socket: %w", errors.Unwrap(err))
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return b, fmt.Errorf("verifier's admin socket: http status %d", resp.StatusCode)
+	}
+	if _, err := io.Copy(to, resp.Body); err != nil {
+		return b, fmt.Errorf("backup: %w", err)
+	}
+	if _, err := to.Seek(0, io.SeekStart); err != nil {
+		return b, fmt.Errorf("backup: %w", err)
+	}
+	return store.ReadBackup(to, func(string, []byte) error { return nil })
+}
 
 func (a *Admin) do(ctx context.Context, method, path string, body []byte, answer any) error {
 	req, err := http.NewRequestWithContext(ctx, method, "http://verifier"+path, bytes.NewReader(body))

@@ -35,6 +35,10 @@ import (
 const asVerifier = "SEKISHO_TEST_VERIFIER"
 
 func TestMain(m *testing.M) {
+	if member := os.Getenv(asMember); member != "" {
+		fmt.Fprintln(os.Stderr, serveMember(member))
+		os.Exit(1)
+	}
 	if path := os.Getenv(asVerifier); path != "" {
 		fmt.Fprintln(os.Stderr, serveFrom(path))
 		os.Exit(1)

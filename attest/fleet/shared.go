@@ -39,6 +39,9 @@ type shared struct {
 
 // follow reads what is shared and keeps it up to date.
 func (s *Service) follow(ctx context.Context) error {
+	if err := s.Store.Usable(ctx); err != nil {
+		return err
+	}
 	h := &shared{}
 	var err error
 	h.Mirror, err = s.Store.Mirror(ctx, s.keys.shared(), func() {

@@ -3,9 +3,11 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -14,6 +16,7 @@ import (
 	"sekisho/attest"
 	"sekisho/attest/approval"
 	"sekisho/attest/fleet"
+	"sekisho/attest/store"
 )
 
 // identityCommands are those about who may enrol.
@@ -21,6 +24,7 @@ func identityCommands() map[string]command {
 	return map[string]command{
 		"ticket list":    {0, listTickets, show(printTickets)},
 		"ticket revoke":  {1, revokeTicket, show(printNothing)},
+		"store backup":   {1, storeBackup, show(printBackup)},
 		"device history": {1, deviceHistory, show(printFormer)},
 		"device retire":  {1, retireDevice, show(printRetired)},
 		"permit new":     {0, newPermit, show(printSigned)},
@@ -66,6 +70,24 @@ func printFormer(w io.Writer, list []fleet.Former) error {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", f.ID, when(f.Enrolled), when(f.Ended), by, why)
 	}
 	return t.Flush()
+}
+
+// storeBackup writes a new file, readable by its owner alone.
+func storeBackup(ctx context.Context, o *options, args []string) (_ any, err error) {
+	f, err := os.OpenFile(args[0], os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	b, err := o.admin().Backup(ctx, f)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return nil, errors.Join(err, os.Remove(args[0]))
+	}
+	return b, nil
+}
+
+func printBackup(w io.Writer, b store.Backup) error {
+	_, err := fmt.Fprintf(w, "%d records, as of %s\n", b.Records, when(b.Time))
+	return err
 }
 
 func retireDevice(ctx context.Context, o *options, args []string) (any, error) {

@@ -23,6 +23,7 @@ commands
   ticket create [-uses N] [-expires 1h]   make an enrolment ticket; its text is shown this once
   ticket list | ticket revoke ID          list tickets; make one worthless at once
   ticket write -state FILE [-offset N]    put the ticket on standard input on a state partition
+  store backup FILE                       write all records of the verifier's store; it runs on
   device list                             list enrolled devices
   device show ID                          show one device
   device retire ID -reason WHY            end a device at once: affirmed no more, back by a permit alone

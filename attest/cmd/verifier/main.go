@@ -3,11 +3,20 @@
 // Synopsis:
 //
 //	verifier serve -config FILE
+//	verifier backup -config FILE BACKUP
+//	verifier restore -config FILE BACKUP
+//	verifier move -config FILE NEW-CONFIG
 //
 // It enrols and attests devices over TLS and issues their short-lived
 // certificates; attestctl manages it over its admin socket. It speaks the
 // systemd service protocol, and listens on the socket of LISTEN_FDS if one is
 // passed. The configuration file is described in docs/attest.md.
+//
+// backup writes all records of the store into a file, restore writes them into
+// an empty store, and move copies them from one store into another, such as
+// from the embedded one into a cluster; the old one is not used any more then.
+// No verifier may run on an embedded store meanwhile; attestctl store backup
+// does the first with one that runs.
 //
 // Exit status: 0 after SIGTERM or SIGINT, 1 if it could not start or failed, 2
 // for a wrong command line.
@@ -32,35 +41,55 @@ import (
 	"sekisho/attest/internal/service"
 )
 
-const usage = "usage: verifier serve -config FILE\n\nenrols and attests devices until SIGTERM; manage it with attestctl\n\n"
+const usage = `usage: verifier serve   -config FILE          enrol and attest devices until SIGTERM; manage it with attestctl
+       verifier backup  -config FILE BACKUP   write all records of the store into a file
+       verifier restore -config FILE BACKUP   write them into an empty store
+       verifier move    -config FILE CONFIG   move them to the store that another configuration names
+
+`
 
 func main() {
-	flags := flag.NewFlagSet("verifier serve", flag.ExitOnError)
+	flags := flag.NewFlagSet("verifier", flag.ExitOnError)
 	config := flags.String("config", "/etc/sekisho/verifier.json", "configuration `file`, see docs/attest.md")
 	flags.Usage = func() {
 		fmt.Fprint(flags.Output(), usage)
 		flags.PrintDefaults()
 	}
-	if len(os.Args) < 2 || os.Args[1] != "serve" {
+	wrong := func(code int) {
 		flags.Usage()
+		os.Exit(code)
+	}
+	commands := map[string]func(context.Context, string, string, *slog.Logger) error{"serve": nil, "backup": backup, "restore": restore, "move": move}
+	if len(os.Args) < 2 {
+		wrong(2)
+	}
+	command, known := commands[os.Args[1]]
+	if !known {
 		if len(os.Args) == 2 && (os.Args[1] == "-h" || os.Args[1] == "--help" || os.Args[1] == "help") {
-			os.Exit(0)
+			wrong(0)
 		}
-		os.Exit(2)
+		wrong(2)
 	}
 	flags.Parse(os.Args[2:])
-	if flags.NArg() > 0 {
-		flags.Usage()
-		os.Exit(2)
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	var err error
+	switch {
+	case command == nil && flags.NArg() == 0:
+		err = serve(ctx, *config, log)
+	case command != nil && flags.NArg() == 1:
+		err = command(ctx, *config, flags.Arg(0), log)
+	default:
+		wrong(2)
 	}
-	if err := serve(*config); err != nil {
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "verifier:", err)
 		os.Exit(1)
 	}
 }
 
-func serve(path string) (err error) {
-	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+func serve(ctx context.Context, path string, log *slog.Logger) (err error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return err
@@ -69,8 +98,6 @@ func serve(path string) (err error) {
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	defer stop()
 	server, err := config.Open(ctx, time.Now, log)
 	if err != nil {
 		return err
