@@ -138,6 +138,21 @@ func (b *Builder) Tamper(from string, c Component) ([]File, error) {
 	return b.finishHost(parts, "tampered-"+string(c), "0", nil)
 }
 
+// Next makes the release after the image in the file from: the same parts
+// under another version, without signed policies. For tests of updates.
+func (b *Builder) Next(from, version string, lab bool) ([]File, error) {
+	image, err := readCapped(from, uki.MaxImage)
+	if err != nil {
+		return nil, fmt.Errorf("next image: %w; build it with: mkimage host", err)
+	}
+	parts, err := uki.Split(image)
+	if err != nil {
+		return nil, fmt.Errorf("next image: %s: %w", from, err)
+	}
+	parts.Policy, parts.OSRelease = nil, osRelease("host domain", version, lab)
+	return b.finishHost(parts, imageName("host", lab), version, nil)
+}
+
 // finishHost assembles, signs, predicts and writes a host image.
 func (b *Builder) finishHost(parts uki.Parts, name, version string, manifest []byte) ([]File, error) {
 	keys, err := b.LoadKeys()

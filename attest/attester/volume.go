@@ -206,12 +206,47 @@ func (a *Attester) reseal(v *seal.Volume, secret seal.Secret, release []byte) (*
 	return &again, err
 }
 
+// RaiseRollback raises the rollback counter to the epoch of the running image:
+// no older release opens anything after it.
+func (a *Attester) RaiseRollback(release []byte) error {
+	r, signer, err := seal.ReadRelease(release)
+	if err != nil {
+		return err
+	}
+	if err := a.openTPM(); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	hw := a.hw
+	a.mu.Unlock()
+	c, ok := hw.(interface {
+		RaiseRollback(*seal.Release, seal.ReleaseKey) error
+	})
+	if !ok {
+		return errors.New("rollback counter: the TPM was closed, or has none; try again")
+	}
+	return c.RaiseRollback(r, signer)
+}
+
+func (a *Attester) serveRollback(w http.ResponseWriter, r *http.Request) {
+	var req gate.VolumeRequest
+	if !decodeVolume(w, r, &req) {
+		return
+	}
+	if err := a.RaiseRollback(req.Release); err != nil {
+		a.refuse(w, "rollback counter", err)
+		return
+	}
+	writeJSON(w, struct{}{})
+}
+
 // volumeRoutes are for root alone.
 func (a *Attester) volumeRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("POST /v1/unlock", forRoot(a.serveUnlock))
 	mux.HandleFunc("POST /v1/volume", forRoot(a.serveMake))
 	mux.HandleFunc("POST /v1/volume/bind", forRoot(a.serveBind))
 	mux.HandleFunc("POST /v1/volume/recover", forRoot(a.serveRecover))
+	mux.HandleFunc("POST /v1/rollback", forRoot(a.serveRollback))
 }
 
 func forRoot(h http.HandlerFunc) http.HandlerFunc {

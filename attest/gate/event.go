@@ -56,7 +56,8 @@ type UnlockResponse struct {
 	Key []byte `json:"key"`
 }
 
-// VolumeRequest asks attestd to make the key of a new volume.
+// VolumeRequest asks attestd for what the image's signed policies allow: to
+// make the key of a new volume, or to raise the rollback counter.
 type VolumeRequest struct {
 	Release json.RawMessage `json:"release"` // the image's signed policies
 }
@@ -152,6 +153,12 @@ func (c *Client) BindVolume(ctx context.Context, r BindRequest) ([]byte, error) 
 // Recover is Unlock by the recovery key instead of by policy.
 func (c *Client) Recover(ctx context.Context, r RecoverRequest) (k RecoverResponse, err error) {
 	return k, c.ask(ctx, "/v1/volume/recover", r, &k)
+}
+
+// RaiseRollback has attestd raise the rollback counter to the epoch of the
+// running image. Only for an image that has proved good; root alone.
+func (c *Client) RaiseRollback(ctx context.Context, r VolumeRequest) error {
+	return c.ask(ctx, "/v1/rollback", r, &struct{}{})
 }
 
 // ask posts a request about a volume.

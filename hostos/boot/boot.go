@@ -183,6 +183,11 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 		defer cancel()
 		h.tryWork(until, ctx, wg)
 	})
+	h.late.Go(func() {
+		until, cancel := h.untilOff(ctx)
+		defer cancel()
+		h.watchGood(until)
+	})
 	if len(d.missing) > 0 {
 		h.late.Go(func() { h.awaitLate(ctx, wg, d) })
 	}

@@ -152,6 +152,23 @@ func (l *Lab) Tamper(component string) (Image, error) {
 	return l.disk(b, "tampered "+component)
 }
 
+// Next makes the release after the laptop's, with a later epoch, and returns
+// it with the file of its reference values.
+func (l *Lab) Next(version string, epoch uint64) (Image, string, error) {
+	b := l.builder(l.out("next"))
+	if err := os.MkdirAll(b.Out, 0o755); err != nil {
+		return Image{}, "", fmt.Errorf("lab: %w", err)
+	}
+	if _, err := b.Next(l.out(images.HostImage), version, true); err != nil {
+		return Image{}, "", err
+	}
+	if err := l.seal(b, epoch); err != nil {
+		return Image{}, "", err
+	}
+	image, err := l.disk(b, "release "+version)
+	return image, filepath.Join(b.Out, images.HostReference), err
+}
+
 // Unsign makes a laptop whose image carries no signature: the firmware has to
 // refuse it.
 func (l *Lab) Unsign() (Image, error) {

@@ -56,12 +56,12 @@ func (l *Lab) signPolicy(ctx context.Context, reference string) (string, error) 
 
 // publishPolicy brings the policy for our image into force, checked first as an
 // administrator would.
-func (l *Lab) publishPolicy(ctx context.Context) error {
+func (l *Lab) publishPolicy(ctx context.Context, b Boot) error {
 	public, err := l.policyKeys(ctx)
 	if err != nil {
 		return err
 	}
-	signed, err := l.signPolicy(ctx, l.out(images.HostReference))
+	signed, err := l.signPolicy(ctx, strings.Join(append([]string{l.out(images.HostReference)}, b.Accept...), ","))
 	if err != nil {
 		return err
 	}

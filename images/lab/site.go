@@ -44,7 +44,7 @@ func (l *Lab) startSite(ctx context.Context, b Boot) error {
 	if err := l.StartVerifier(ctx); err != nil {
 		return err
 	}
-	if err := l.publishPolicy(ctx); err != nil {
+	if err := l.publishPolicy(ctx, b); err != nil {
 		return err
 	}
 	return l.StartGateway(ctx)

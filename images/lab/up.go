@@ -29,6 +29,7 @@ type Boot struct {
 	Timeout time.Duration // 0: ten minutes
 	Stay    bool          // return once the machine has power: the caller watches it
 	NoSite  bool          // the verifier and the gateway are down when the machine gets power
+	Accept  []string      // files of reference values that the policy accepts beside the laptop's
 }
 
 // Image is a bootable disk with the firmware variables that go with it.
@@ -188,6 +189,19 @@ func (l *Lab) listening(ctx context.Context, name, namespace, address string) er
 // prepareMachine copies the image's files, hands out the ticket and starts the
 // TPM. It returns the command that gives the laptop power.
 func (l *Lab) prepareMachine(ctx context.Context, b Boot) (accel string, argv []string, err error) {
+	m := machine{disk: l.lab("laptop.img"), vars: l.lab("vars.fd"), noTPM: b.NoTPM}
+	if err := errors.Join(copySparse(m.disk, b.Image.Disk), copySparse(m.vars, b.Image.Vars)); err != nil {
+		return "", nil, err
+	}
+	if err := l.placeTicket(ctx, m.disk); err != nil {
+		return "", nil, err
+	}
+	return l.power(ctx, m)
+}
+
+// power starts the TPM, unless there is none, and returns the command that
+// gives the laptop power.
+func (l *Lab) power(ctx context.Context, m machine) (accel string, argv []string, err error) {
 	qemu, err := OuterQEMU(ctx, l.out("cache"), l.progress())
 	if err != nil {
 		return "", nil, err
@@ -197,15 +211,9 @@ func (l *Lab) prepareMachine(ctx context.Context, b Boot) (accel string, argv []
 		return "", nil, err
 	}
 	l.say("lab: acceleration %s (%s)", accel, why)
-	m := machine{accel: accel, disk: l.lab("laptop.img"), vars: l.lab("vars.fd"), noTPM: b.NoTPM}
-	if err := errors.Join(copySparse(m.disk, b.Image.Disk), copySparse(m.vars, b.Image.Vars)); err != nil {
-		return accel, nil, err
-	}
-	if err := l.placeTicket(ctx, m.disk); err != nil {
-		return accel, nil, err
-	}
+	m.accel = accel
 	argv = append(qemu, m.arguments()...)
-	if b.NoTPM {
+	if m.noTPM {
 		return accel, argv, nil
 	}
 	sock := filepath.Join(runDir, "tpm.sock")

@@ -1,0 +1,226 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"net/http"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"sekisho/attest/gate"
+	"sekisho/attest/seal"
+	workdisk "sekisho/hostos/disk"
+	"sekisho/hostos/store"
+	"sekisho/images"
+	"sekisho/images/disk"
+	"sekisho/images/lab/hook"
+)
+
+// recoveryLine finds the recovery key on the console.
+var recoveryLine = regexp.MustCompile(`recovery key of the work disk[^:]*: ([0-9-]{55})`)
+
+// TestSealedBoot is one laptop over several boots: its disk is made and opens
+// again, after an update too; it opens for nothing else, and then by its
+// recovery key.
+func TestSealedBoot(t *testing.T) {
+	b := realLab(t)
+	const epoch = seal.FirstEpoch + 3
+	next, reference, err := b.Next("1-lab", epoch)
+	must(t, err)
+	tampered, err := b.Tamper("cmdline")
+	must(t, err)
+
+	var recovery string
+	b.bootStep(t, "first boot makes the disk", func(t *testing.T) {
+		r, err := b.Up(t.Context(), Boot{Accept: []string{reference}})
+		must(t, err)
+		t.Logf("page read after %.1f s", r.Stages[len(r.Stages)-1].Seconds)
+		b.disk(t, workdisk.Open, "")
+		found := recoveryLine.FindAllStringSubmatch(b.console(t), -1)
+		if len(found) != 1 {
+			t.Fatalf("%d recovery keys on the console", len(found))
+		}
+		recovery = found[0][1]
+		device := regexp.MustCompile(`"device_id": "([0-9a-f]{64})"`)
+		list, err := b.attestctl(t.Context(), nil, "device", "list", "-json")
+		must(t, err)
+		id := device.FindSubmatch(list)
+		if id == nil {
+			t.Fatalf("no device in %s", list)
+		}
+		if e, err := b.attestctl(t.Context(), nil, "recovery", "escrow", string(id[1])); err != nil || !bytes.Contains(e, []byte("ciphertext")) {
+			t.Errorf("escrow: %s, %v", e, err)
+		}
+		b.untilConsole(t, "rollback counter at 16")
+		if k := b.askKey(t); len(k.Codes) == 0 || !strings.Contains(strings.Join(k.Codes, " "), gate.CodeUsed) {
+			t.Errorf("a second key in one boot: %+v", k)
+		}
+	})
+	b.bootStep(t, "power cut, no site: opens all the same", func(t *testing.T) {
+		must(t, b.Cut(t.Context()))
+		for _, name := range []string{"verifier", "gateway"} {
+			must(t, b.Kill(t.Context(), name))
+		}
+		_, err := b.Again(t.Context(), Boot{Stay: true})
+		must(t, err)
+		b.untilWork(t)
+		b.disk(t, workdisk.Open, "")
+		b.noPage(t)
+		must(t, b.StartVerifier(t.Context()))
+		must(t, b.StartGateway(t.Context()))
+	})
+	b.bootStep(t, "signed update, power cut in the raise", func(t *testing.T) {
+		_, err := b.Again(t.Context(), Boot{Image: Image{Name: next.Name, Disk: next.Disk}, Stay: true})
+		must(t, err)
+		b.untilConsole(t, "release 1-lab is good; raising the rollback counter to 19")
+		b.disk(t, workdisk.Open, "")
+		must(t, b.Cut(t.Context()))
+	})
+	b.bootStep(t, "the raise is finished", func(t *testing.T) {
+		r, err := b.Again(t.Context(), Boot{})
+		must(t, err)
+		t.Logf("page read after %.1f s", r.Stages[len(r.Stages)-1].Seconds)
+		b.untilConsole(t, "rollback counter at 19")
+		b.disk(t, workdisk.Open, "")
+	})
+	b.bootStep(t, "the older image, and the recovery key", func(t *testing.T) {
+		old := b.Laptop()
+		_, err := b.Again(t.Context(), Boot{Image: Image{Name: "older", Disk: old.Disk}, Stay: true})
+		must(t, err)
+		b.locked(t, gate.CodeRolledBack)
+		wrong := "000011" + recovery[6:]
+		if a := b.recover(t, wrong); a.Exit == 0 || !strings.Contains(string(a.Stderr), "recovery") {
+			t.Errorf("wrong recovery key: %d %s", a.Exit, a.Stderr)
+		}
+		if a := b.recover(t, recovery); a.Exit != 0 {
+			t.Fatalf("recovery key: %d %s", a.Exit, a.Stderr)
+		}
+		b.untilWork(t)
+		b.disk(t, workdisk.Open, "")
+	})
+	b.bootStep(t, "another command line", func(t *testing.T) {
+		_, err := b.Again(t.Context(), Boot{Image: Image{Name: tampered.Name, Disk: tampered.Disk}, Stay: true})
+		must(t, err)
+		b.locked(t, gate.CodeImage)
+		b.untilState(t, "attestd", "refused", "")
+		b.untilState(t, "netd", "Attesting", "")
+	})
+	b.bootStep(t, "Secure Boot off", func(t *testing.T) {
+		_, err := b.Again(t.Context(), Boot{Image: Image{Name: next.Name, Disk: next.Disk, Vars: images.BlankVars}, Stay: true})
+		must(t, err)
+		b.locked(t, gate.CodeSecureBoot)
+		b.untilState(t, "attestd", "refused", "")
+	})
+	b.bootStep(t, "the disk's header exchanged", func(t *testing.T) {
+		must(t, b.Cut(t.Context()))
+		at, _, err := disk.Find(b.lab("laptop.img"), disk.Work)
+		must(t, err)
+		f, err := os.OpenFile(b.lab("laptop.img"), os.O_RDWR, 0)
+		must(t, err)
+		_, err = f.WriteAt([]byte("exchanged"), at+512<<10) // after the key slot, where nothing is
+		must(t, err)
+		must(t, f.Close())
+		_, err = b.Again(t.Context(), Boot{Image: Image{Name: next.Name, Vars: next.Vars}, Stay: true})
+		must(t, err)
+		b.locked(t, gate.CodeHeader)
+	})
+	b.cleanUplink(t, true)
+}
+
+// bootStep is one boot of a laptop that goes on in the next: a failure ends
+// the test.
+func (b *bench) bootStep(t *testing.T, name string, do func(*testing.T)) {
+	begin := time.Now()
+	ok := t.Run(name, func(t *testing.T) {
+		t.Cleanup(func() {
+			if t.Failed() {
+				b.evidence(context.WithoutCancel(t.Context()), t)
+			}
+		})
+		do(t)
+	})
+	t.Logf("%s: %.0f s", name, time.Since(begin).Seconds())
+	if !ok {
+		t.FailNow()
+	}
+}
+
+func (b *bench) console(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile(b.run("console.log"))
+	must(t, err)
+	return string(text)
+}
+
+// untilConsole waits for words on the console of this boot.
+func (b *bench) untilConsole(t *testing.T, words string) {
+	t.Helper()
+	b.until(t, "the console to say "+words, func(context.Context) bool { return strings.Contains(b.console(t), words) })
+}
+
+// disk fails the test unless the disk is in this state.
+func (b *bench) disk(t *testing.T, state, code string) {
+	t.Helper()
+	b.until(t, "the disk to be "+state, func(ctx context.Context) bool {
+		d, err := b.Disk(ctx)
+		return err == nil && d.State == state && strings.Contains(strings.Join(d.Codes, " "), code)
+	})
+}
+
+// locked waits until the disk stays locked for this reason, says so in both
+// languages, and the work domain is off.
+func (b *bench) locked(t *testing.T, code string) {
+	t.Helper()
+	b.untilConsole(t, "no work domain")
+	console := b.console(t)
+	if !strings.Contains(console, "work disk stays locked ("+code) || !strings.Contains(console, "業務ディスクは開きません") {
+		t.Errorf("the console does not say %s in both languages", code)
+	}
+	b.disk(t, workdisk.Locked, code)
+	if a, err := b.Exec(t.Context(), hook.Work, "uname"); err == nil && a.Exit == 0 {
+		t.Error("the work domain runs")
+	}
+}
+
+func (b *bench) recover(t *testing.T, typed string) hook.Response {
+	t.Helper()
+	a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Argv: []string{"init", "recover"}, Stdin: []byte(typed), Timeout: time.Minute})
+	must(t, err)
+	return a
+}
+
+// askKey asks attestd for the disk's key as init does.
+func (b *bench) askKey(t *testing.T) (k gate.KeyRefused) {
+	t.Helper()
+	image := b.lab("laptop.img")
+	at, _, err := disk.Find(image, disk.Host)
+	must(t, err)
+	data, err := store.Record{Path: image, Place: at + store.VolumePlace}.Load()
+	must(t, err)
+	var record struct{ Volume []byte }
+	must(t, json.Unmarshal(data, &record))
+	at, _, err = disk.Find(image, disk.Work)
+	must(t, err)
+	f, err := os.Open(image)
+	must(t, err)
+	defer f.Close()
+	head := make([]byte, workdisk.HeaderSize)
+	_, err = f.ReadAt(head, at)
+	must(t, err)
+	release, err := os.ReadFile(b.out("release.json"))
+	must(t, err)
+	body, err := json.Marshal(gate.UnlockRequest{Volume: record.Volume, Header: sha256.Sum256(head), Release: release})
+	must(t, err)
+	a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Socket: "/run/sekisho/attestd.sock", Method: http.MethodPost, Path: "/v1/unlock", Stdin: body})
+	must(t, err)
+	if a.Exit != http.StatusForbidden {
+		t.Errorf("http status %d", a.Exit)
+	}
+	must(t, json.Unmarshal(a.Stdout, &k))
+	return k
+}
