@@ -94,14 +94,15 @@ func (c ca) server(t *testing.T) tls.Certificate {
 
 // site is a verifier in the test's process.
 type site struct {
-	t        *testing.T
-	servers  ca
-	devices  ca
-	service  *fleet.Service
-	store    *store.Store
-	storeDir string
-	address  string
-	stop     func()
+	escrowKey string // PEM; may be empty
+	t         *testing.T
+	servers   ca
+	devices   ca
+	service   *fleet.Service
+	store     *store.Store
+	storeDir  string
+	address   string
+	stop      func()
 }
 
 func newSite(t *testing.T, roots string, lifetime time.Duration, refs ...attest.ReferenceValues) *site {
@@ -123,7 +124,7 @@ func newSite(t *testing.T, roots string, lifetime time.Duration, refs ...attest.
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.store.Close() })
-	s.service, err = fleet.NewService(t.Context(), fleet.Config{Verifier: name, Organization: "Test City", Lifetime: lifetime, Store: s.store, Issuer: issuer, EKRoots: pool, References: refs, Now: time.Now})
+	s.service, err = fleet.NewService(t.Context(), fleet.Config{Verifier: name, Organization: "Test City", Lifetime: lifetime, Store: s.store, Issuer: issuer, EKRoots: pool, References: refs, Now: time.Now, Escrows: fleet.NewEscrows(t.TempDir())})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -173,6 +174,7 @@ func (s *site) organization() *attest.Organization {
 	return &attest.Organization{
 		Name: "Test City", CA: s.servers.pem(),
 		Verifiers: []attest.Endpoint{{Address: netip.MustParseAddrPort(s.address), ServerName: name}},
+		EscrowKey: s.escrowKey,
 	}
 }
 

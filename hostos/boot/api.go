@@ -36,6 +36,7 @@ type actions struct {
 	status   func() Status
 	powerOff func()
 	recover  func(ctx context.Context, typed string) error
+	wipe     func() error
 }
 
 // RecoverRequest opens the work domain's disk by its recovery key.
@@ -67,6 +68,11 @@ func handler(a actions) http.Handler {
 		}
 		if err := a.recover(r.Context(), req.Recovery); err != nil {
 			http.Error(w, err.Error(), http.StatusForbidden)
+		}
+	})
+	mux.HandleFunc("POST /v1/disk/wipe", func(w http.ResponseWriter, r *http.Request) {
+		if err := a.wipe(); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
 		}
 	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -155,6 +161,12 @@ func (c *Client) Recover(ctx context.Context, typed string) error {
 		return err
 	}
 	_, err = c.do(ctx, http.MethodPost, "/v1/disk/recover", body)
+	return err
+}
+
+// Wipe destroys the key of the work domain's disk and switches the laptop off.
+func (c *Client) Wipe(ctx context.Context) error {
+	_, err := c.do(ctx, http.MethodPost, "/v1/disk/wipe", nil)
 	return err
 }
 

@@ -44,6 +44,7 @@ type host struct {
 	machine  *vmm.Machine
 	disk     *disk.Disk
 	starting sync.Mutex    // held while the work domain is being started
+	prompt   sync.Once     // asks for the recovery key at the console
 	broken   []string      // what modules that could not be loaded serve
 	off      chan struct{} // closed when the machine is to go off
 	offOnce  sync.Once
@@ -245,6 +246,7 @@ func (h *host) tryWork(until, ctx context.Context, wg *sync.WaitGroup) {
 	if errors.As(err, &locked) {
 		why = diskLocked
 		h.console.line("init", "%s", locked.Words())
+		h.late.Go(func() { h.prompt.Do(func() { h.promptRecovery(ctx, wg) }) })
 	}
 	if reason == "" || reason == noWork { // otherwise the missing device or service is the news
 		h.set("running", why, err.Error())
@@ -490,6 +492,7 @@ func (h *host) serveAPI(ctx context.Context, wg *sync.WaitGroup) error {
 	srv := newServer(handler(actions{
 		status: h.status, powerOff: h.powerOff,
 		recover: func(r context.Context, typed string) error { return h.recoverDisk(r, ctx, wg, typed) },
+		wipe:    h.wipeDisk,
 	}))
 	wg.Go(func() {
 		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {

@@ -1,15 +1,19 @@
 package boot
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"sekisho/attest"
 	"sekisho/attest/gate"
@@ -23,6 +27,9 @@ const policyFile = "/.extra/tpm2-pcr-signature.json"
 
 // maxToolOutput bounds what is kept of a program's output in bytes.
 const maxToolOutput = 4 << 10
+
+// maxTyped bounds a line typed at the console in bytes.
+const maxTyped = 256
 
 func readOrganization() (*attest.Organization, error) {
 	b, err := os.ReadFile(attest.OrganizationFile)
@@ -69,6 +76,55 @@ func (h *host) recoverDisk(request, ctx context.Context, wg *sync.WaitGroup, typ
 	until, cancel := h.untilOff(ctx)
 	defer cancel()
 	h.tryWork(until, ctx, wg)
+	return nil
+}
+
+// promptRecovery lets whoever sits at the console type the recovery key, until
+// one opens the disk or the machine goes off.
+func (h *host) promptRecovery(ctx context.Context, wg *sync.WaitGroup) {
+	// Not blocking, so that closing it ends a read.
+	f, err := os.OpenFile("/dev/console", os.O_RDONLY|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return // nobody sits there
+	}
+	until, cancel := h.untilOff(ctx)
+	defer cancel()
+	defer context.AfterFunc(until, func() { f.Close() })()
+	h.askRecovery(f, func(typed string) error { return h.recoverDisk(until, ctx, wg, typed) })
+	f.Close()
+}
+
+// askRecovery passes the lines of in on until one is taken.
+func (h *host) askRecovery(in io.Reader, try func(string) error) {
+	h.console.line("init", "type the recovery key and press Enter / 回復キーを入力し、Enter を押してください")
+	lines := bufio.NewScanner(in)
+	lines.Buffer(nil, maxTyped)
+	for lines.Scan() {
+		typed := strings.TrimSpace(lines.Text())
+		if typed == "" {
+			continue
+		}
+		err := try(typed)
+		if err == nil {
+			return
+		}
+		var locked *disk.Fault
+		if errors.As(err, &locked) {
+			h.console.line("init", "%s", locked.Words())
+		} else {
+			h.console.line("init", "recovery key: %v", err)
+		}
+	}
+}
+
+// wipeDisk destroys the key of the work domain's disk and switches the laptop
+// off, with which the key leaves the kernel too.
+func (h *host) wipeDisk() error {
+	if err := h.disk.Wipe(); err != nil {
+		return err
+	}
+	h.console.line("init", "the key of the work disk is destroyed; switching off / 業務ディスクの鍵を消去しました。電源を切ります")
+	h.powerOff()
 	return nil
 }
 

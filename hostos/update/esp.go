@@ -1,5 +1,6 @@
-// Package update keeps two slots for the image of the host domain: two EFI
-// system partitions, each with one signed image, of which one has booted well.
+// Package update finds out when the running image of the host domain is good,
+// after which no older one may open the disk, and writes an image to an EFI
+// system partition so that a power cut leaves a whole file system or none.
 package update
 
 import (

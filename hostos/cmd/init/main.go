@@ -20,6 +20,8 @@ const usage = `init: PID 1 of the host domain
   init poweroff         orderly power-off: work domain, services, machine
   init recover          open the work domain's disk by the recovery key on standard
                         input, and start the work domain
+  init wipe -yes        destroy the key of the work domain's disk, for ever and for
+                        the recovery key too, and switch off
 
 As PID 1 it takes no arguments and boots the host domain. The commands need
 root. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -43,6 +45,8 @@ func main() {
 		fail(boot.NewClient(boot.InitSocket).PowerOff(context.Background()))
 	case args[0] == "recover" && len(args) == 1:
 		fail(recoverDisk())
+	case args[0] == "wipe" && len(args) == 2 && args[1] == "-yes":
+		fail(boot.NewClient(boot.InitSocket).Wipe(context.Background()))
 	case args[0] == "-h" || args[0] == "--help" || args[0] == "help":
 		fmt.Print(usage)
 	default:
