@@ -124,7 +124,7 @@ func newSite(t *testing.T, roots string, lifetime time.Duration, refs ...attest.
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.store.Close() })
-	s.service, err = fleet.NewService(t.Context(), fleet.Config{Verifier: name, Organization: "Test City", Lifetime: lifetime, Store: s.store, Issuer: issuer, EKRoots: pool, References: refs, Now: time.Now, Escrows: fleet.NewEscrows(t.TempDir())})
+	s.service, err = fleet.NewService(t.Context(), fleet.Config{Verifier: name, Organization: "Test City", Lifetime: lifetime, Store: s.store, Issuer: issuer, EKRoots: pool, References: refs, Now: time.Now, Escrows: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,7 +14,6 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/attester"
-	"sekisho/attest/eventlog/logtest"
 	"sekisho/attest/gate"
 	"sekisho/attest/seal"
 	"sekisho/attest/tpm"
@@ -89,7 +88,7 @@ func TestVolume(t *testing.T) {
 		t.Error("bound twice")
 	}
 	device := s.enrolled()[0].ID
-	list, err := s.service.Escrows.Of(device)
+	list, err := s.service.EscrowsOf(t.Context(), device)
 	if err != nil || len(list) != 1 || !bytes.Equal(list[0].Volume, v.ID) {
 		t.Fatalf("in escrow: %+v, %v", list, err)
 	}
@@ -130,9 +129,12 @@ func TestVolume(t *testing.T) {
 // TestEscrowIsTheDevicesOwn: nobody stores a recovery key in another's name,
 // and none is exchanged.
 func TestEscrowIsTheDevicesOwn(t *testing.T) {
-	s := newSite(t, software(t, logtest.New()).roots, time.Hour)
+	boot := image.Boot()
+	m := software(t, boot)
+	s := newSite(t, m.roots, time.Hour, image.Reference("sekisho", "1"))
+	newLaptop(t, s, m, newState(t, s.ticket())).untilState(gate.StateAffirming)
 	key, stranger := newKey(t), newKey(t)
-	device := attest.Digest{1}
+	device := s.enrolled()[0].ID
 	cert, err := s.service.Issuer.Issue(device, &key.PublicKey, "0123456789abcdef0123456789abcdef", time.Now())
 	if err != nil {
 		t.Fatal(err)
@@ -154,13 +156,13 @@ func TestEscrowIsTheDevicesOwn(t *testing.T) {
 		return r
 	}
 	good := request(device, 1, key)
-	if err := s.service.Escrow(good); err != nil {
+	if err := s.service.Escrow(t.Context(), good); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.service.Escrow(request(device, 1, key)); err != nil {
+	if err := s.service.Escrow(t.Context(), request(device, 1, key)); err != nil {
 		t.Errorf("the same volume again: %v", err)
 	}
-	if list, err := s.service.Escrows.Of(device); err != nil || len(list) != 1 || !bytes.Contains(good.Escrow, []byte(`"created"`)) {
+	if list, err := s.service.EscrowsOf(t.Context(), device); err != nil || len(list) != 1 || !bytes.Contains(good.Escrow, []byte(`"created"`)) {
 		t.Errorf("%d in escrow, %v", len(list), err)
 	} else if kept, err := json.Marshal(list[0]); err != nil || !bytes.Equal(kept, good.Escrow) {
 		t.Error("the escrow was exchanged")
@@ -177,11 +179,11 @@ func TestEscrowIsTheDevicesOwn(t *testing.T) {
 		"nothing":               {},
 	} {
 		var why *attest.Refusal
-		if err := s.service.Escrow(r); !errors.As(err, &why) {
+		if err := s.service.Escrow(t.Context(), r); !errors.As(err, &why) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if list, err := s.service.Escrows.Of(attest.Digest{2}); err != nil || len(list) != 0 {
+	if list, err := s.service.EscrowsOf(t.Context(), attest.Digest{2}); err != nil || len(list) != 0 {
 		t.Errorf("stored for another device: %+v, %v", list, err)
 	}
 }
