@@ -163,16 +163,23 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 	if len(d.missing) > 0 {
 		reason, detail = deviceMissing, d.missing[0].needed
 	}
-	link := ""
+	link, logon := "", false
 	if org, err := readOrganization(); err == nil {
-		link = org.WorkDomain.Link
+		link, logon = org.WorkDomain.Link, org.Logon != nil
 	} else { // netd and attestd say the same and do not start
 		h.console.line("init", "warning: %v", err)
 	}
-	if err := makeLinkDir(); err != nil {
+	services := Services(link)
+	if err := makeVMMDir(LinkDir, "linkd"); err != nil {
 		h.console.line("init", "warning: %v", err)
 	}
-	for _, svc := range Services(link) {
+	if logon {
+		services = append(services, LogonService())
+		if err := makeVMMDir(LoginDir, "logind"); err != nil {
+			h.console.line("init", "warning: %v", err)
+		}
+	}
+	for _, svc := range services {
 		if _, err := h.sup.add(ctx, svc); err != nil {
 			h.console.line("init", "warning: %v", err)
 			reason, detail = "service-missing", err.Error()
@@ -355,10 +362,14 @@ func (h *host) startWork(until, ctx context.Context, wg *sync.WaitGroup) error {
 	if org.WorkDomain.Link == attest.LinkSerial {
 		link = SerialSocket
 	}
+	card := ""
+	if org.Logon != nil {
+		card = CardSocket
+	}
 	c, err := vmm.Prepare(vmm.Config{
 		MemoryMiB: org.WorkDomain.MemoryMiB, VCPUs: org.WorkDomain.VCPUs,
 		Disk: device, Code: vmm.FirmwareCode, GuestCID: guestlink.WorkCID,
-		BIOS: org.WorkDomain.Firmware == attest.FirmwareBIOS, Link: link,
+		BIOS: org.WorkDomain.Firmware == attest.FirmwareBIOS, Link: link, Card: card,
 	}, workDir, vmm.FirmwareVars, int(uid))
 	if err != nil {
 		return err
@@ -389,16 +400,16 @@ func (h *host) startWork(until, ctx context.Context, wg *sync.WaitGroup) error {
 	return nil
 }
 
-// makeLinkDir makes the folder in which linkd listens for QEMU.
-func makeLinkDir() error {
-	linkd, _ := lookup("linkd")
+// makeVMMDir makes a folder in which a daemon listens for QEMU.
+func makeVMMDir(path, owner string) error {
+	uid, _ := lookup(owner)
 	vmm, _ := lookup("vmm")
-	err := os.MkdirAll(LinkDir, 0o710)
+	err := os.MkdirAll(path, 0o710)
 	if err == nil {
-		err = errors.Join(os.Chown(LinkDir, int(linkd), int(vmm)), os.Chmod(LinkDir, 0o710))
+		err = errors.Join(os.Chown(path, int(uid), int(vmm)), os.Chmod(path, 0o710))
 	}
 	if err != nil {
-		return fmt.Errorf("folder of the guest link: %w", err)
+		return fmt.Errorf("folder for QEMU: %w", err)
 	}
 	return nil
 }

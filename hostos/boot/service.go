@@ -25,6 +25,9 @@ const (
 	WPADir        = RunDir + "/wpa"  // control sockets of wpa_supplicant
 	LinkDir       = RunDir + "/link" // linkd's, and nobody but the vmm enters it
 	SerialSocket  = LinkDir + "/serial.sock"
+	LogindSocket  = RunDir + "/logind.sock"
+	LoginDir      = RunDir + "/login" // logind's, and nobody but the vmm enters it
+	CardSocket    = LoginDir + "/card.sock"
 	WorkConsole   = RunDir + "/work-console.log"
 	TPMDevice     = "/dev/tpmrm0"
 	StatePart     = "sekisho-state"
@@ -46,6 +49,9 @@ type User struct {
 // notifyGroup may write to the notify socket.
 const notifyGroup = "notify"
 
+// vmmID is the user of QEMU, whom logind lets in.
+const vmmID = 104
+
 // wpaID is also the group that may use wpa_supplicant's control sockets.
 const wpaID = 110
 
@@ -55,9 +61,10 @@ func Users() []User {
 		{Name: "attestd", ID: 101, Groups: []string{notifyGroup}},
 		{Name: "netd", ID: 102, Groups: []string{"attestd", "linkd", "wpa", notifyGroup}},
 		{Name: "linkd", ID: 103, Groups: []string{notifyGroup}},
-		{Name: "vmm", ID: 104},
+		{Name: "vmm", ID: vmmID},
 		{Name: notifyGroup, ID: 105},
 		{Name: "wpa", ID: wpaID},
+		{Name: "logind", ID: 111, Groups: []string{"attestd", notifyGroup}},
 	}
 }
 
@@ -136,6 +143,16 @@ func Services(link string) []Service {
 			Socket: LinkdSocket, Notify: true, Watchdog: watchdog,
 		},
 	}, labServices()...)
+}
+
+// LogonService is logind, where the organisation has logon. fprintd and its
+// bus are its children.
+func LogonService() Service {
+	return Service{
+		Name: "logind",
+		Args: []string{"/bbin/logind", "run", "-config", attest.OrganizationFile, "-attestd", AttestdSocket, "-dir", LoginDir, "-vmm", strconv.Itoa(vmmID)},
+		User: "logind", Socket: LogindSocket, Notify: true, Watchdog: watchdog,
+	}
 }
 
 // closeCommand puts the closed ruleset in force in both namespaces.

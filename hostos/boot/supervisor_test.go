@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -344,7 +345,7 @@ func TestWhoMayNotify(t *testing.T) {
 		s.stop()
 	}
 	for _, u := range Users() {
-		if in := strings.Contains(strings.Join(u.Groups, " "), notifyGroup); in != (u.Name == "attestd" || u.Name == "netd" || u.Name == "linkd") {
+		if in := strings.Contains(strings.Join(u.Groups, " "), notifyGroup); in != slices.Contains([]string{"attestd", "netd", "linkd", "logind"}, u.Name) {
 			t.Errorf("%s: in the group %s: %v", u.Name, notifyGroup, in)
 		}
 	}

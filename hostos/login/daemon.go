@@ -14,8 +14,6 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Socket is where logind is asked.
@@ -27,17 +25,19 @@ const CardSocket = "card.sock"
 // ErrUsage is a wrong command line.
 var ErrUsage = errors.New("wrong command line; see logind -h")
 
-// ListenCard opens the socket for QEMU in dir, whose group may connect.
+// ListenCard opens the socket for QEMU in dir.
 func ListenCard(dir string) (net.Listener, error) {
 	path := filepath.Join(dir, CardSocket)
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("card socket: %w", err)
 	}
-	old := unix.Umask(0o117)
-	defer unix.Umask(old)
 	l, err := net.Listen("unix", path)
 	if err != nil {
 		return nil, fmt.Errorf("card socket: %w", err)
+	}
+	// QEMU's user is another: the folder says who comes here, ServeCard who stays.
+	if err := os.Chmod(path, 0o666); err != nil {
+		return nil, errors.Join(fmt.Errorf("card socket: %w", err), l.Close())
 	}
 	return l, nil
 }
@@ -60,10 +60,22 @@ func NewWhenReady(ctx context.Context, c Config) (*Engine, error) {
 	}
 }
 
-// Notify tells the service manager of status and life until ctx ends.
-func (e *Engine) Notify(ctx context.Context, notify func(string)) error {
+// KeepAlive tells the service manager that logind lives, until ctx ends.
+func KeepAlive(ctx context.Context, notify func(string)) error {
 	tick := time.NewTicker(10 * time.Second)
 	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			notify("WATCHDOG=1")
+		}
+	}
+}
+
+// Notify tells the service manager each change of status, until ctx ends.
+func (e *Engine) Notify(ctx context.Context, notify func(string)) error {
 	last := ""
 	for {
 		changed := e.Changed()
@@ -75,8 +87,6 @@ func (e *Engine) Notify(ctx context.Context, notify func(string)) error {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
-		case <-tick.C:
-			notify("WATCHDOG=1")
 		}
 	}
 }

@@ -47,6 +47,7 @@ type Config struct {
 	QMP       string // path of the control socket that QEMU opens
 	GuestCID  uint32 // vsock context id, 3 or more
 	Link      string // path of linkd's socket for a virtio-serial port; empty: the link is vsock
+	Card      string // path of logind's socket for the card in a reader; empty: no reader
 	Accel     Accel
 }
 
@@ -103,6 +104,13 @@ func Args(c Config) []string {
 			"-device", "virtio-serial-pci",
 			"-chardev", "socket,id=link,path="+escape(c.Link)+",reconnect-ms=1000",
 			"-device", "virtserialport,chardev=link,name="+linkPort)
+	}
+	if c.Card != "" {
+		args = append(args,
+			"-device", "qemu-xhci,id=usb",
+			"-chardev", "socket,id=card,path="+escape(c.Card)+",reconnect-ms=1000",
+			"-device", "usb-ccid,id=ccid,bus=usb.0",
+			"-device", "ccid-card-passthru,chardev=card,bus=ccid.0")
 	}
 	if !c.BIOS {
 		args = append(args,

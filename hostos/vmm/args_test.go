@@ -39,13 +39,19 @@ func TestArgs(t *testing.T) {
 	if got := strings.Join(Args(c), " "); got != want {
 		t.Errorf("serial: got\n%s\nwant\n%s", got, want)
 	}
+	c.Card = "/run/sekisho/login/card.sock"
+	want += ` -device qemu-xhci,id=usb -chardev socket,id=card,path=/run/sekisho/login/card.sock,reconnect-ms=1000 ` +
+		`-device usb-ccid,id=ccid,bus=usb.0 -device ccid-card-passthru,chardev=card,bus=ccid.0`
+	if got := strings.Join(Args(c), " "); got != want {
+		t.Errorf("card: got\n%s\nwant\n%s", got, want)
+	}
 }
 
 // TestNoNetworkDevice tries every field of Config with a path that asks for a
 // network device.
 func TestNoNetworkDevice(t *testing.T) {
 	const evil = "/x,netdev=n0 -device e1000e,-netdev user"
-	configs := []Config{testConfig(), {}, {Disk: evil, Code: evil, Vars: evil, QMP: evil, Link: evil}}
+	configs := []Config{testConfig(), {}, {Disk: evil, Code: evil, Vars: evil, QMP: evil, Link: evil, Card: evil}}
 	for _, c := range configs {
 		for _, accel := range []Accel{KVM, TCG} {
 			c.Accel = accel
@@ -60,7 +66,7 @@ func TestNoNetworkDevice(t *testing.T) {
 				if a == "-netdev" || a == "-net" || (a == "-nic" && args[i+1] != "none") {
 					t.Errorf("%s %s", a, args[i+1])
 				}
-				if a == "-device" && !slices.Contains([]string{"virtio-blk-pci", "vhost-vsock-pci", "pvpanic", "virtio-serial-pci", "virtserialport"}, strings.SplitN(args[i+1], ",", 2)[0]) {
+				if a == "-device" && !slices.Contains([]string{"virtio-blk-pci", "vhost-vsock-pci", "pvpanic", "virtio-serial-pci", "virtserialport", "qemu-xhci", "usb-ccid", "ccid-card-passthru"}, strings.SplitN(args[i+1], ",", 2)[0]) {
 					t.Errorf("device %s", args[i+1])
 				}
 				if strings.Contains(strings.ReplaceAll(a, ",,", ""), ",netdev") {

@@ -117,7 +117,7 @@ const ours = "sekisho"
 
 // debianPackages is what both images are made from, one set so that both have
 // the same kernel.
-var debianPackages = []string{"cryptsetup-bin", "dmsetup", "hostapd", "linux-image-amd64", "ovmf", "qemu-system-x86", "seabios", "systemd-boot-efi", "wireless-regdb", "wpasupplicant"}
+var debianPackages = []string{"cryptsetup-bin", "dbus-daemon", "dmsetup", "fprintd", "hostapd", "linux-image-amd64", "ovmf", "qemu-system-x86", "seabios", "systemd-boot-efi", "wireless-regdb", "wpasupplicant"}
 
 // stubPath is where systemd-boot-efi installs the EFI stub.
 const stubPath = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub"

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"sekisho/attest"
 	"sekisho/hostos/boot"
 	"sekisho/hostos/disk"
 )
@@ -59,6 +60,7 @@ func hostSpec(o Options) spec {
 			"sekisho/netd/cmd/netd",
 			"sekisho/guestlink/cmd/linkd",
 			"sekisho/attest/cmd/attestd",
+			"sekisho/hostos/cmd/logind",
 		},
 		tags:     tags(o.Lab),
 		modules:  o.Modules,
@@ -83,6 +85,9 @@ func hostSpec(o Options) spec {
 	for _, suffix := range []string{"", ".p7s"} {
 		s.files[regulatory+suffix] = symlink(path.Base(regulatory) + suffix + "-debian")
 	}
+	if org, err := attest.ParseOrganization(o.Organization); err == nil && org.Logon != nil {
+		s.addLogon()
+	}
 	if o.Lab {
 		// The air between simulated radios, with an access point in it.
 		s.modules = append(slices.Clone(s.modules), "mac80211_hwsim", "bridge")
@@ -97,6 +102,12 @@ func hostSpec(o Options) spec {
 // regulatory is the kernel's name of the wireless regulatory database; Debian
 // has a maintainer script choose between signatures.
 const regulatory = "/usr/lib/firmware/regulatory.db"
+
+// addLogon adds what logind starts, and the card reader that QEMU loads.
+func (s *spec) addLogon() {
+	s.programs = append(slices.Clone(s.programs), "/usr/bin/dbus-daemon", "/usr/libexec/fprintd",
+		"/usr/lib/x86_64-linux-gnu/qemu/hw-usb-smartcard.so")
+}
 
 // accounts returns the passwd(5) and group(5) files of the host domain.
 func accounts() (passwd, group string) {

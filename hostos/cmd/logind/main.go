@@ -104,12 +104,13 @@ func run(ctx context.Context, args []string) error {
 	// The TPM may take its time; until then the card is not in the reader.
 	notify := func(s string) { _, _ = daemon.SdNotify(false, s) }
 	notify("READY=1")
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return login.KeepAlive(ctx, notify) })
 	client := gate.NewClient(*attestd)
 	e, err := login.NewWhenReady(ctx, login.Config{Policy: *org.Logon, Agency: org.Name, Attestd: client, Disk: client, Now: time.Now, Log: log})
 	if err != nil {
 		return errors.Join(err, api.Close(), card.Close())
 	}
-	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return e.Run(ctx) })
 	g.Go(func() error { return e.Serve(ctx, api) })
 	g.Go(func() error { return e.ServeCard(ctx, card, uint32(*vmm)) })
