@@ -36,7 +36,7 @@ func TestAccounts(t *testing.T) {
 	s := hostSpec(Options{})
 	for file, lines := range map[string][]string{
 		"/etc/passwd": {"root:x:0:0:root:/:/nologin", "netd:x:102:102::/:/nologin", "vmm:x:104:104::/:/nologin"},
-		"/etc/group":  {"attestd:x:101:netd", "linkd:x:103:netd", "vmm:x:104:", "notify:x:105:attestd,netd,linkd"},
+		"/etc/group":  {"attestd:x:101:netd,logind", "linkd:x:103:netd", "vmm:x:104:", "notify:x:105:attestd,netd,linkd,logind"},
 	} {
 		for _, line := range lines {
 			if !slices.Contains(strings.Split(string(s.files[file].data), "\n"), line) {
