@@ -29,6 +29,8 @@ test: packages vet build
 bench: packages build
 	@echo "== attestation against its yardsticks"; $(GO) test ./attest/eventlog ./attest/quote ./attest/tpm -run '^$$' -bench Ratio
 	@echo "== whole verifications over TLS"; $(GO) test ./attest/fleet -run '^$$' -bench Load -benchtime 1x -count 3
+	@echo "== guest link against its yardsticks"; set -o pipefail; $(GO) test ./guestlink/packet -run '^$$' -bench Ratio -benchtime 1x -v | grep -v '^goos\|^goarch\|^pkg' && \
+	 SEKISHO_TEST=all $(GO) test ./guestlink/guest -run '^$$' -bench Ratio -benchtime 1x -v | grep -v '^goos\|^goarch\|^pkg'
 	@bin/lab bench
 
 FUZZTIME ?= 10m

@@ -3,7 +3,6 @@ package guest
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -467,47 +466,104 @@ func peak(b *testing.B, pid int) float64 {
 	return 0
 }
 
-// BenchmarkLatency sends one small datagram after the other and waits for each
-// to come back: TCP with 8 bytes, which gvisor-tap-vsock carries too.
-func BenchmarkLatency(b *testing.B) {
+// BenchmarkRatioLatency sends one small TCP message after the other and waits
+// for each to come back, by the link and by gvisor-tap-vsock in turn, idle and
+// beside a stream.
+func BenchmarkRatioLatency(b *testing.B) {
 	privileged(b)
-	for _, way := range []struct {
-		name string
-		make func(*testing.B) world
-	}{{"link", func(b *testing.B) world { return linkWorld(b, "") }}, {"gvisor", gvisorWorld}} {
-		for _, load := range []string{"idle", "loaded"} {
-			b.Run(way.name+"/"+load, func(b *testing.B) {
-				w := way.make(b)
-				guest, host := w.connect(b)
-				go io.Copy(host, host)
-				if load == "loaded" {
-					from, to := w.connect(b)
-					go io.Copy(io.Discard, to)
-					go func() {
-						for buf := make([]byte, 256<<10); ; {
-							if _, err := from.Write(buf); err != nil {
-								return
-							}
-						}
-					}()
+	const rounds, messages = 7, 200
+	ways := []string{"link", "gvisor"}
+	worlds := []world{linkWorld(b, ""), gvisorWorld(b)}
+	b.ResetTimer()
+	for _, load := range []string{"idle", "loaded"} {
+		var middle, late [2][]float64 // microseconds of each round
+		var ratio []float64
+		for range rounds {
+			for i, w := range worlds {
+				m, l := echoes(b, w, messages, load == "loaded")
+				middle[i], late[i] = append(middle[i], m), append(late[i], l)
+			}
+			ratio = append(ratio, middle[0][len(ratio)]/middle[1][len(ratio)])
+		}
+		for i, way := range ways {
+			b.Logf("%-6s %-6s median %6.0f us, 99 of 100 within %6.0f us", load, way, median(middle[i]), median(late[i]))
+		}
+		b.ReportMetric(median(ratio), load+"-link/gvisor")
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// echoes returns the median and the 99th percentile of n round trips in
+// microseconds.
+func echoes(b *testing.B, w world, n int, loaded bool) (middle, late float64) {
+	guest, host := w.connect(b)
+	var wg sync.WaitGroup
+	wg.Go(func() { io.Copy(host, host) })
+	closing := []net.Conn{guest, host}
+	if loaded {
+		from, to := w.connect(b)
+		closing = append(closing, from, to)
+		wg.Go(func() { io.Copy(io.Discard, to) })
+		wg.Go(func() {
+			for buf := make([]byte, 256<<10); ; {
+				if _, err := from.Write(buf); err != nil {
+					return
 				}
-				var times []time.Duration
-				buf := make([]byte, 8)
-				for i := uint64(0); b.Loop(); i++ {
-					begin := time.Now()
-					binary.BigEndian.PutUint64(buf, i)
-					if _, err := guest.Write(buf); err != nil {
-						b.Fatal(err)
-					}
-					if _, err := io.ReadFull(guest, buf); err != nil {
-						b.Fatal(err)
-					}
-					times = append(times, time.Since(begin))
-				}
-				slices.SortFunc(times, cmp.Compare[time.Duration])
-				b.ReportMetric(float64(times[len(times)/2].Microseconds()), "median-us")
-				b.ReportMetric(float64(times[len(times)*99/100].Microseconds()), "p99-us")
-			})
+			}
+		})
+	}
+	times := make([]float64, n)
+	buf := make([]byte, 8)
+	for i := range times {
+		begin := time.Now()
+		binary.BigEndian.PutUint64(buf, uint64(i))
+		if _, err := guest.Write(buf); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := io.ReadFull(guest, buf); err != nil {
+			b.Fatal(err)
+		}
+		times[i] = float64(time.Since(begin).Microseconds())
+	}
+	for _, c := range closing {
+		c.Close()
+	}
+	wg.Wait()
+	slices.Sort(times)
+	return median(times), times[n*99/100]
+}
+
+// BenchmarkRatioQueues says what several queues could win at most: two flows
+// through two links, each with devices and processes of its own, against the
+// same two flows through one.
+func BenchmarkRatioQueues(b *testing.B) {
+	privileged(b)
+	const rounds, each = 7, 500 * time.Millisecond
+	one, two, three := linkWorld(b, ""), linkWorld(b, ""), linkWorld(b, "")
+	type flow struct{ from, to net.Conn }
+	connect := func(w world) flow { guest, host := w.connect(b); return flow{guest, host} }
+	shared, apart := []flow{connect(one), connect(one)}, []flow{connect(two), connect(three)}
+	both := func(flows []flow) (sum float64) {
+		rates := make([]float64, len(flows))
+		var wg sync.WaitGroup
+		for i, f := range flows {
+			wg.Go(func() { rates[i] = streamFor(b, f.from, f.to, each) })
+		}
+		wg.Wait()
+		for _, r := range rates {
+			sum += r
+		}
+		return sum
+	}
+	b.ResetTimer()
+	var rates, ratio []float64
+	for round := range rounds + 1 {
+		a, c := both(shared), both(apart)
+		if round > 0 {
+			rates, ratio = append(rates, a), append(ratio, c/a)
 		}
 	}
+	b.Logf("two flows through one link %.2f Gbit/s; two links to one %.2f", median(rates), median(ratio))
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(median(ratio), "two-links/one")
 }
