@@ -10,7 +10,9 @@ VENDORS  := ../shared/corpus/attest/vendor-roots
 # Everything make run and make test start that is not in this repository.
 PACKAGES := ca-certificates iproute2 nftables procps kmod qemu-system-x86 ovmf swtpm swtpm-tools \
             dnsmasq-base sbsigntool syslinux syslinux-common mtools dosfstools tcpdump
-# Real clients of the smart card, and fingerprint reader (hostos/login). test: PACKAGES += pcscd opensc vsmartcard-vpcd dbus-daemon fprintd krb5-kdc krb5-admin-server krb5-user krb5-pkinit openssh-client openssh-server wine wine64
+# Real clients of the smart card, and the fingerprint reader (hostos/login).
+test: PACKAGES += pcscd opensc vsmartcard-vpcd dbus-daemon fprintd krb5-kdc krb5-admin-server krb5-user krb5-pkinit openssh-client openssh-server
+test: PACKAGES += wine wine64 systemd
 
 .PHONY: run test bench fuzz build packages vet clean
 run: packages build
