@@ -58,9 +58,10 @@ func (a *appraisal) hasAction(pcr int, action string) bool {
 }
 
 // isHPE reports whether this is a server of HPE, whose logs do not give PCR 0
-// (ProLiant DL160 Gen10, ROM U31 2.58). It goes by what PCR 7 proves: HPE's
-// platform key, which whoever forges a log cannot have enrolled; and by the
-// name of the ROM in PCR 0.
+// (ProLiant DL160 Gen10, ROM U31 2.58). It goes by what PCR 7 proves, HPE's
+// platform key, and by the name of the ROM in PCR 0. Who owns a machine can
+// enrol a key of any name: so this only lowers a finding to degrade, which the
+// verifier refuses all the same.
 func (a *appraisal) isHPE() bool {
 	seven, given := a.PCRs[7]
 	if !given || !bytes.Equal(seven, a.pcrs[7].value[:a.Bank.Size()]) {

@@ -75,7 +75,7 @@ func (a *appraisal) separators() {
 		case n == 1, pcr < 7 && low == 0:
 		case low == 0 && a.PCRs == nil:
 		case a.pcrs[pcr].events == 0 && a.PCRs[pcr] == nil:
-			a.findPCR(attest.SeverityDegrade, attest.ReasonLogSeparator, pcr, say("PCR %d には値もイベントもありません。ログの一部だけです。", "PCR %d has neither a value nor an event: the log is a piece of one", pcr))
+			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, say("PCR %d には値もイベントもありません。ログの一部だけです。", "PCR %d has neither a value nor an event: the log is a piece of one", pcr))
 		default:
 			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, say("PCR %d に区切りがありません。ファームウェアの処理が正しく終わっていません。", "PCR %d has no separator: firmware did not end there as it must", pcr))
 		}

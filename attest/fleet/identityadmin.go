@@ -68,14 +68,8 @@ func (a *admin) permits(w http.ResponseWriter, r *http.Request) {
 }
 
 func (a *admin) addPermit(w http.ResponseWriter, r *http.Request) {
-	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, attest.MaxMessage))
-	if err != nil {
-		a.fail(w, http.StatusBadRequest, err)
-		return
-	}
-	signed, err := approval.Parse(data)
-	if err != nil {
-		a.fail(w, http.StatusBadRequest, err)
+	signed, ok := a.approval(w, r)
+	if !ok {
 		return
 	}
 	p, err := a.AddPermit(r.Context(), signed)
@@ -89,6 +83,21 @@ func (a *admin) addPermit(w http.ResponseWriter, r *http.Request) {
 		a.log.Info("permit accepted", "id", p.ID, "device", p.Device, "signers", p.Signers, "reason", p.Reason)
 		reply(w, http.StatusOK, p)
 	}
+}
+
+// approval reads the approval in a request's body. Nothing in it counts yet.
+func (a *admin) approval(w http.ResponseWriter, r *http.Request) (*approval.Signed, bool) {
+	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, attest.MaxMessage))
+	if err != nil {
+		a.fail(w, http.StatusBadRequest, err)
+		return nil, false
+	}
+	signed, err := approval.Parse(data)
+	if err != nil {
+		a.fail(w, http.StatusBadRequest, err)
+		return nil, false
+	}
+	return signed, true
 }
 
 func (a *admin) former(w http.ResponseWriter, r *http.Request) {

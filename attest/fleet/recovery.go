@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"slices"
 	"time"
@@ -85,14 +84,8 @@ func (a *admin) recoveryRoutes() []route {
 }
 
 func (a *admin) useRecovery(w http.ResponseWriter, r *http.Request) {
-	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, attest.MaxMessage))
-	if err != nil {
-		a.fail(w, http.StatusBadRequest, err)
-		return
-	}
-	signed, err := approval.Parse(data)
-	if err != nil {
-		a.fail(w, http.StatusBadRequest, err)
+	signed, ok := a.approval(w, r)
+	if !ok {
 		return
 	}
 	used, err := a.UseRecovery(r.Context(), signed)

@@ -205,7 +205,7 @@ var ErrDifferent = errors.New("the appraisal does not give the verdict of the re
 // reference values and policy in it, and that the device id is that of the
 // endorsement key in it. Whose verdict it is, only key says: without it the
 // verdict is consistent and no more. What else of trust is given must bear out
-// what the report has of it.
+// what the report has of it, and the report must have it.
 func Verify(data []byte, trust Trust) (*Verdict, error) {
 	key, ring := trust.Key, trust.Policy
 	r, id, err := Parse(data, key)
@@ -232,6 +232,12 @@ func Verify(data []byte, trust Trust) (*Verdict, error) {
 	}
 	if attest.DeviceID(ek.Name()) != v.Device {
 		return nil, fmt.Errorf("report: device id %s is not that of the endorsement key", v.Device)
+	}
+	switch {
+	case len(r.Device.EKCertificate) == 0 && trust.EK != nil:
+		return nil, errors.New("report: it has no certificate of the endorsement key, which was asked for")
+	case len(r.Policy) == 0 && ring != nil:
+		return nil, errors.New("report: its verdict follows no signed policy, which was asked for")
 	}
 	if len(r.Device.EKCertificate) > 0 {
 		v.EK = "unverified"

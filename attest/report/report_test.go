@@ -13,6 +13,7 @@ import (
 	"github.com/fxamacker/cbor/v2"
 
 	"sekisho/attest"
+	"sekisho/attest/ek"
 	"sekisho/attest/eventlog/logtest"
 	"sekisho/attest/policy"
 	"sekisho/attest/tpm"
@@ -143,6 +144,9 @@ func TestVerifyGivesTheSameBytes(t *testing.T) {
 		}
 		if v, err := Verify(data, Trust{}); err != nil || v.Trusted || v.Policy != "unverified" {
 			t.Errorf("without keys: %+v %v", v, err)
+		}
+		if _, err := Verify(data, Trust{Key: &key.PublicKey, EK: ek.NewRoots()}); err == nil {
+			t.Error("an endorsement key without a certificate passes where makers are asked for")
 		}
 		if _, err := Verify(data, Trust{Key: &newKey(t).PublicKey}); err == nil {
 			t.Error("another key's report was accepted")

@@ -12,13 +12,13 @@ import (
 	"sekisho/attest/policy"
 )
 
-// references are the images that p, beside the unsigned values, accepts.
+// references are the images that p accepts. Unsigned values count only where
+// there is no signed policy.
 func (in Input) references(p *policy.Signed) []attest.ReferenceValues {
-	list := append([]attest.ReferenceValues(nil), in.References...)
 	if p != nil {
-		list = append(list, p.Bundle.Accepted(in.Now)...)
+		return p.Bundle.Accepted(in.Now)
 	}
-	return list
+	return in.References
 }
 
 // inForce refuses where a policy is needed and none is in force.

@@ -6,10 +6,15 @@ import (
 	"testing"
 
 	"sekisho/attest"
+	"sekisho/attest/eventlog/logtest"
 	"sekisho/attest/policy"
 )
 
+// signed is a policy that accepts the bench's image, if it names no other.
 func signed(b policy.Bundle) *policy.Signed {
+	if b.References == nil {
+		b.References = []policy.Reference{{Values: image.Reference("sekisho", "1")}}
+	}
 	b.Profile, b.Organization, b.Version = policy.Profile, "Test City", 1
 	for i := range b.Rules {
 		b.Rules[i].Why = attest.Text{JA: "理由", EN: "reason"}
@@ -37,6 +42,9 @@ func TestPolicy(t *testing.T) {
 			b.in.References = nil
 			b.in.Policy = signed(policy.Bundle{References: []policy.Reference{{Values: image.Reference("sekisho", "1")}}})
 		}, attest.StatusAffirming, attest.ReasonNone, 0},
+		{"unsigned values beside a policy count for nothing", func(b *bench) {
+			b.in.Policy = signed(policy.Bundle{References: []policy.Reference{{Values: logtest.Image{Kernel: "2"}.Reference("sekisho", "2")}}})
+		}, attest.StatusContraindicated, attest.ReasonImageUnknown, 4},
 		{"image whose time has ended", func(b *bench) {
 			b.in.References = nil
 			b.in.Policy = signed(policy.Bundle{References: []policy.Reference{{Values: image.Reference("sekisho", "1"), Until: start.Unix()}}})

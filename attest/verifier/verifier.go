@@ -37,7 +37,7 @@ type Device struct {
 type Input struct {
 	Evidence   *attest.Evidence
 	Device     *Device                  // nil: the device is not enrolled
-	References []attest.ReferenceValues // unsigned ones, beside the policy's
+	References []attest.ReferenceValues // unsigned ones, which count without a policy only
 	Verifier   string                   // our name
 	Now        time.Time
 
