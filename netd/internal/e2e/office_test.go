@@ -274,3 +274,69 @@ func ask(t testing.TB, from *nstest.NS, address string) (who netip.AddrPort) {
 	})
 	return who
 }
+
+// TestOfficeStayInTunnel: the office is proven, and the work domain stays where
+// the organisation wants it.
+func TestOfficeStayInTunnel(t *testing.T) {
+	w := newWorld(t)
+	d := w.newDesk()
+	w.organization.Office.StayInTunnel = true
+	d.startBeacon(d.officeCA)
+	w.startGateway()
+	w.attestd.set(gate.StateAffirming, time.Hour)
+	w.startNetd()
+	w.waitState(30*time.Second, netd.Tunnel, "")
+	w.plug(w.home, d.router)
+	nstest.Eventually(t, 20*time.Second, func() error {
+		s, err := w.status()
+		if err == nil && (s.State != netd.Tunnel || s.Office == nil || !s.Office.StayInTunnel) {
+			err = fmt.Errorf("%s, office %+v", s.Line(), s.Office)
+		}
+		return err
+	})
+	w.readPage(10 * time.Second)
+	if r := w.inside.Run("ip", "route"); strings.Contains(r, "office0") {
+		t.Errorf("a way to the LAN: %s", r)
+	}
+	w.tapped.taps[1].offices = nil // nothing of the work domain may be seen here either
+	w.judge()
+}
+
+// TestOfficeWithoutGateway: the LAN is reached while LGWAN is not, and the
+// status says so.
+func TestOfficeWithoutGateway(t *testing.T) {
+	w := newWorld(t)
+	d := w.newDesk()
+	d.startBeacon(d.officeCA)
+	echoServer(d.servers, assetsAddr)
+	w.startGateway()
+	w.attestd.set(gate.StateAffirming, time.Hour)
+	w.startNetd()
+	w.waitState(30*time.Second, netd.Tunnel, "")
+	w.readPage(10 * time.Second)
+	w.plug(w.home, d.router)
+	w.waitState(20*time.Second, netd.Office, "")
+	l, err := call(w.work, assetsAddr, 5*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.c.Close()
+	w.kill(w.gateway)
+	nstest.Eventually(t, 30*time.Second, func() error {
+		s, err := w.status()
+		if err == nil && (s.State != netd.Office || !strings.Contains(s.Words.EN, "LGWAN is not reachable")) {
+			err = fmt.Errorf("%s, %q", s.Line(), s.Words.EN)
+		}
+		return err
+	})
+	if err := l.say("still here", 5*time.Second); err != nil {
+		t.Errorf("the LAN's server, without a gateway: %v", err)
+	}
+	// A credential that ends closes the office too.
+	w.attestd.set(gate.StateRefused, 0)
+	w.waitState(5*time.Second, netd.Attesting, "")
+	if err := l.say("closed", time.Second); err == nil {
+		t.Error("the LAN's server answers after a refusal")
+	}
+	w.judge()
+}
