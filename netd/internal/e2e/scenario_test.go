@@ -388,7 +388,7 @@ func renamed(t *testing.T, w *world) {
 // whatever is asked.
 func (w *world) portal() {
 	w.home.Run("nft", "add table ip portal; add chain ip portal p { type nat hook prerouting priority -100; }; add rule ip portal p tcp dport { 80, 443 } dnat to 192.168.50.1:8080")
-	s := &http.Server{ErrorLog: log.New(io.Discard, "", 0), Handler: http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) { rw.WriteHeader(http.StatusNoContent) })}
+	w.firewall("drop") // and nothing else goes through
 	l := w.home.Listen("192.168.50.1:8080")
 	go func() {
 		for { // it answers 204 whatever it hears, TLS hellos too
@@ -404,7 +404,6 @@ func (w *world) portal() {
 			}()
 		}
 	}()
-	w.t.Cleanup(func() { s.Close() })
 }
 
 func portalThenOpen(t *testing.T, w *world) {
@@ -415,7 +414,7 @@ func portalThenOpen(t *testing.T, w *world) {
 	if r := w.inside.Run("ip", "route"); r != "" {
 		t.Errorf("routes inside behind a portal: %s", r)
 	}
-	w.home.Run("nft", "delete table ip portal")
+	w.home.Run("nft", "delete table ip portal; delete table ip evil")
 	w.waitState(60*time.Second, netd.Tunnel, "")
 }
 
