@@ -96,16 +96,16 @@ func AdminHandler(s *Service, log *slog.Logger) http.Handler {
 // routes are all of the admin API, which only the owner of its socket reaches.
 func (a *admin) routes() []route {
 	return slices.Concat([]route{
-		{"POST " + AdminTickets, a.createTicket},
-		{"GET " + AdminDevices, a.devices},
-		{"GET " + AdminDevices + "/{id}", a.device},
-		{"DELETE " + AdminDevices + "/{id}", a.retireDevice},
-		{"GET " + AdminResults, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Results()) }},
-		{"GET " + AdminReferences, a.references},
-		{"POST " + AdminReferences, a.addReference},
-		{"DELETE " + AdminReferences, a.removeReference},
-		{"GET " + AdminEscrows + "/{id}", a.escrows},
-		{"GET " + AdminBackup, a.backup},
+		{pattern: "POST " + AdminTickets, handler: a.createTicket},
+		{pattern: "GET " + AdminDevices, handler: a.devices},
+		{pattern: "GET " + AdminDevices + "/{id}", handler: a.device},
+		{pattern: "DELETE " + AdminDevices + "/{id}", handler: a.retireDevice},
+		{pattern: "GET " + AdminResults, handler: func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Results()) }},
+		{pattern: "GET " + AdminReferences, handler: a.references},
+		{pattern: "POST " + AdminReferences, handler: a.addReference},
+		{pattern: "DELETE " + AdminReferences, handler: a.removeReference},
+		{pattern: "GET " + AdminEscrows + "/{id}", handler: a.escrows},
+		{pattern: "GET " + AdminBackup, handler: a.backup},
 	}, a.identityRoutes(), a.recoveryRoutes(), a.policyRoutes())
 }
 

@@ -44,18 +44,18 @@ type ReportKey struct {
 
 func (a *admin) policyRoutes() []route {
 	return []route{
-		{"GET " + AdminPolicies, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Policies.Status(a.Now())) }},
-		{"POST " + AdminPolicies, a.publish},
-		{"DELETE " + AdminShadow, func(w http.ResponseWriter, r *http.Request) {
+		{pattern: "GET " + AdminPolicies, handler: func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Policies.Status(a.Now())) }},
+		{pattern: "POST " + AdminPolicies, handler: a.publish},
+		{pattern: "DELETE " + AdminShadow, handler: func(w http.ResponseWriter, r *http.Request) {
 			a.done(w, "shadow policy ended", a.DropShadow(r.Context()))
 		}},
-		{"DELETE " + AdminHold, func(w http.ResponseWriter, r *http.Request) { a.done(w, "hold released", a.Release(r.Context())) }},
-		{"POST " + AdminSimulate, a.simulatePolicy},
-		{"GET " + AdminReports, a.reports},
-		{"GET " + AdminReports + "/{id}", a.report},
-		{"GET " + AdminReportKey, a.reportKey},
-		{"GET " + AdminFirmware, func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Commons.Summary()) }},
-		{"POST " + AdminFirmware, a.importFirmware},
+		{pattern: "DELETE " + AdminHold, handler: func(w http.ResponseWriter, r *http.Request) { a.done(w, "hold released", a.Release(r.Context())) }},
+		{pattern: "POST " + AdminSimulate, handler: a.simulatePolicy},
+		{pattern: "GET " + AdminReports, handler: a.reports},
+		{pattern: "GET " + AdminReports + "/{id}", handler: a.report},
+		{pattern: "GET " + AdminReportKey, handler: a.reportKey},
+		{pattern: "GET " + AdminFirmware, handler: func(w http.ResponseWriter, _ *http.Request) { reply(w, http.StatusOK, a.Commons.Summary()) }},
+		{pattern: "POST " + AdminFirmware, handler: a.importFirmware},
 	}
 }
 

@@ -50,6 +50,7 @@ type ServerConfig struct {
 	EKRoots             []string    `json:"ek_roots"`             // PEM files, or "built-in": whose TPMs may enrol
 	ReferenceValues     []string    `json:"reference_values"`     // JSON files; more by attestctl
 	CertificateLifetime string      `json:"certificate_lifetime"` // such as "10m"
+	GatewayCA           string      `json:"gateway_ca"`           // PEM file: CA of the gateways' client certificates, who hear of revocations
 	Approvers           string      `json:"approvers"`            // PEM file: public keys of those who sign permits, two of them each
 	AdminSocket         string      `json:"admin_socket"`         // unix socket for attestctl
 
@@ -250,6 +251,15 @@ func (c *ServerConfig) Open(ctx context.Context, now func() time.Time, log *slog
 	config := Config{Verifier: c.ID, Log: log, Issuer: issuer, EKRoots: roots, References: refs, Approvers: approvers, Now: now}
 	config.Organization, config.Lifetime = c.Organization, lifetime
 	config.Escrows = c.Escrow
+	if c.GatewayCA != "" {
+		data, err := readFile(c.GatewayCA)
+		if err != nil {
+			return fail(err)
+		}
+		if config.Gateways = x509.NewCertPool(); !config.Gateways.AppendCertsFromPEM(data) {
+			return fail(fmt.Errorf("gateway_ca: %s: no certificate in it", c.GatewayCA))
+		}
+	}
 	if err := c.openAppraisal(&config); err != nil {
 		if config.Reports != nil {
 			err = errors.Join(err, config.Reports.Close())

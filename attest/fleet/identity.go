@@ -173,6 +173,11 @@ func (s *Service) take(t concurrency.STM, d Device, now time.Time) error {
 		}
 	}
 	t.Del(s.keys.seen(d.ID))
+	if t.Get(s.keys.revocation(d.ID)) != "" {
+		if err := s.revoke(t, d.ID, false); err != nil {
+			return err
+		}
+	}
 	return errors.Join(write(t, s.keys.ak(sha256.Sum256(d.AK)), d.ID), write(t, s.keys.device(d.ID), d))
 }
 
@@ -200,6 +205,9 @@ func (s *Service) end(t concurrency.STM, id attest.Digest, f Former) error {
 	t.Del(s.keys.device(id))
 	t.Del(s.keys.seen(id))
 	t.Del(s.keys.firmware(id))
+	if err := s.revoke(t, id, true); err != nil {
+		return err
+	}
 	return write(t, s.keys.former(id), append(list, f))
 }
 
@@ -211,8 +219,7 @@ func (s *Service) Retire(ctx context.Context, id attest.Digest, reason string) (
 		return Former{}, fmt.Errorf("retire device %s: reason of %d bytes, want 1 to %d", id, len(reason), attest.MaxName)
 	}
 	f := Former{Ended: s.Now().UTC().Truncate(time.Second), Reason: reason}
-	_, err := s.Store.Update(ctx, func(t concurrency.STM) error { return s.end(t, id, f) })
-	if err != nil {
+	if err := s.change(ctx, func(t concurrency.STM) error { return s.end(t, id, f) }); err != nil {
 		return Former{}, err
 	}
 	list, err := s.Former(ctx, id)

@@ -37,13 +37,13 @@ type PurchaseResponse struct {
 
 func (a *admin) identityRoutes() []route {
 	return []route{
-		{"GET " + AdminTickets, a.tickets},
-		{"DELETE " + AdminTickets, a.revokeTicket},
-		{"GET " + AdminPermits, a.permits},
-		{"POST " + AdminPermits, a.addPermit},
-		{"GET " + AdminFormer, a.former},
-		{"GET " + AdminPurchase, a.purchase},
-		{"POST " + AdminPurchase, a.addPurchase},
+		{pattern: "GET " + AdminTickets, handler: a.tickets},
+		{pattern: "DELETE " + AdminTickets, handler: a.revokeTicket},
+		{pattern: "GET " + AdminPermits, handler: a.permits},
+		{pattern: "POST " + AdminPermits, handler: a.addPermit},
+		{pattern: "GET " + AdminFormer, handler: a.former},
+		{pattern: "GET " + AdminPurchase, handler: a.purchase},
+		{pattern: "POST " + AdminPurchase, handler: a.addPurchase},
 	}
 }
 

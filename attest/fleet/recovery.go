@@ -75,11 +75,11 @@ func (s *Service) Recoveries(ctx context.Context) ([]Recovery, error) {
 
 func (a *admin) recoveryRoutes() []route {
 	return []route{
-		{"GET " + AdminRecoveries, func(w http.ResponseWriter, r *http.Request) {
+		{pattern: "GET " + AdminRecoveries, handler: func(w http.ResponseWriter, r *http.Request) {
 			list, err := a.Recoveries(r.Context())
 			answer(a, w, list, err)
 		}},
-		{"POST " + AdminRecoveries, a.useRecovery},
+		{pattern: "POST " + AdminRecoveries, handler: a.useRecovery},
 	}
 }
 

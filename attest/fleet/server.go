@@ -41,6 +41,9 @@ func Serve(ctx context.Context, l net.Listener, cert tls.Certificate, s *Service
 	config := cryptrec.Config()
 	config.Certificates = []tls.Certificate{cert}
 	config.NextProtos = []string{"http/1.1"}
+	if s.Gateways != nil { // devices show none; a gateway's is judged here, once
+		config.ClientAuth, config.ClientCAs = tls.VerifyClientCertIfGiven, s.Gateways
+	}
 	return serve(ctx, tls.NewListener(netutil.LimitListener(l, maxConns), config), listed(Handler(s, log)), log)
 }
 
@@ -64,6 +67,9 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 		IdleTimeout:       idleTime,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		BaseContext: func(net.Listener) context.Context {
+			return context.WithValue(context.WithoutCancel(ctx), endingKey{}, ctx)
+		},
 	}
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(l) }()
@@ -87,7 +93,10 @@ func Handler(s *Service, log *slog.Logger) http.Handler {
 	a := &api{s, log, newLimiter(s.Now), make(chan struct{}, maxWork)}
 	mux := http.NewServeMux()
 	for _, r := range a.routes() {
-		mux.HandleFunc(r.pattern, a.limited(r.handler))
+		if !r.stream {
+			r.handler = a.limited(r.handler)
+		}
+		mux.HandleFunc(r.pattern, r.handler)
 	}
 	return mux
 }
@@ -96,17 +105,19 @@ func Handler(s *Service, log *slog.Logger) http.Handler {
 type route struct {
 	pattern string // of http.ServeMux
 	handler http.HandlerFunc
+	stream  bool // it lasts, has limits of its own, and is for those with a certificate
 }
 
 // routes are all of the public API. Each of them judges by itself what it is
 // shown: a ticket, an answer to a challenge, evidence, a signature.
 func (a *api) routes() []route {
 	return []route{
-		{"POST " + attest.PathEnrolBegin, a.begin},
-		{"POST " + attest.PathEnrolFinish, a.finish},
-		{"POST " + attest.PathChallenge, a.challenge},
-		{"POST " + attest.PathAttest, a.attest},
-		{"POST " + attest.PathEscrow, a.escrow},
+		{pattern: "POST " + attest.PathEnrolBegin, handler: a.begin},
+		{pattern: "POST " + attest.PathEnrolFinish, handler: a.finish},
+		{pattern: "POST " + attest.PathChallenge, handler: a.challenge},
+		{pattern: "POST " + attest.PathAttest, handler: a.attest},
+		{pattern: "POST " + attest.PathEscrow, handler: a.escrow},
+		{pattern: "GET " + attest.PathRevocations, handler: a.revocations, stream: true},
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/base32"
 	"encoding/json"
 	"errors"
@@ -54,6 +55,7 @@ type Config struct {
 	PolicyKeys *policy.Keyring // nil: unsigned reference values decide
 	Reports    *Reports        // nil: no reports and no signed results
 	Brake      *Brake          // nil: mass refusals are not noticed
+	Gateways   *x509.CertPool  // whose clients may hear of revocations; nil: nobody
 	Escrows    bool            // recovery keys are kept
 	Log        *slog.Logger    // nil: nothing is logged
 

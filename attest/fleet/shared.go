@@ -27,10 +27,13 @@ import (
 //	policy/newest                 attest.PolicyID
 //	policy/shadow                 a signed policy
 //	policy/hold                   Hold
+//	revoked/device/ID             attest.Revocation, the newest of that device
+//	revoked/count                 number of the newest
 //	firmware/device/ID            attest.Digest
 //	firmware/organization/NAME    counts by digest
 type shared struct {
 	*store.Mirror
+	revoked revocations
 
 	mu         sync.Mutex
 	references map[string]attest.ReferenceValues // by ReferenceID
@@ -48,6 +51,7 @@ func (s *Service) follow(ctx context.Context) error {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		h.references, h.broken = make(map[string]attest.ReferenceValues), make(map[string]error)
+		h.revoked.reset()
 		s.Policies.reset()
 		s.Commons.reset()
 	}, func(key string, value []byte) {
@@ -100,6 +104,11 @@ func (s *Service) applyShared(h *shared, key string, value []byte) error {
 		return nil
 	case "policy":
 		return s.Policies.apply(rest, value)
+	case "revoked":
+		if rest == "count" {
+			return nil
+		}
+		return h.revoked.apply(value)
 	case "firmware":
 		return s.Commons.apply(rest, value)
 	}

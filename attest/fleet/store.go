@@ -117,6 +117,10 @@ func (k keys) otherFirmware(org string) string {
 func (k keys) policyVersion(v uint64) string {
 	return fmt.Sprintf("%spolicy/version/%020d", k.shared(), v)
 }
+func (k keys) revocation(id attest.Digest) string {
+	return k.shared() + "revoked/device/" + id.String()
+}
+func (k keys) revocationCount() string   { return k.shared() + "revoked/count" }
 func (k keys) policy(what string) string { return k.shared() + "policy/" + what }
 
 // read reads one record within a transaction.

@@ -155,6 +155,19 @@ func (s *Store) answers(ctx context.Context) error {
 	return nil
 }
 
+// aliveTime bounds the wait for a majority to answer.
+const aliveTime = 3 * time.Second
+
+// Alive fails unless a majority of the store answers now.
+func (s *Store) Alive(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, aliveTime)
+	defer cancel()
+	if _, err := s.client.Get(ctx, "/"); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	return nil
+}
+
 // Client is etcd's own client of the store.
 func (s *Store) Client() *clientv3.Client { return s.client }
 

@@ -1,0 +1,171 @@
+package fleet
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"go.etcd.io/etcd/client/v3/concurrency"
+
+	"sekisho/attest"
+)
+
+// maxStreams bounds the gateways that one verifier serves.
+const maxStreams = 256
+
+// streamWrite bounds the writing of one message.
+const streamWrite = 10 * time.Second
+
+// revocations is what every verifier knows of retired devices, following the
+// store. The zero value knows of none.
+type revocations struct {
+	mu      sync.Mutex
+	last    map[attest.Digest]attest.Revocation // newest of each device
+	log     []attest.Revocation                 // since the last reset, as they came
+	changed chan struct{}
+	streams int
+}
+
+func (r *revocations) reset() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.last, r.log = make(map[attest.Digest]attest.Revocation), nil
+	r.signal()
+}
+
+func (r *revocations) signal() {
+	if r.changed != nil {
+		close(r.changed)
+	}
+	r.changed = make(chan struct{})
+}
+
+func (r *revocations) apply(value []byte) error {
+	if value == nil {
+		return errors.New("a revocation was removed from the store: restore it from a backup")
+	}
+	var v attest.Revocation
+	if err := json.Unmarshal(value, &v); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.last[v.Device] = v
+	r.log = append(r.log, v)
+	r.signal()
+	return nil
+}
+
+// snapshot is all that there is, and how long the log is.
+func (r *revocations) snapshot() (all []attest.Revocation, seen int, changed <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, v := range r.last {
+		all = append(all, v)
+	}
+	slices.SortFunc(all, func(a, b attest.Revocation) int { return int(int64(a.Sequence) - int64(b.Sequence)) })
+	return all, len(r.log), r.changed
+}
+
+// since is what came after the first seen entries of the log; false if the
+// log began anew meanwhile.
+func (r *revocations) since(seen int) (list []attest.Revocation, n int, changed <-chan struct{}, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.log) < seen {
+		return nil, 0, nil, false
+	}
+	return slices.Clone(r.log[seen:]), len(r.log), r.changed, true
+}
+
+// revoke notes, in a transaction, that a device has ended or come back. The
+// number of the change is the next one of the organisation.
+func (s *Service) revoke(t concurrency.STM, id attest.Digest, revoked bool) error {
+	n, _, err := read[uint64](t, s.keys.revocationCount())
+	if err != nil {
+		return err
+	}
+	if err := write(t, s.keys.revocationCount(), n+1); err != nil {
+		return err
+	}
+	return write(t, s.keys.revocation(id), attest.Revocation{Device: id, Sequence: n + 1, Revoked: revoked})
+}
+
+// revocations streams to a gateway until it goes or the server ends.
+func (a *api) revocations(w http.ResponseWriter, r *http.Request) {
+	feed := &a.service.shared.revoked
+	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 || a.service.Reports == nil {
+		reply(w, http.StatusForbidden, attest.Refuse(attest.ReasonRequestMalformed, "revocations are for gateways, which show a certificate of gateway_ca"))
+		return
+	}
+	feed.mu.Lock()
+	full := feed.streams >= maxStreams
+	if !full {
+		feed.streams++
+	}
+	feed.mu.Unlock()
+	if full {
+		reply(w, http.StatusServiceUnavailable, attest.Refuse(attest.ReasonBusy, "%d gateways are served; try another verifier", maxStreams))
+		return
+	}
+	defer func() {
+		feed.mu.Lock()
+		feed.streams--
+		feed.mu.Unlock()
+	}()
+	ending := ending(r.Context())
+	c := http.NewResponseController(w)
+	c.SetReadDeadline(time.Time{}) // it says nothing more
+	beat := time.NewTicker(attest.RevocationBeat)
+	defer beat.Stop()
+	m := attest.Revocations{Organization: a.service.Organization, Full: true}
+	changes, seen, changed := feed.snapshot()
+	for {
+		m.Time, m.Changes = a.service.Now().UnixMilli(), changes
+		for _, v := range changes {
+			m.Sequence = max(m.Sequence, v.Sequence)
+		}
+		signed, err := attest.SignRevocations(m, a.service.Reports.key)
+		if err != nil {
+			a.log.Error("revocations", "error", err)
+			return
+		}
+		c.SetWriteDeadline(time.Now().Add(streamWrite))
+		if json.NewEncoder(w).Encode(signed) != nil || c.Flush() != nil {
+			return
+		}
+		m.Full = false
+		select {
+		case <-changed:
+		case <-beat.C:
+		case <-ending.Done():
+			return
+		case <-r.Context().Done():
+			return
+		}
+		// Heard from is a verifier that hears from the store.
+		if err := a.service.Store.Alive(r.Context()); err != nil {
+			a.log.Error("revocations: the store does not answer", "error", err)
+			return
+		}
+		var ok bool
+		if changes, seen, changed, ok = feed.since(seen); !ok {
+			return // the gateway comes again and gets all
+		}
+	}
+}
+
+// endingKey is the key of the server's own context in a request's.
+type endingKey struct{}
+
+// ending returns a context that is done when the server begins to end.
+func ending(ctx context.Context) context.Context {
+	if e, ok := ctx.Value(endingKey{}).(context.Context); ok {
+		return e
+	}
+	return ctx
+}
