@@ -95,9 +95,10 @@ func (s *Server) set(state, reason, detail string) {
 	s.status.Since = s.now()
 	s.status.Guest = guestlink.Status{}
 	s.mu.Unlock()
-	line := state
+	// English first: the kernel's console has no glyphs for Japanese.
+	line := "waiting for the work domain / 業務領域の接続待ち"
 	if state == "linked" {
-		line = fmt.Sprintf("linked cid %d", s.cid)
+		line = fmt.Sprintf("linked cid %d / 業務領域と接続中", s.cid)
 	}
 	s.notify(line)
 }

@@ -48,7 +48,7 @@ func TestAPI(t *testing.T) {
 	if st.State != "waiting" || st.Reason != "no-guest" || st.Config == nil || st.CID != 3 || st.Refused != 4 || st.Since.IsZero() {
 		t.Errorf("%+v", st)
 	}
-	if strings.Join(lines, ",") != "waiting" {
+	if strings.Join(lines, ",") != "waiting for the work domain / 業務領域の接続待ち" {
 		t.Errorf("status lines %q", lines)
 	}
 }
