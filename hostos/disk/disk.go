@@ -336,20 +336,31 @@ func (d *Disk) open(ctx context.Context, key []byte, readOnly bool) error {
 // (kernel documentation, device-mapper/snapshot) on the scratch partition,
 // encrypted with a key that nobody keeps.
 func (d *Disk) layer(ctx context.Context) error {
-	key := make([]byte, 64) // two AES-256 keys of XTS
-	rand.Read(key)
-	defer clear(key)
-	if err := d.Run(ctx, key, Cryptsetup, "open", "--type", "plain", "--batch-mode", "--cipher", "aes-xts-plain64",
-		"--key-size", "512", "--key-file", "-", d.Scratch, scratchName); err != nil {
-		return err
-	}
 	size, err := deviceSize(filepath.Join(d.Mapper, workName))
 	if err != nil {
 		return err
 	}
+	scratch, layer := LayerCommands(d.Scratch, d.Mapper, size)
+	key := make([]byte, LayerKeySize)
+	rand.Read(key)
+	defer clear(key)
+	if err := d.Run(ctx, key, scratch...); err != nil {
+		return err
+	}
+	return d.Run(ctx, nil, layer...)
+}
+
+// LayerKeySize is two AES-256 keys of XTS in bytes.
+const LayerKeySize = 64
+
+// LayerCommands returns what encrypts the scratch partition, with its key on
+// standard input, and what puts it over the volume of size bytes.
+func LayerCommands(scratch, mapper string, size int64) (open, create []string) {
 	const chunk = 8 // sectors
-	return d.Run(ctx, nil, DMSetup, "create", layerName, "--table",
-		fmt.Sprintf("0 %d snapshot %s %s N %d", size/sector, filepath.Join(d.Mapper, workName), filepath.Join(d.Mapper, scratchName), chunk))
+	return []string{Cryptsetup, "open", "--type", "plain", "--batch-mode", "--cipher", "aes-xts-plain64",
+			"--key-size", "512", "--key-file", "-", scratch, scratchName},
+		[]string{DMSetup, "create", layerName, "--table", fmt.Sprintf("0 %d snapshot %s %s N %d",
+			size/sector, filepath.Join(mapper, workName), filepath.Join(mapper, scratchName), chunk)}
 }
 
 func deviceSize(path string) (int64, error) {

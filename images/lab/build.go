@@ -142,11 +142,16 @@ func Components() []string {
 // signed again, as whoever got hold of the signing key could: it boots, and it
 // is for attestation to refuse it.
 func (l *Lab) Tamper(component string) (Image, error) {
+	return l.tamper(component, l.out())
+}
+
+// tamper is Tamper with the image in the directory from.
+func (l *Lab) tamper(component, from string) (Image, error) {
 	b := l.builder(l.out("tamper-" + component))
 	if err := os.MkdirAll(b.Out, 0o755); err != nil {
 		return Image{}, fmt.Errorf("lab: %w", err)
 	}
-	if _, err := b.Tamper(l.out(images.HostImage), images.Component(component)); err != nil {
+	if _, err := b.Tamper(filepath.Join(from, images.HostImage), images.Component(component)); err != nil {
 		return Image{}, err
 	}
 	return l.disk(b, "tampered "+component)

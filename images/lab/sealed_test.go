@@ -32,7 +32,7 @@ func TestSealedBoot(t *testing.T) {
 	const epoch = seal.FirstEpoch + 3
 	next, reference, err := b.Next("1-lab", epoch)
 	must(t, err)
-	tampered, err := b.Tamper("cmdline")
+	tampered, err := b.tamper("cmdline", b.out("next"))
 	must(t, err)
 
 	var recovery string
@@ -60,6 +60,7 @@ func TestSealedBoot(t *testing.T) {
 		if k := b.askKey(t); len(k.Codes) == 0 || !strings.Contains(strings.Join(k.Codes, " "), gate.CodeUsed) {
 			t.Errorf("a second key in one boot: %+v", k)
 		}
+		b.layer(t)
 	})
 	b.bootStep(t, "power cut, no site: opens all the same", func(t *testing.T) {
 		must(t, b.Cut(t.Context()))
@@ -170,6 +171,33 @@ func (b *bench) disk(t *testing.T, state, code string) {
 		d, err := b.Disk(ctx)
 		return err == nil && d.State == state && strings.Contains(strings.Join(d.Codes, " "), code)
 	})
+}
+
+// layer puts over the disk what an ephemeral work domain gets, by init's own
+// commands, and finds that a write to it does not reach the disk.
+func (b *bench) layer(t *testing.T) {
+	t.Helper()
+	_, size, err := disk.Find(b.lab("laptop.img"), disk.Work)
+	must(t, err)
+	open, create := workdisk.LayerCommands("/dev/disk/by-partlabel/sekisho-scratch", "/dev/mapper", size-workdisk.HeaderSize)
+	const first = "head -c 16 /dev/mapper/"
+	for _, c := range []struct {
+		command string
+		stdin   []byte
+		want    string
+	}{
+		{command: strings.Join(open, " "), stdin: bytes.Repeat([]byte("k"), workdisk.LayerKeySize)},
+		{command: strings.Join(create[:4], " ") + " '" + create[4] + "'"},
+		{command: "echo gone at power-off > /dev/mapper/sekisho-layer"},
+		{command: first + "sekisho-layer", want: "gone at power-of"},
+		{command: first + "sekisho-work", want: ""},
+	} {
+		a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Argv: []string{"sh", "-c", "export DM_DISABLE_UDEV=1; " + c.command}, Stdin: c.stdin, Timeout: time.Minute})
+		must(t, err)
+		if a.Exit != 0 || c.want != "" && string(a.Stdout) != c.want || strings.HasSuffix(c.command, "sekisho-work") && bytes.Contains(a.Stdout, []byte("gone")) {
+			t.Errorf("%s: exit %d: %q %s", c.command, a.Exit, a.Stdout, a.Stderr)
+		}
+	}
 }
 
 // locked waits until the disk stays locked for this reason, says so in both
