@@ -41,6 +41,7 @@ type Config struct {
 	MTU         int            `json:"mtu"`            // of inner packets in bytes; 1400 if absent
 	DNS         []netip.Addr   `json:"dns"`            // resolvers for the work domain; may be empty
 	MaxSessions int            `json:"max_sessions"`   // 10000 if absent
+	Revocations *FeedConfig    `json:"revocations"`    // verifiers to hear of revoked devices from; none if absent
 	Status      string         `json:"status"`         // unix socket of the status; /run/sekisho-gateway/status.sock if absent
 }
 
@@ -96,6 +97,9 @@ func (c *Config) validate() error {
 	}
 	if len(c.DNS) > 4 {
 		fail("dns: %d entries, at most 4", len(c.DNS))
+	}
+	if c.Revocations != nil && c.Revoked != "" {
+		fail("revoked and revocations: want one of them")
 	}
 	if c.MaxSessions < 1 || c.MaxSessions > 1<<20 {
 		fail("max_sessions %d: want 1 to %d", c.MaxSessions, 1<<20)

@@ -115,6 +115,9 @@ func (s *Server) Serve(ctx context.Context, tcp net.Listener, udp net.PacketConn
 	s.mu.Lock()
 	s.sources = from
 	s.mu.Unlock()
+	if err := s.follow(ctx, &parts); err != nil {
+		cancel(err)
+	}
 	parts.Go(func() { cancel(fmt.Errorf("accept: %w", srv.ServeTLS(from, "", ""))) })
 	if udp != nil {
 		parts.Go(func() { cancel(s.serveH3(ctx, udp, from)) })
