@@ -478,6 +478,14 @@ func TestPortal(t *testing.T) {
 		r.attestd.answers <- affirming(time.Hour)
 		sleep(maxPause)
 		r.want(netd.Tunnel, "")
+		// What the portal was is forgotten.
+		r.set(func() { r.answer, r.driver.err = path.Silent, errors.New("no answer") })
+		r.driver.Down()
+		sleep(time.Second)
+		r.want(netd.Attesting, netd.ReasonGateway)
+		r.set(func() { r.answer, r.driver.err = path.Ours, nil })
+		sleep(maxPause)
+		r.want(netd.Tunnel, "")
 		// Another network is not that portal.
 		r.set(func() { r.answer, r.driver.err = path.Foreign, errors.New("certificate of a hotel") })
 		r.driver.Down()

@@ -150,6 +150,11 @@ func (l *loop) look(state netd.State, now time.Time) {
 		want.link, want.source, want.flaps = u.Name, u.Address.Addr(), l.flaps(u.Name)
 		want.closed = !l.tunnel.Open
 	}
+	if l.tunnel.Open && l.in.path.portal { // whoever it was has let us through
+		l.d.mu.Lock()
+		l.d.in.path = pathFinding{}
+		l.d.mu.Unlock()
+	}
 	if want == l.ask {
 		return
 	}
