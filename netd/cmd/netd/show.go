@@ -88,19 +88,18 @@ func showJournal(ctx context.Context, o options) error {
 	if err := api.Do(ctx, o.socket, "GET", "/v1/journal", nil, &r); err != nil {
 		return fmt.Errorf("%w; is netd running?", err)
 	}
-	out := os.Stdout
-	if o.save != "" {
-		f, err := os.OpenFile(o.save, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		out = f
-	}
+	print := printJournal
 	if o.json {
-		return printJSON(out, r)
+		print = func(w io.Writer, r journal.Report) error { return printJSON(w, r) }
 	}
-	return errors.Join(printJournal(out, r), out.Sync())
+	if o.save == "" {
+		return print(os.Stdout, r)
+	}
+	f, err := os.OpenFile(o.save, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	return errors.Join(print(f, r), f.Sync(), f.Close())
 }
 
 func printJournal(w io.Writer, r journal.Report) error {

@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -331,6 +332,17 @@ func TestOfficeWithoutGateway(t *testing.T) {
 	})
 	if err := l.say("still here", 5*time.Second); err != nil {
 		t.Errorf("the LAN's server, without a gateway: %v", err)
+	}
+	// The help desk reads what happened, in words, out of a file.
+	saved := w.path("journal.txt")
+	if out, err := exec.Command(filepath.Join(programs, "netd"), "journal", "-socket", w.path("netd.sock"), "--save", saved).CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("netd journal --save: %v, %q", err, out)
+	}
+	if text, err := os.ReadFile(saved); err != nil || !strings.Contains(string(text), "site hq proven by 10.20.0.9:8443 / 拠点 hq を確認") {
+		t.Errorf("saved journal: %v\n%s", err, text)
+	}
+	if out, err := exec.Command(filepath.Join(programs, "netd"), "status", "-socket", w.path("netd.sock")).Output(); err != nil || !strings.HasPrefix(string(out), "Office hq; LGWAN is not reachable at the moment\n庁内ネットワーク（hq）に接続中") {
+		t.Errorf("netd status: %v\n%s", err, out)
 	}
 	// A credential that ends closes the office too.
 	w.attestd.set(gate.StateRefused, 0)
