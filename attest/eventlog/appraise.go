@@ -102,7 +102,7 @@ type pcrState struct {
 // degrade prove what Check lists. Without Complete, the same is proven for PCR
 // 0 to 9 and for every other PCR that has events.
 func (l *Log) Appraise(o Options) *Report {
-	r := &Report{Format: l.Format, Bank: o.Bank, Banks: l.Banks(), Events: l.count, PCRs: []PCRReport{}, Findings: []attest.Remark{}}
+	r := &Report{Format: l.Format, Bank: o.Bank, Banks: l.Banks(), Events: l.count, PCRs: make([]PCRReport, 0, 24), Findings: []attest.Remark{}}
 	a := &appraisal{Log: l, Options: o, report: r}
 	if a.digests() {
 		a.locality()

@@ -339,9 +339,12 @@ func printSimulation(w io.Writer, s fleet.Simulation) error {
 			continue
 		}
 		fmt.Fprintf(w, "%s  %s, would be %s: %s: %s\n", v.Device, v.Was, v.Would, v.Reason, v.Detail)
+		last := attest.Text{}
 		for _, f := range v.Findings {
-			f = f.Explained()
-			fmt.Fprintf(w, "  %s %s\n  → %s\n", f.Severity, f.Sentence.In(speaks(w)), f.Action.In(speaks(w)))
+			if f = f.Explained(); f.Sentence != last { // one kind of finding, one advice
+				fmt.Fprintf(w, "  %s %s\n  → %s\n", f.Severity, f.Sentence.In(speaks(w)), f.Action.In(speaks(w)))
+			}
+			last = f.Sentence
 		}
 	}
 	return nil

@@ -145,26 +145,29 @@ func verifyReport(o *reportOptions, args []string, w io.Writer) (int, error) {
 	if o.json {
 		return verdictExit(v), errors.Join(err, writeJSON(w, v))
 	}
-	a := v.Appraisal
-	fmt.Fprintf(w, "verdict    %s\ndevice     %s\ntime       %s\nverifier   %s of %s\n", a.Status, v.Device, when(time.Unix(v.Claims.IssuedAt, 0)), v.Claims.Issuer, v.Claims.Audience)
+	a, p := v.Appraisal, printer{w, o.language}
+	p.say("判定       %s\n端末       %s\n時刻       %s\n検証       %s（%s）", "verdict    %s\ndevice     %s\ntime       %s\nverifier   %s of %s",
+		a.Status, v.Device, when(time.Unix(v.Claims.IssuedAt, 0)), v.Claims.Issuer, v.Claims.Audience)
 	if a.Image != "" {
-		fmt.Fprintf(w, "image      %s\n", a.Image)
+		p.say("イメージ   %s", "image      %s", a.Image)
 	}
 	if a.Reason != attest.ReasonNone {
-		fmt.Fprintf(w, "reason     %s: %s\n", a.Reason, a.Detail)
+		p.say("理由       %[1]s: %[3]s（%[2]s）", "reason     %[1]s: %[2]s", a.Reason, a.Detail, a.Reason.Words().Sentence.JA)
 	}
-	signature := "verified, key " + v.Key.String()
-	if !v.Trusted {
-		signature = "NOT VERIFIED, in the name of key " + v.Key.String() + "; give the verifier's key with -key"
+	if v.Trusted {
+		p.say("署名       検証済み、鍵 %s", "signature  verified, key %s", v.Key)
+	} else {
+		p.say("署名       未検証、鍵 %s の名による署名。検証サーバーの鍵を -key で指定してください。", "signature  NOT VERIFIED, in the name of key %s; give the verifier's key with -key", v.Key)
 	}
-	fmt.Fprintf(w, "signature  %s\nTPM maker  %s\npolicy     %s\n", signature, v.EK, v.Policy)
-	for _, p := range a.Policies {
-		fmt.Fprintf(w, "           %s\n", p)
+	ja := map[string]string{"none": "なし", "unverified": "未検証", "verified": "検証済み"}
+	p.say("TPM製造元  %[1]s\nポリシー   %[2]s", "TPM maker  %[3]s\npolicy     %[4]s", ja[v.EK], ja[v.Policy], v.EK, v.Policy)
+	for _, id := range a.Policies {
+		fmt.Fprintf(w, "           %s\n", id)
 	}
 	if v.Same {
-		fmt.Fprintln(w, "appraised  again: the same bytes")
+		p.say("再判定     同じバイト列になりました", "appraised  again: the same bytes")
 	} else {
-		fmt.Fprintf(w, "appraised  again: ANOTHER VERDICT: %s\n", v.Different)
+		p.say("再判定     別の判定になりました：%s", "appraised  again: ANOTHER VERDICT: %s", v.Different)
 	}
 	return verdictExit(v), err
 }
