@@ -192,7 +192,7 @@ func (b *bench) layer(t *testing.T) {
 		{command: first + "sekisho-layer", want: "gone at power-of"},
 		{command: first + "sekisho-work", want: ""},
 	} {
-		a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Argv: []string{"sh", "-c", "export DM_DISABLE_UDEV=1; " + c.command}, Stdin: c.stdin, Timeout: time.Minute})
+		a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Argv: []string{"gosh", "-c", "export DM_DISABLE_UDEV=1; " + c.command}, Stdin: c.stdin, Timeout: time.Minute})
 		must(t, err)
 		if a.Exit != 0 || c.want != "" && string(a.Stdout) != c.want || strings.HasSuffix(c.command, "sekisho-work") && bytes.Contains(a.Stdout, []byte("gone")) {
 			t.Errorf("%s: exit %d: %q %s", c.command, a.Exit, a.Stdout, a.Stderr)
