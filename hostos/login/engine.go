@@ -17,7 +17,7 @@ import (
 // TouchTime is how long a command of the card waits for a finger unless Config
 // says otherwise. It is less than the waiting time that the card's answer to
 // reset asks for.
-const TouchTime = 25 * time.Second
+const TouchTime = 11 * time.Second
 
 // Finger is the fingerprint reader; *fprint.Reader has it.
 type Finger interface {
