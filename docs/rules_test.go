@@ -37,9 +37,10 @@ var impure = []string{"net", "os", "os/exec", "syscall", "golang.org/x/sys/unix"
 // netlink has four: the laptop's network is netd/kernel's, linkd sets up the one
 // device that it makes, guestagent is in the work domain, labhook in the lab.
 var owners = map[string][]string{
-	"github.com/mdlayher/vsock":             {"guestlink/vsock"},
-	"github.com/google/nftables":            {"netd/kernel"},
-	"github.com/vishvananda/netlink":        {"netd/kernel", "guestlink/packet", "guestlink/guest", "images/lab/cmd/labhook"},
+	"github.com/mdlayher/vsock":  {"guestlink/vsock"},
+	"github.com/google/nftables": {"netd/kernel"},
+	// hostos/boot: lab.go alone, which no release has.
+	"github.com/vishvananda/netlink":        {"netd/kernel", "guestlink/packet", "guestlink/guest", "images/lab/cmd/labhook", "hostos/boot"},
 	"github.com/vishvananda/netns":          {"netd/kernel", "images/lab/cmd/labhook"},
 	"github.com/google/go-tpm/tpm2":         {"attest/tpm", "attest/tpm/faketpm"},
 	"github.com/songgao/water":              {"guestlink/packet"},

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/vishvananda/netlink"
 )
 
 // labServices are the services that only a lab image has.
@@ -15,10 +17,43 @@ func labServices() []Service {
 	return []Service{{Name: "labhook", Args: []string{"/bbin/labhook"}}}
 }
 
-// labDevices makes the link /dev/virtio-ports/NAME that udev would make, for
+// The lab's air: a namespace for an access point, with the network card that
+// leads from it to the lab's home. It has to be out of netd's sight before netd
+// starts.
+const (
+	AirNetns = "/run/netns/air"
+	AirMAC   = "52:54:00:5e:c1:51"
+)
+
+// setAirAside moves the lab's own network card into the namespace air.
+func setAirAside() error {
+	if err := makeNetns(AirNetns); err != nil {
+		return fmt.Errorf("air: %w", err)
+	}
+	if err := inNetns(AirNetns, noIPv6Autoconfiguration); err != nil {
+		return fmt.Errorf("air: %w", err)
+	}
+	ns, err := os.Open(AirNetns)
+	if err != nil {
+		return fmt.Errorf("air: %w", err)
+	}
+	defer ns.Close()
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("air: %w", err)
+	}
+	for _, l := range links {
+		if l.Attrs().HardwareAddr.String() == AirMAC {
+			return netlink.LinkSetNsFd(l, int(ns.Fd()))
+		}
+	}
+	return nil // a machine without one has no air
+}
+
+// labDevices sets the lab's card aside and makes the link /dev/virtio-ports/NAME that udev would make, for
 // the port that labhook serves.
 func labDevices() error {
-	return linkPort("/sys/class/virtio-ports", "/dev/virtio-ports", "/dev", "org.sekisho.lab")
+	return errors.Join(setAirAside(), linkPort("/sys/class/virtio-ports", "/dev/virtio-ports", "/dev", "org.sekisho.lab"))
 }
 
 func linkPort(sys, dir, dev, name string) error {

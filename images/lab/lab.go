@@ -43,6 +43,8 @@ var (
 	pageAddress     = netip.MustParseAddrPort("10.254.0.80:80")
 	probeAddress    = netip.MustParseAddrPort("10.254.0.80:7007")
 	homePrefix      = netip.MustParsePrefix("192.168.50.0/24")
+	airPrefix       = netip.MustParsePrefix("192.168.60.0/24")
+	ltePrefix       = netip.MustParsePrefix("192.168.70.0/24")
 	innerPool       = netip.MustParsePrefix("10.80.0.0/16")
 )
 
@@ -53,6 +55,9 @@ const (
 	PageURL = "http://10.254.0.80/"
 	// laptopMAC is the hardware address of the laptop's uplink.
 	laptopMAC = "52:54:00:5e:c1:50"
+	// airMAC is that of the card behind the laptop's simulated access point
+	// (hostos/boot, lab images only).
+	airMAC = "52:54:00:5e:c1:51"
 )
 
 // Lab is one checkout's lab.
@@ -242,7 +247,7 @@ func allowed() capture.AllowList {
 	return capture.AllowList{
 		Servers: []netip.AddrPort{verifierAddress, gatewayAddress},
 		QUIC:    []netip.AddrPort{gatewayAddress},
-		Links:   []netip.Prefix{homePrefix},
+		Links:   []netip.Prefix{homePrefix, airPrefix, ltePrefix},
 	}
 }
 

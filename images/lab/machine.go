@@ -47,6 +47,10 @@ func (m machine) arguments() []string {
 		"-fw_cfg", "name=opt/org.tianocore/IPv6PXESupport,string=n",
 		"-netdev", "tap,id=uplink,ifname=uplink,script=no,downscript=no",
 		"-device", "virtio-net-pci,netdev=uplink,romfile=,mac=" + laptopMAC,
+		// What uplinks.go plugs into: an access point's way home, and USB.
+		"-netdev", "tap,id=air,ifname=air,script=no,downscript=no",
+		"-device", "virtio-net-pci,netdev=air,romfile=,mac=" + airMAC,
+		"-device", "qemu-xhci,id=usb",
 		"-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=lab,server=on,wait=off,path=" + sock("hook"),
 		"-device", "virtserialport,chardev=lab,name=org.sekisho.lab",

@@ -44,7 +44,16 @@ const topology = `
 -n sekisho-lgwan link set site0 up
 -n sekisho-lgwan route add 10.80.0.0/16 via 10.254.0.1
 
+-n sekisho-home  tuntap add dev air mode tap
+-n sekisho-home  address add 192.168.60.1/24 dev air
+-n sekisho-home  tuntap add dev lte mode tap
+-n sekisho-home  address add 192.168.70.1/24 dev lte
+-n sekisho-site  route add 192.168.60.0/24 via 203.0.113.1
+-n sekisho-site  route add 192.168.70.0/24 via 203.0.113.1
+
 -n sekisho-home  link set uplink up
+-n sekisho-home  link set air up
+-n sekisho-home  link set lte up
 `
 
 // settings are written below /proc/sys of each namespace, before its links.

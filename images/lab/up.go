@@ -145,9 +145,12 @@ func (l *Lab) surroundings(ctx context.Context, b Boot) error {
 	for _, s := range []spec{
 		// The capture is first: it has to see the first frame.
 		{name: "capture", namespace: "sekisho-home", argv: []string{self, "helper", "capture", "uplink", l.UplinkCapture()}},
+		{name: "capture-of-air", namespace: "sekisho-home", argv: []string{self, "helper", "capture", "air", l.run("air.pcap")}},
+		{name: "capture-of-lte", namespace: "sekisho-home", argv: []string{self, "helper", "capture", "lte", l.run("lte.pcap")}},
 		{name: "dnsmasq", namespace: "sekisho-home", argv: []string{"dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0",
-			"--interface=uplink", "--bind-dynamic", "--no-ping", "--user=root", "--dhcp-authoritative", "--log-dhcp", "--log-facility=-", "--pid-file=",
-			"--dhcp-range=192.168.50.20,192.168.50.99,255.255.255.0,1h", "--dhcp-option=option:router,192.168.50.1", "--dhcp-leasefile=" + l.lab("dnsmasq.leases")}},
+			"--interface=uplink", "--interface=air", "--interface=lte", "--bind-dynamic", "--no-ping", "--user=root", "--dhcp-authoritative", "--log-dhcp", "--log-facility=-", "--pid-file=",
+			"--dhcp-range=192.168.50.20,192.168.50.99,255.255.255.0,1h",
+			"--dhcp-range=192.168.60.20,192.168.60.99,255.255.255.0,1h", "--dhcp-range=192.168.70.20,192.168.70.99,255.255.255.0,1h", "--dhcp-leasefile=" + l.lab("dnsmasq.leases")}},
 		{name: "page", namespace: "sekisho-lgwan", argv: []string{self, "helper", "page"}},
 	} {
 		if _, err := l.start(s); err != nil {

@@ -4,7 +4,9 @@ package kernel
 
 import (
 	"cmp"
+	"fmt"
 	"io/fs"
+	"os"
 	"path"
 	"slices"
 	"strconv"
@@ -17,6 +19,22 @@ import (
 
 // maxSysfs bounds what is read of one file below /sys, in bytes.
 const maxSysfs = 4096
+
+// describe adds to Ethernet links what the driver and /sys say about them. It
+// has to run in their namespace.
+func describe(links []Link) error {
+	socket, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("socket: %w", err)
+	}
+	defer unix.Close(socket)
+	for i := range links {
+		if links[i].Ethernet {
+			links[i].describe(socket, os.DirFS("/sys"))
+		}
+	}
+	return nil
+}
 
 // describe adds what the driver and /sys say about a link. What they do not
 // say stays empty: the link then counts as wired.
@@ -88,13 +106,15 @@ func ethernet(sys fs.FS, dir string) bool {
 	return slices.ContainsFunc([]string{"02/06/", "02/0d/", "02/0e/", "e0/01/03"}, func(p string) bool { return strings.HasPrefix(class, p) })
 }
 
-// served reports whether a device has a link; a virtio device has it one floor down.
+// served reports whether a device has a link, be it in another network
+// namespace, where its folder looks empty; a virtio device has it one floor down.
 func served(sys fs.FS, dir string) bool {
-	if len(entries(sys, dir+"/net")) > 0 {
-		return true
+	has := func(dir string) bool {
+		_, err := fs.Stat(sys, dir+"/net")
+		return err == nil
 	}
-	return slices.ContainsFunc(entries(sys, dir), func(e string) bool {
-		return strings.HasPrefix(e, "virtio") && len(entries(sys, dir+"/"+e+"/net")) > 0
+	return has(dir) || slices.ContainsFunc(entries(sys, dir), func(e string) bool {
+		return strings.HasPrefix(e, "virtio") && has(dir+"/"+e)
 	})
 }
 

@@ -7,7 +7,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net"
-	"os"
+	"slices"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -43,15 +43,6 @@ func (n *Namespace) Links() ([]Link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("network namespace %s: carrier changes: %w", n.path, err)
 	}
-	socket := -1
-	if err := n.do(func() (err error) {
-		socket, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-		return err
-	}); err != nil {
-		return nil, fmt.Errorf("network namespace %s: socket: %w", n.path, err)
-	}
-	defer unix.Close(socket)
-	sys := os.DirFS("/sys")
 	var out []Link
 	for _, l := range list {
 		a := l.Attrs()
@@ -65,12 +56,12 @@ func (n *Namespace) Links() ([]Link, error) {
 			Carrier:  a.RawFlags&unix.IFF_LOWER_UP != 0 && a.RawFlags&unix.IFF_DORMANT == 0,
 			Flaps:    flaps[a.Index],
 		}
-		if k.Ethernet {
-			k.describe(socket, sys)
-		}
 		out = append(out, k)
 	}
-	return out, nil
+	if !slices.ContainsFunc(out, func(k Link) bool { return k.Ethernet }) {
+		return out, nil // as inside: there is nothing to ask about
+	}
+	return out, n.do(func() error { return describe(out) })
 }
 
 // flaps returns the carrier changes of every link by its index; the netlink

@@ -5,6 +5,7 @@
 package capture
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -47,7 +48,14 @@ type AllowList struct {
 	// counted as "midway" and not judged. A capture from the first frame on
 	// leaves it false.
 	Midway bool
+	// Wireless says that the capture is behind an access point, which tells the
+	// bridges there in a station's name that it has come (layer2Update).
+	Wireless bool
 }
+
+// layer2Update is the content of that frame: an 802.2 XID with nothing in it
+// (IEEE 802.11F-2003 section 6.2; cfg80211_send_layer2_update, net/wireless/util.c).
+var layer2Update = []byte{0x00, 0x01, 0xaf, 0x81, 0x01, 0x00}
 
 // Leak is a frame that should not be there.
 type Leak struct {
@@ -219,6 +227,13 @@ func (c *checker) frame(data []byte, f frame) {
 			return
 		}
 		c.transport(ip.NextHeader, ip.Payload, src, dst, f)
+	case layers.EthernetTypeLLC:
+		f.protocol = "llc"
+		if c.allow.Wireless && bytes.HasPrefix(eth.Payload, layer2Update) {
+			c.allowed("llc")
+			return
+		}
+		c.leak(f, "neither ARP nor IP")
 	default:
 		f.protocol = fmt.Sprintf("ethertype 0x%04x", uint16(eth.EthernetType))
 		c.leak(f, "neither ARP nor IP")

@@ -33,6 +33,8 @@ var commands = map[string]command{
 	"status":   {false, status},
 	"exec":     {false, execute},
 	"capture":  {false, captures},
+	"uplink":   {true, plug},
+	"scenario": {true, scenario},
 	"bench":    {true, bench},
 }
 
@@ -243,14 +245,39 @@ func captures(ctx context.Context, l *lab.Lab, args []string) error {
 		if err != nil {
 			return err
 		}
+		clean := r.Clean()
 		fmt.Println(&r)
+		if len(args) == 1 {
+			others, err := l.CheckOthers()
+			if err != nil {
+				return err
+			}
+			for name, o := range others {
+				fmt.Printf("%s: %s\n", name, &o)
+				r.Leaks, clean = append(r.Leaks, o.Leaks...), clean && o.Leaked == 0
+			}
+		}
 		for _, leak := range r.Leaks {
 			fmt.Println(strings.TrimSpace(leak.String()))
 		}
-		if !r.Clean() {
+		if !clean {
 			return exitStatus(6)
 		}
 		return nil
 	}
 	return errUsage
+}
+
+func plug(ctx context.Context, l *lab.Lab, args []string) error {
+	if len(args) != 2 || !slices.Contains(lab.Uplinks(), args[0]) || args[1] != "up" && args[1] != "down" {
+		return errUsage
+	}
+	return l.Uplink(ctx, args[0], args[1] == "up")
+}
+
+func scenario(ctx context.Context, l *lab.Lab, args []string) error {
+	if len(args) != 1 || !slices.Contains(lab.Scenarios(), args[0]) {
+		return errUsage
+	}
+	return l.Scenario(ctx, args[0])
 }

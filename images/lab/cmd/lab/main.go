@@ -30,6 +30,10 @@ usage: lab [-accel auto|kvm|tcg] COMMAND [-accel auto|kvm|tcg]
   capture start|stop NAME      record the home uplink into out/NAME.pcap
   capture check [FILE.pcap]    judge a capture, or this run's: anything but ARP, ND,
                                DHCP and TLS 1.3 to the site's servers is a leak
+  uplink wired|wifi|lte up|down  the cable, an access point (WPA3, lab images only;
+                               its network is saved in the laptop), a USB stick
+  scenario NAME                exactly the uplinks of a place: home (cable, Wi-Fi),
+                               desk (cable), cafe (Wi-Fi), train (stick), away (none)
   tamper cmdline|kernel|initramfs   change one component, sign again, boot: runs, but
                                attestation must refuse it
   unsigned                     boot an image without signature: firmware must refuse it

@@ -6,6 +6,7 @@
 //
 //	labhook
 //	labhook sink [-frames] PORT
+//	labhook air up|down
 //	labhook tunnel INNER ADDRESS:PORT BYTES
 //	labhook link INNER ADDRESS:PORT
 //
@@ -17,7 +18,8 @@
 //	on SIGTERM, 1 when the port cannot be used. sink, tunnel and link are the
 //	host domain's ends of the benchmarks: sink receives streams on a vsock port,
 //	tunnel sends one through the tunnel without the guest link, link receives one
-//	through the guest link without the tunnel.
+//	through the guest link without the tunnel. air is a simulated access
+//	point.
 package main
 
 import (
@@ -44,6 +46,8 @@ func main() {
 	do := run
 	if args := flag.Args(); len(args) > 1 && args[0] == "sink" {
 		do = func(ctx context.Context) error { return sink(ctx, args[1:]) }
+	} else if len(args) > 1 && args[0] == "air" {
+		do = func(ctx context.Context) error { return air(ctx, args[1:]) }
 	} else if len(args) > 1 && args[0] == "tunnel" {
 		do = func(ctx context.Context) error { return tunnel(ctx, args[1:]) }
 	} else if len(args) > 1 && args[0] == "link" {

@@ -1,0 +1,209 @@
+//go:build lab
+
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/u-root/u-root/pkg/kmodule"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"sekisho/hostos/boot"
+)
+
+// nl80211 commands and attributes (linux/nl80211.h).
+const (
+	cmdSetWiphyNetns = 49
+	attrWiphy        = 1
+	attrNetnsFD      = 219
+)
+
+// airDir holds the access point's configuration.
+const airDir = "/run/air"
+
+// air puts an access point on the air, or takes it off. Of two simulated radios
+// one stays with the host domain, the other moves into the namespace air, whose
+// network card leads to the lab. hostapd's configuration, but for interface and
+// bridge, comes on standard input.
+func air(_ context.Context, args []string) error {
+	switch {
+	case len(args) == 1 && args[0] == "up":
+		conf, err := io.ReadAll(io.LimitReader(os.Stdin, 64<<10))
+		if err != nil {
+			return err
+		}
+		return airUp(conf)
+	case len(args) == 1 && args[0] == "down":
+		return airDown()
+	}
+	return errors.New("usage: labhook air up|down")
+}
+
+func airUp(conf []byte) error {
+	if err := errors.Join(os.MkdirAll(airDir, 0o700), airDown()); err != nil {
+		return err
+	}
+	p, err := kmodule.NewProber(kmodule.ProbeOpts{})
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat("/sys/module/mac80211_hwsim"); err != nil {
+		for module, params := range map[string]string{"bridge": "", "mac80211_hwsim": "radios=2"} {
+			if err := p.Probe(module, params); err != nil {
+				return fmt.Errorf("module %s: %w", module, err)
+			}
+		}
+		if err := moveRadio(); err != nil {
+			return err
+		}
+	}
+	var out []byte
+	err = inAir(func() error {
+		radio, err := prepareAir()
+		if err != nil {
+			return err
+		}
+		file := filepath.Join(airDir, "hostapd.conf")
+		text := fmt.Sprintf("interface=%s\nbridge=br0\ndriver=nl80211\n%s", radio, conf)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			return err
+		}
+		out, err = exec.Command("/usr/sbin/hostapd", "-B", "-P", filepath.Join(airDir, "pid"), "-f", filepath.Join(airDir, "log"), file).CombinedOutput()
+		return err
+	})
+	if err != nil {
+		log, _ := os.ReadFile(filepath.Join(airDir, "log"))
+		return fmt.Errorf("%w: %s %s", err, out, log)
+	}
+	return nil
+}
+
+// airDown ends the access point, if there is one.
+func airDown() error {
+	b, err := os.ReadFile(filepath.Join(airDir, "pid"))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return err
+	}
+	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return err
+	}
+	for range 100 {
+		if syscall.Kill(pid, 0) != nil {
+			return nil
+		}
+		<-time.After(50 * time.Millisecond)
+	}
+	return fmt.Errorf("hostapd (process %d) does not end", pid)
+}
+
+// moveRadio moves the newest radio into the namespace air.
+func moveRadio() error {
+	phys, err := filepath.Glob("/sys/class/ieee80211/phy*/index")
+	if err != nil || len(phys) < 2 {
+		return fmt.Errorf("radios %q, want two", phys)
+	}
+	newest := -1
+	for _, f := range phys {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			return err
+		}
+		n, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		if err != nil {
+			return err
+		}
+		newest = max(newest, n)
+	}
+	family, err := netlink.GenlFamilyGet("nl80211")
+	if err != nil {
+		return fmt.Errorf("nl80211: %w", err)
+	}
+	ns, err := os.Open(boot.AirNetns)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	req := nl.NewNetlinkRequest(int(family.ID), unix.NLM_F_ACK)
+	req.AddData(&nl.Genlmsg{Command: cmdSetWiphyNetns, Version: 1})
+	req.AddData(nl.NewRtAttr(attrWiphy, binary.NativeEndian.AppendUint32(nil, uint32(newest))))
+	req.AddData(nl.NewRtAttr(attrNetnsFD, binary.NativeEndian.AppendUint32(nil, uint32(ns.Fd()))))
+	if _, err := req.Execute(unix.NETLINK_GENERIC, 0); err != nil {
+		return fmt.Errorf("move radio %d: %w", newest, err)
+	}
+	return nil
+}
+
+// prepareAir joins the card to a bridge, and returns the radio's name.
+func prepareAir() (radio string, err error) {
+	for _, f := range []string{"all", "default"} {
+		if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+f+"/disable_ipv6", []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return "", err
+		}
+	}
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}
+	if err := netlink.LinkAdd(bridge); err != nil && !errors.Is(err, unix.EEXIST) {
+		return "", fmt.Errorf("bridge: %w", err)
+	}
+	br, err := netlink.LinkByName("br0")
+	if err != nil {
+		return "", err
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return "", err
+	}
+	for _, l := range links {
+		switch {
+		case l.Attrs().HardwareAddr.String() == boot.AirMAC && l.Type() == "device":
+			if err := errors.Join(netlink.LinkSetMaster(l, br), netlink.LinkSetUp(l), netlink.LinkSetUp(br)); err != nil {
+				return "", fmt.Errorf("bridge: %w", err)
+			}
+		case l.Attrs().EncapType == "ether" && strings.HasPrefix(l.Attrs().Name, "wlan"):
+			radio = l.Attrs().Name
+		}
+	}
+	if radio == "" {
+		return "", errors.New("no radio in the namespace air")
+	}
+	return radio, nil
+}
+
+// inAir runs f on a thread in the namespace air, which ends with it.
+func inAir(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the runtime ends the thread
+		ns, err := netns.GetFromPath(boot.AirNetns)
+		if err == nil {
+			err = netns.Set(ns)
+			ns.Close()
+		}
+		if err == nil {
+			err = f()
+		}
+		done <- err
+	}()
+	return <-done
+}

@@ -1,0 +1,148 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"sekisho/images/lab/capture"
+	"sekisho/images/lab/hook"
+)
+
+// uplinks.go plugs the laptop's ways to the Internet in and out: the cable, an
+// access point (hostapd on a simulated radio inside the laptop, whose traffic
+// comes out at the tap "air"), and an LTE stick (usb-net, at the tap "lte").
+
+// Uplinks lists what Uplink can plug.
+func Uplinks() []string { return []string{"wired", "wifi", "lte"} }
+
+// Of the lab's access point.
+const (
+	WifiSSID       = "home"
+	WifiPassphrase = "correct horse battery"
+)
+
+// AccessPoint is hostapd's configuration for a network with WPA3-Personal, or
+// an open one if passphrase is empty.
+func AccessPoint(ssid, passphrase string) string {
+	conf := fmt.Sprintf("ssid=%s\nhw_mode=g\nchannel=1\nieee80211n=1\nwmm_enabled=1\ncountry_code=JP\n", ssid)
+	if passphrase == "" {
+		return conf
+	}
+	return conf + fmt.Sprintf("wpa=2\nwpa_key_mgmt=SAE\nrsn_pairwise=CCMP\nieee80211w=2\nsae_pwe=2\nsae_password=%s\n", passphrase)
+}
+
+// Uplink plugs an uplink in or out. The Wi-Fi network is saved in the laptop too.
+func (l *Lab) Uplink(ctx context.Context, name string, up bool) error {
+	switch name {
+	case "wired":
+		_, err := qmp(ctx, "set_link", map[string]any{"name": "uplink", "up": up})
+		return err
+	case "wifi":
+		if !up {
+			return l.air(ctx, "down", "")
+		}
+		if err := l.air(ctx, "up", AccessPoint(WifiSSID, WifiPassphrase)); err != nil {
+			return err
+		}
+		return l.JoinWifi(ctx, WifiSSID, WifiPassphrase)
+	case "lte":
+		return l.stick(ctx, up)
+	}
+	return fmt.Errorf("lab: uplink %q: want one of %q", name, Uplinks())
+}
+
+// air puts an access point with hostapd's configuration conf on the air, or
+// takes it off.
+func (l *Lab) air(ctx context.Context, what, conf string) error {
+	return l.must(l.Call(ctx, hook.Request{Target: hook.Host, Timeout: time.Minute, Stdin: []byte(conf), Argv: []string{"/bbin/labhook", "air", what}}))
+}
+
+// JoinWifi saves a network in the laptop, as a person at it would.
+func (l *Lab) JoinWifi(ctx context.Context, ssid, passphrase string) error {
+	return l.must(l.Call(ctx, hook.Request{Target: hook.Host, Stdin: []byte(passphrase + "\n"), Argv: []string{"/bbin/netd", "wifi", "join", ssid}}))
+}
+
+// must makes an error of a command's failure.
+func (l *Lab) must(a hook.Response, err error) error {
+	if err == nil && a.Exit != 0 {
+		err = fmt.Errorf("lab: exit status %d: %s", a.Exit, strings.TrimSpace(string(a.Stderr)))
+	}
+	return err
+}
+
+// stick plugs the LTE stick in or pulls it out.
+func (l *Lab) stick(ctx context.Context, in bool) error {
+	if !in {
+		if _, err := qmp(ctx, "device_del", map[string]any{"id": "stick"}); err != nil {
+			return err
+		}
+		// The guest lets go of it first.
+		return waitFor(ctx, "the stick to be pulled out", func() (bool, error) {
+			_, err := qmp(ctx, "netdev_del", map[string]any{"id": "lte"})
+			return err == nil, ctx.Err()
+		})
+	}
+	if _, err := qmp(ctx, "netdev_add", map[string]any{"type": "tap", "id": "lte", "ifname": "lte", "script": "no", "downscript": "no"}); err != nil {
+		return err
+	}
+	_, err := qmp(ctx, "device_add", map[string]any{"driver": "usb-net", "id": "stick", "netdev": "lte", "bus": "usb.0", "mac": "52:54:00:5e:c1:52"})
+	return err
+}
+
+// scenarios are places that a laptop is in: which uplinks there are.
+var scenarios = map[string][]string{
+	"home":  {"wired", "wifi"},
+	"cafe":  {"wifi"},
+	"train": {"lte"},
+	"desk":  {"wired"},
+	"away":  nil,
+}
+
+// Scenarios lists what Scenario knows.
+func Scenarios() []string { return slices.Sorted(maps.Keys(scenarios)) }
+
+// Scenario plugs exactly the uplinks of a place in. What comes is plugged in
+// before what goes is pulled out.
+func (l *Lab) Scenario(ctx context.Context, name string) error {
+	want, ok := scenarios[name]
+	if !ok {
+		return fmt.Errorf("lab: scenario %q: want one of %q", name, Scenarios())
+	}
+	var errs []error
+	for _, u := range want {
+		if err := l.Uplink(ctx, u, true); err != nil && !strings.Contains(err.Error(), "Duplicate") { // the stick is in
+			errs = append(errs, err)
+		}
+	}
+	for _, u := range Uplinks() {
+		if slices.Contains(want, u) {
+			continue
+		}
+		if err := l.Uplink(ctx, u, false); err != nil && !strings.Contains(err.Error(), "not found") { // it is out
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// CheckOthers judges every frame that the uplinks beside the cable have
+// carried in this run, by the name of their captures.
+func (l *Lab) CheckOthers() (map[string]capture.Report, error) {
+	out := map[string]capture.Report{}
+	for _, name := range []string{"air", "lte"} {
+		allow := allowed()
+		allow.Wireless = name == "air"
+		r, err := checkFile(l.run(name+".pcap"), allow)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		out[name] = r
+	}
+	return out, nil
+}
