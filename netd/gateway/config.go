@@ -48,6 +48,20 @@ type Config struct {
 // DefaultStatus is the status socket unless the configuration names another.
 const DefaultStatus = "/run/sekisho-gateway/status.sock"
 
+// ReadConfig reads the Config in a file.
+func ReadConfig(path string) (*Config, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, err
+	}
+	return ParseConfig(data)
+}
+
 // ParseConfig reads and validates a Config. Unknown fields are errors.
 func ParseConfig(data []byte) (*Config, error) {
 	if len(data) > maxFile {

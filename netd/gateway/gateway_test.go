@@ -70,7 +70,7 @@ type site struct {
 	roots  *x509.CertPool
 }
 
-func newSite(t *testing.T, change func(*Config)) *site {
+func newSite(t *testing.T, change func(*Config), feed ...Revocations) *site {
 	s := &site{t: t, wire: &wire{in: make(chan []byte), out: make(chan []byte, 1000), closed: make(chan struct{})}, roots: x509.NewCertPool()}
 	s.key = newKey(t)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
@@ -99,6 +99,9 @@ func newSite(t *testing.T, change func(*Config)) *site {
 		t.Fatal(err)
 	}
 	s.server = New(c, config, leases, s.wire, slog.New(slog.DiscardHandler))
+	for _, f := range feed {
+		s.server.Revocations = f
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.server.Serve(ctx, l, s.udp) }()
@@ -204,6 +207,12 @@ func packet(source, destination byte) []byte {
 	p := make([]byte, 24)
 	p[0], p[3], p[8] = 0x45, 24, 64
 	copy(p[12:], []byte{10, 80, 0, source, 10, 80, 0, destination})
+	sum := 0
+	for i := 0; i < 20; i += 2 {
+		sum += int(p[i])<<8 | int(p[i+1])
+	}
+	sum = ^(sum>>16 + sum&0xffff)
+	p[10], p[11] = byte(sum>>8), byte(sum)
 	return p
 }
 

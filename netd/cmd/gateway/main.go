@@ -9,7 +9,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -86,16 +85,7 @@ func run(args []string) int {
 }
 
 func serve(ctx context.Context, file string) error {
-	f, err := os.Open(file)
-	if err != nil {
-		return err
-	}
-	data, err := io.ReadAll(io.LimitReader(f, 1<<20))
-	f.Close()
-	if err != nil {
-		return err
-	}
-	config, err := gateway.ParseConfig(data)
+	config, err := gateway.ReadConfig(file)
 	if err != nil {
 		return err
 	}
@@ -129,6 +119,11 @@ func serve(ctx context.Context, file string) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var parts sync.WaitGroup
 	parts.Go(func() { host.Hold(ctx, log) })
+	if config.Revoked != "" {
+		feed := gateway.NewRevokedFile(config.Revoked)
+		server.Revocations = feed
+		parts.Go(func() { feed.Run(ctx) })
+	}
 	parts.Go(func() {
 		if err := api.Serve(ctx, status, api.OwnerOrRoot, func() any { return server.Status() }); ctx.Err() == nil {
 			log.Error("status socket failed", "err", err)

@@ -52,6 +52,7 @@ type roleConfig struct {
 	Leases  string
 	Only    connectip.Carriage
 	NoUDP   bool
+	Revoked string
 	Pool    netip.Prefix
 	Pool6   netip.Prefix
 	DNS     []netip.Addr
@@ -144,7 +145,13 @@ func playGateway(c roleConfig, dev tun.Device, in *bufio.Reader) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() { io.Copy(io.Discard, in); cancel() }()
 	ready()
-	return gateway.New(config, t, leases, tunnel.NewDevice(dev), slog.New(slog.NewTextHandler(os.Stderr, nil))).Serve(ctx, tcp, udp)
+	server := gateway.New(config, t, leases, tunnel.NewDevice(dev), slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	if c.Revoked != "" {
+		feed := gateway.NewRevokedFile(c.Revoked)
+		server.Revocations = feed
+		go feed.Run(ctx)
+	}
+	return server.Serve(ctx, tcp, udp)
 }
 
 func playLaptop(c roleConfig, dev tun.Device, in *bufio.Reader) error {

@@ -1,0 +1,157 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	masque "github.com/quic-go/connect-ip-go"
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+	"github.com/yosida95/uritemplate/v3"
+
+	"sekisho/attest/cryptrec"
+	"sekisho/netd/tunnel/connectip"
+)
+
+// masqueClient opens a session with connect-ip-go's client.
+func (s *site) masqueClient(ctx context.Context, cert tls.Certificate) (*masque.Conn, error) {
+	config := cryptrec.Config()
+	config.RootCAs, config.ServerName, config.NextProtos = s.roots, "gateway.test", []string{http3.NextProtoH3}
+	config.Certificates = []tls.Certificate{cert}
+	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	socket := &quic.Transport{Conn: udp}
+	s.t.Cleanup(func() { socket.Close(); udp.Close() })
+	conn, err := socket.Dial(ctx, net.UDPAddrFromAddrPort(netip.MustParseAddrPort(s.addr)), config, &quic.Config{EnableDatagrams: true, InitialPacketSize: 1350})
+	if err != nil {
+		return nil, err
+	}
+	if err := cryptrec.Check(conn.ConnectionState().TLS); err != nil {
+		s.t.Error(err)
+	}
+	req, err := masque.NewRequest(ctx, uritemplate.MustNew("https://gateway.test"+connectip.Path))
+	if err != nil {
+		return nil, err
+	}
+	c, _, err := masque.NewClientConn((&http3.Transport{EnableDatagrams: true}).NewClientConn(conn)).Dial(req)
+	return c, err
+}
+
+// TestForeignClient: connect-ip-go's client against this gateway.
+func TestForeignClient(t *testing.T) {
+	s := newSite(t, func(c *Config) { c.Pool6 = netip.MustParsePrefix("fd00:80::/112") })
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	c, err := s.masqueClient(ctx, s.device(1, time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	given, err := c.ReceiveAddressAssignment(ctx)
+	if err != nil || len(given) != 2 || given[0].IPPrefix.String() != "10.80.0.2/32" || given[1].IPPrefix.String() != "fd00:80::2/128" {
+		t.Fatalf("assigned %v, %v", given, err)
+	}
+	if _, err := c.RequestAddresses([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/32")}); err != nil {
+		t.Fatal(err)
+	}
+	if given, err = c.ReceiveAddressAssignment(ctx); err != nil || given[0].IPPrefix.String() != "10.80.0.2/32" {
+		t.Errorf("assigned on request %v, %v", given, err)
+	}
+	out := packet(2, 99)
+	if icmp, err := c.WritePacket(bytes.Clone(out)); err != nil || icmp != nil {
+		t.Fatal(icmp, err)
+	}
+	if got := <-s.wire.out; len(got) != len(out) || got[8] != 63 || !bytes.Equal(got[12:], out[12:]) {
+		t.Errorf("passed %x, want %x with a hop less", got, out)
+	}
+	s.wire.in <- packet(99, 2)
+	b := make([]byte, 2000)
+	if n, err := c.ReadPacket(b); err != nil || !bytes.Equal(b[:n], packet(99, 2)) {
+		t.Errorf("received %x, %v", b[:n], err)
+	}
+	if st := s.server.Status(); len(st.Sessions) != 1 || st.Sessions[0].Carriage != "connect-ip" {
+		t.Errorf("sessions %+v", st.Sessions)
+	}
+}
+
+// TestRevocationClosesLiveSessions over both carriages, and keeps them closed.
+func TestRevocationClosesLiveSessions(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "revoked.json")
+	write := func(text string) {
+		if err := os.WriteFile(file+".new", []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(`{"devices": []}`)
+	feed := NewRevokedFile(file)
+	if err := feed.Heard(); err != nil {
+		t.Fatal(err)
+	}
+	s := newSite(t, nil, feed)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	go feed.Run(ctx)
+	overTLS := s.open(s.device(1, time.Hour))
+	overTLS.expect(t, first(2))
+	overQUIC, err := s.masqueClient(ctx, s.device(2, time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	spared := s.open(s.device(3, time.Hour))
+	spared.expect(t, first(4))
+	id := func(b byte) string { return `"` + string(bytes.Repeat([]byte{'0', '0' + b}, 32)) + `"` }
+	write(`{"devices": [` + id(1) + `, ` + id(2) + `]}`)
+	start := time.Now()
+	if _, err := overTLS.br.ReadByte(); err == nil {
+		t.Error("TLS session of a revoked device: open")
+	}
+	if _, err := overQUIC.ReadPacket(make([]byte, 2000)); err == nil {
+		t.Error("HTTP/3 session of a revoked device: open")
+	}
+	t.Logf("both closed after %v", time.Since(start).Round(time.Millisecond))
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("closed after %v", took)
+	}
+	again := s.device(1, time.Hour)
+	if resp, _, _, err := s.request(&again, upgrade); err != nil || resp.StatusCode != 403 {
+		t.Errorf("revoked device again: %v, %v", resp, err)
+	}
+	s.wire.in <- packet(99, 4)
+	spared.expect(t, capsule(packet(99, 4)))
+	os.Remove(file) // the feed is lost: nobody new, but who is in stays
+	limit := time.After(10 * time.Second)
+	for feed.Heard() == nil {
+		select {
+		case <-limit:
+			t.Fatal("a feed that is gone counts as heard")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	other := s.device(4, time.Hour)
+	if resp, _, _, err := s.request(&other, upgrade); err != nil || resp.StatusCode != 503 {
+		t.Errorf("without a feed: %v, %v", resp, err)
+	}
+	s.wire.in <- packet(99, 4)
+	spared.expect(t, capsule(packet(99, 4)))
+}
+
+func FuzzRevoked(f *testing.F) {
+	f.Add([]byte(`{"devices": []}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if set, err := parseRevoked(b); err == nil && set == nil {
+			t.Error("no list and no error")
+		}
+	})
+}
