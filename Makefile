@@ -11,6 +11,7 @@ VENDORS  := ../shared/corpus/attest/vendor-roots
 PACKAGES := ca-certificates iproute2 nftables procps kmod qemu-system-x86 ovmf swtpm swtpm-tools \
             dnsmasq-base sbsigntool syslinux syslinux-common mtools dosfstools tcpdump
 # Real clients of the smart card, and the fingerprint reader (hostos/login).
+bench: PACKAGES += openvpn
 test: PACKAGES += pcscd opensc vsmartcard-vpcd dbus-daemon fprintd krb5-kdc krb5-admin-server krb5-user krb5-pkinit openssh-client openssh-server
 test: PACKAGES += wine wine64 systemd
 
@@ -31,6 +32,7 @@ bench: packages build
 	@echo "== whole verifications over TLS"; $(GO) test ./attest/fleet -run '^$$' -bench Load -benchtime 1x -count 3
 	@echo "== guest link against its yardsticks"; set -o pipefail; $(GO) test ./guestlink/packet -run '^$$' -bench Ratio -benchtime 1x -v | grep -v '^goos\|^goarch\|^pkg' && \
 	 SEKISHO_TEST=all $(GO) test ./guestlink/guest -run '^$$' -bench Ratio -benchtime 1x -v | grep -v '^goos\|^goarch\|^pkg'
+	@echo "== the tunnel against wireguard-go and OpenVPN"; SEKISHO_TEST=all $(GO) test ./netd/internal/e2e -run '^$$' -bench Tunnel -benchtime 5x
 	@bin/lab bench
 
 FUZZTIME ?= 10m

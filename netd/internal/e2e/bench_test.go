@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"sekisho/netd/internal/nstest"
 	"sekisho/netd/tunnel/connectip"
 )
@@ -88,7 +90,7 @@ func dialFrom(ns *nstest.NS, network, address string) (c net.Conn, err error) {
 
 // rate is what streams TCP streams each way carry in Gbit/s: up from near to
 // far, down back. The first quarter of the time does not count.
-func rate(t testing.TB, near *nstest.NS, far string, up, down int, received *atomic.Int64, lasting time.Duration) float64 {
+func rate(t testing.TB, near *nstest.NS, far string, up, down int, received *atomic.Int64, lasting time.Duration, congestion ...string) float64 {
 	ctx, cancel := context.WithCancel(context.Background())
 	chunk := make([]byte, 128<<10)
 	var parts sync.WaitGroup
@@ -101,6 +103,15 @@ func rate(t testing.TB, near *nstest.NS, far string, up, down int, received *ato
 		c, err := dialFrom(near, "tcp", fmt.Sprintf("%s:%d", far, port))
 		if err != nil {
 			t.Fatal(far, err)
+		}
+		for _, name := range congestion { // of what near sends (tcp(7), TCP_CONGESTION)
+			raw, err := c.(*net.TCPConn).SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e := raw.Control(func(fd uintptr) { err = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, name) }); e != nil || err != nil {
+				t.Fatal(name, e, err)
+			}
 		}
 		conns = append(conns, c)
 		parts.Go(func() {
@@ -253,7 +264,7 @@ func paced(t testing.TB, near *nstest.NS, far string, bits float64, lasting time
 
 // BenchmarkTunnelLoss does it over 30 ms of round trip with 1 % of the packets
 // lost each way, made in user space (impairment): this machine's kernel has no
-// netem.
+// netem. The inner flows have the same congestion control in all.
 func BenchmarkTunnelLoss(b *testing.B) {
 	nstest.Require(b)
 	near, far := nstest.New(b, "near"), nstest.New(b, "far")
@@ -265,23 +276,27 @@ func BenchmarkTunnelLoss(b *testing.B) {
 	rates := map[string][]float64{}
 	delays := map[string][]float64{}
 	for b.Loop() {
-		for _, c := range list {
+		for n := range 2 * len(list) {
+			c, inner := *list[n/2], []string{"cubic", "bbr"}[n%2]
+			c.name += "-" + inner
 			var p99 time.Duration
 			var parts sync.WaitGroup
 			parts.Go(func() {
-				rates[c.name] = append(rates[c.name], 1000*rate(b, near, c.far, 1, 0, &received, 4*time.Second))
+				rates[c.name] = append(rates[c.name], 1000*rate(b, near, c.far, 1, 0, &received, 4*time.Second, inner))
 			})
 			parts.Go(func() { p99, _ = pings(b, near, c.far, 3*time.Second) })
 			parts.Wait()
 			delays[c.name] = append(delays[c.name], float64(p99.Microseconds())/1000)
 		}
 	}
-	for _, c := range list {
-		b.ReportMetric(median(rates[c.name]), c.name+"-Mbit/s")
-		b.ReportMetric(median(delays[c.name]), c.name+"-p99-ms")
+	for name := range rates {
+		b.ReportMetric(median(rates[name]), name+"-Mbit/s")
+		b.ReportMetric(median(delays[name]), name+"-p99-ms")
 	}
-	b.ReportMetric(ratio(rates["tls"], rates["wireguard-go"]), "tls/wireguard")
-	b.ReportMetric(ratio(rates["http3"], rates["wireguard-go"]), "http3/wireguard")
+	for _, inner := range []string{"-cubic", "-bbr"} {
+		b.ReportMetric(ratio(rates["tls"+inner], rates["wireguard-go"+inner]), "tls/wireguard"+inner)
+		b.ReportMetric(ratio(rates["http3"+inner], rates["wireguard-go"+inner]), "http3/wireguard"+inner)
+	}
 }
 
 func median(v []float64) float64 {

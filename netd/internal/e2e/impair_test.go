@@ -24,6 +24,7 @@ type impairment struct {
 	loss    atomic.Uint64 // of a million packets, either way
 	blocked atomic.Bool   // a black hole
 	noUDP   atomic.Bool   // a network that lets no UDP through
+	noTCP   atomic.Bool   // or no TCP
 	ends    [2]*tunnel.Device
 }
 
@@ -81,7 +82,7 @@ func (l *impairment) take(from *tunnel.Device, way chan<- parcel) {
 		}
 		due := time.Now().Add(l.delay)
 		f.Split(room, func(p []byte) {
-			if l.blocked.Load() || rand.Uint64N(1e6) < l.loss.Load() || l.noUDP.Load() && len(p) > 9 && p[0]>>4 == 4 && p[9] == 17 {
+			if l.blocked.Load() || rand.Uint64N(1e6) < l.loss.Load() || l.noUDP.Load() && carries(p, 17) || l.noTCP.Load() && carries(p, 6) {
 				return
 			}
 			select {
@@ -121,3 +122,6 @@ func (l *impairment) give(ctx context.Context, to *tunnel.Device, way <-chan par
 		to.Write(batch)
 	}
 }
+
+// carries reports whether p is an IPv4 packet of the protocol.
+func carries(p []byte, protocol byte) bool { return len(p) > 9 && p[0]>>4 == 4 && p[9] == protocol }

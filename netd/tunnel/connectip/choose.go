@@ -46,7 +46,7 @@ const (
 	// bulk is the rate in bytes a second from which on throughput counts more
 	// than the delay of single packets: TCP's own repair keeps the inner flows
 	// fast where datagrams would hand each loss on to them.
-	bulk = 1 << 20
+	bulk = 256 << 10
 	// A path counts as rough after roughFor such seconds of the last window, and
 	// as clean after cleanFor without one; cleanFor doubles up to cleanMost with
 	// each return, so that a path on the edge is not walked back and forth.
