@@ -10,10 +10,15 @@ import (
 const (
 	// queueMost and queueLeast bound the bytes that wait for the peer; packets
 	// beyond are dropped, which tells the inner TCP to slow down. Between them
-	// the bound is what the path took within queueTime lately.
-	queueMost  = 512 << 10
+	// the bound is what the path takes within queueTime: the most of lately, for
+	// which a measurement counts queueFade, so that a moment's loss does not make
+	// the queue too short for the path to be filled again.
+	queueMost  = 1 << 20
 	queueLeast = 96 << 10
-	queueTime  = 50 * time.Millisecond
+	queueTime  = 100 * time.Millisecond
+	queueFade  = 4 * time.Second
+	// queueBlocked is from which time on a write tells anything of the path.
+	queueBlocked = 2 * time.Millisecond
 	// controlMost is what capsules that are not dropped may come to: the peer's
 	// own requests bound them, and a peer that asks without reading is cut.
 	controlMost = 2 * queueMost
@@ -84,12 +89,13 @@ func (o *outbox) take(spare []byte) (data []byte, closed bool) {
 
 // took adapts the queue to a path that took n bytes within t.
 func (o *outbox) took(n int, t time.Duration) {
-	fits := queueMost
-	if t > 0 {
-		fits = int(min(float64(n)/t.Seconds()*queueTime.Seconds(), queueMost))
+	if t < queueBlocked {
+		return
 	}
+	fits := int(min(float64(n)/t.Seconds()*queueTime.Seconds(), queueMost))
 	o.mu.Lock()
-	o.most = max((7*o.most+fits)/8, queueLeast)
+	fade := int(float64(o.most) * min(t.Seconds()/queueFade.Seconds(), 1))
+	o.most = max(o.most-fade, fits, queueLeast)
 	o.mu.Unlock()
 }
 
