@@ -253,7 +253,9 @@ func (h *host) tryWork(until, ctx context.Context, wg *sync.WaitGroup) {
 	if errors.As(err, &locked) {
 		why = diskLocked
 		h.console.line("init", "%s", locked.Words())
-		h.late.Go(func() { h.prompt.Do(func() { h.promptRecovery(ctx, wg) }) })
+		if h.disk.Status().State != disk.Wiped { // no recovery key opens that
+			h.late.Go(func() { h.prompt.Do(func() { h.promptRecovery(ctx, wg) }) })
+		}
 	}
 	if reason == "" || reason == noWork { // otherwise the missing device or service is the news
 		h.set("running", why, err.Error())
