@@ -153,7 +153,7 @@ func sendQueued(c net.Conn) {
 		s := p.pool.get(guestlink.HeaderSize + benchPacket)
 		guestlink.PutHeader(s.buf, guestlink.TypePacket, benchPacket)
 		s.n, s.size = guestlink.HeaderSize+copy(s.buf[guestlink.HeaderSize:], packet), benchPacket
-		if !q.put(s, packet) {
+		if !q.put(s, packet, false) {
 			return
 		}
 	}

@@ -19,6 +19,7 @@ type BatchDevice interface {
 // OffloadDevice moves packets with their virtio-net header in front
 // (guestlink.VirtioHeaderSize bytes), unsegmented.
 type OffloadDevice interface {
-	ReadOffload(b []byte) (int, error)
+	// ReadOffload calls idle before it waits.
+	ReadOffload(b []byte, idle func()) (int, error)
 	WriteOffload(b []byte) (int, error)
 }

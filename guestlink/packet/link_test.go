@@ -21,7 +21,10 @@ import (
 // offloadDevice is a memDevice that gives and takes virtio-net headers.
 type offloadDevice struct{ *memDevice }
 
-func (d offloadDevice) ReadOffload(b []byte) (int, error)  { return d.memDevice.Read(b) }
+func (d offloadDevice) ReadOffload(b []byte, idle func()) (int, error) {
+	idle()
+	return d.memDevice.Read(b)
+}
 func (d offloadDevice) WriteOffload(b []byte) (int, error) { return d.memDevice.Write(b) }
 
 // capable makes a hello of version 2.
@@ -407,7 +410,7 @@ func TestFloodLetsSmallFlowsPass(t *testing.T) {
 	buf := make([]byte, largeSlot)
 	send := func(packet []byte) {
 		copy(buf[guestlink.HeaderSize:], packet)
-		p.send(&buf, guestlink.TypePacket, buf[guestlink.HeaderSize:guestlink.HeaderSize+len(packet)], len(packet))
+		p.send(&buf, guestlink.TypePacket, buf[guestlink.HeaderSize:guestlink.HeaderSize+len(packet)], len(packet), false)
 	}
 	flood := ipv4("10.80.0.2", "10.1.0.1", 1400)
 	for range 5000 {
@@ -461,7 +464,7 @@ func TestCoDel(t *testing.T) {
 		guestlink.PutHeader(s.buf, guestlink.TypePacket, 1400)
 		copy(s.buf[4:], packet)
 		s.n, s.size = 1404, 1400
-		q.put(s, packet)
+		q.put(s, packet, false)
 	}
 	for range 250 { // a standing queue of 250 ms
 		put()

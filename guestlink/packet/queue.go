@@ -18,17 +18,14 @@ const (
 	// alone is the length in bytes from which a frame is written from where it
 	// lies, rather than copied into a batch.
 	alone = 16 << 10
-	// apart is how long after the last one, in nanoseconds, a short frame is no
-	// part of a burst, which goes in batches.
-	apart = 100_000
 )
 
 // queue holds what waits for the link: control frames, which go first, and
 // packets by FQ-CoDel (RFC 8290). A flow that sends little passes those that
 // flood; a flow that floods loses its own oldest packets. put never waits, so
-// that nothing queues where its order cannot be chosen. What finds nothing
-// before it and room in the connection goes at once (direct), which saves waking
-// the writer.
+// that nothing queues where its order cannot be chosen. Who has put what came at
+// once writes it itself by flush, as far as the connection takes it: nobody is
+// woken for it, and many packets go in one write.
 type queue struct {
 	pool    *pool
 	direct  *directWriter // nil: all goes by the writer
@@ -45,9 +42,10 @@ type queue struct {
 	backlog flowList      //
 	pending *slot         // dequeued, did not fit into the batch
 	busy    bool          // somebody writes to the connection
-	rest    *slot         // of which a part went directly, up to done
-	done    int
-	last    int64 // when the last packet came
+	rest    []byte        // of a direct write that was cut short
+	own     *slot         // that rest lies in, if it is not batch
+	batch   []byte        // of direct writes
+	waiting int           // bytes put since the last flush
 	closed  bool
 }
 
@@ -113,13 +111,17 @@ func newQueue(p *pool, direct *directWriter, limit int, dropped, sent func(int))
 		now:   func() int64 { return int64(time.Since(began)) + 1 },
 		flows: make([]flowQueue, flowQueues),
 	}
+	if direct != nil {
+		q.batch = make([]byte, 0, guestlink.MaxBatch)
+	}
 	q.changed = sync.NewCond(&q.mu)
 	return q
 }
 
-// put takes the frame in s, whose packet is given for its flow. It reports
-// false, and leaves s to the caller, when the queue is closed.
-func (q *queue) put(s *slot, packet []byte) bool {
+// put takes the frame in s, whose packet is given for its flow. With more, a
+// flush follows soon. It reports false, and leaves s to the caller, when the
+// queue is closed.
+func (q *queue) put(s *slot, packet []byte, more bool) bool {
 	var key [64]byte
 	f := &q.flows[maphash.Bytes(q.seed, guestlink.FlowKey(key[:0], packet))%flowQueues]
 	q.mu.Lock()
@@ -128,40 +130,58 @@ func (q *queue) put(s *slot, packet []byte) bool {
 		return false
 	}
 	s.at = q.now()
-	burst := s.n < alone && s.at-q.last < apart
-	q.last = s.at
-	if q.direct != nil && !burst && !q.busy && q.idle() {
-		q.send(s)
-		return true
-	}
 	f.push(s)
 	if !f.listed {
 		f.listed, f.deficit = true, quantum
 		q.fresh.push(f)
 	}
-	q.changed.Signal()
+	q.waiting += s.n
+	switch {
+	case !more || q.direct == nil:
+		q.changed.Signal()
+	case q.waiting >= q.limit:
+		q.send()
+	}
 	return true
+}
+
+// flush writes what waits, as far as the connection takes it at once.
+func (q *queue) flush() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.direct != nil {
+		q.send()
+	}
+}
+
+// send is flush with the lock, which it gives up for the time of a write. The
+// writer gets what is left.
+func (q *queue) send() {
+	q.waiting = 0
+	for !q.busy && !q.closed {
+		batch, own := q.collect(q.batch[:0])
+		if len(batch) == 0 {
+			return
+		}
+		q.busy = true
+		q.mu.Unlock()
+		n := q.direct.write(batch)
+		q.mu.Lock()
+		if n < len(batch) && !q.closed {
+			q.rest, q.own = batch[n:], own
+			q.changed.Signal()
+			return
+		}
+		if own != nil {
+			q.pool.put(own)
+		}
+		q.busy = false
+	}
 }
 
 // idle reports whether nothing waits.
 func (q *queue) idle() bool {
 	return len(q.control) == 0 && q.pending == nil && q.fresh.head == nil && q.backlog.head == nil
-}
-
-// send writes s directly, without the lock, and leaves the rest to the writer.
-func (q *queue) send(s *slot) {
-	q.busy = true
-	q.mu.Unlock()
-	n := q.direct.write(s.buf[:s.n])
-	q.mu.Lock()
-	q.sent(s.size)
-	if n < s.n && !q.closed {
-		q.rest, q.done = s, n
-		q.changed.Signal()
-		return
-	}
-	q.pool.put(s)
-	q.free()
 }
 
 // written says that what take returned is written.
@@ -223,9 +243,9 @@ func (q *queue) take(buffer []byte) (batch []byte, own *slot) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for ; !q.closed; q.changed.Wait() {
-		if s := q.rest; s != nil {
-			q.rest = nil
-			return s.buf[q.done:s.n], s
+		if q.rest != nil {
+			batch, own, q.rest, q.own = q.rest, q.own, nil, nil
+			return batch, own
 		}
 		if q.busy {
 			continue
@@ -311,10 +331,10 @@ func (q *queue) close() {
 		q.drop(q.pending)
 		q.pending = nil
 	}
-	if q.rest != nil { // counted as sent: where it broke off is not known
-		q.pool.put(q.rest)
-		q.rest = nil
+	if q.own != nil { // counted as sent: where it broke off is not known
+		q.pool.put(q.own)
 	}
+	q.rest, q.own = nil, nil
 	for i := range q.flows {
 		for s := q.flows[i].pop(); s != nil; s = q.flows[i].pop() {
 			q.drop(s)

@@ -19,13 +19,18 @@ func (p *Pump) Run(ctx context.Context) error {
 	defer p.dev.Close()
 	const at = guestlink.HeaderSize
 	buf := make([]byte, largeSlot)
+	idle := func() {
+		if l := p.current(); l != nil {
+			l.flush()
+		}
+	}
 	for {
 		l := p.current()
 		var n int
 		var err error
 		switch {
 		case p.offload != nil && (l == nil || l.has(guestlink.CapOffload)):
-			if n, err = p.offload.ReadOffload(buf[at:]); err == nil {
+			if n, err = p.offload.ReadOffload(buf[at:], idle); err == nil {
 				p.sendOffload(&buf, n)
 			}
 		case p.batch != nil:
@@ -33,11 +38,12 @@ func (p *Pump) Run(ctx context.Context) error {
 			packets, err = p.batch.ReadBatch()
 			for _, b := range packets {
 				copy(buf[at:], b)
-				p.send(&buf, guestlink.TypePacket, buf[at:at+len(b)], len(b))
+				p.send(&buf, guestlink.TypePacket, buf[at:at+len(b)], len(b), true)
 			}
+			idle()
 		default:
 			if n, err = p.dev.Read(buf[at:]); err == nil {
-				p.send(&buf, guestlink.TypePacket, buf[at:at+n], n)
+				p.send(&buf, guestlink.TypePacket, buf[at:at+n], n, false)
 			}
 		}
 		switch {
@@ -59,7 +65,7 @@ func (p *Pump) sendOffload(buf *[]byte, n int) {
 	packet := b[guestlink.VirtioHeaderSize:]
 	if guestlink.Plain(b) {
 		copy(b, packet) // 10 bytes down: the frame of a small packet stays whole
-		p.send(buf, guestlink.TypePacket, b[:len(packet)], len(packet))
+		p.send(buf, guestlink.TypePacket, b[:len(packet)], len(packet), true)
 		return
 	}
 	if c := p.config.Load(); c != nil {
@@ -68,12 +74,13 @@ func (p *Pump) sendOffload(buf *[]byte, n int) {
 			return
 		}
 	}
-	p.send(buf, guestlink.TypeOffload, packet, n)
+	p.send(buf, guestlink.TypeOffload, packet, n, true)
 }
 
 // send queues the frame of typ whose payload, n bytes, lies in buf behind the
-// place of its header. A long frame is not copied: buf is exchanged.
-func (p *Pump) send(buf *[]byte, typ guestlink.Type, packet []byte, n int) {
+// place of its header. A long frame is not copied: buf is exchanged. With more,
+// the caller flushes the link soon.
+func (p *Pump) send(buf *[]byte, typ guestlink.Type, packet []byte, n int, more bool) {
 	if drop, ok := p.check(packet, !p.host); !ok {
 		p.count.dropInto[drop].Add(1)
 		return
@@ -105,7 +112,7 @@ func (p *Pump) send(buf *[]byte, typ guestlink.Type, packet []byte, n int) {
 		copy(s.buf, (*buf)[:frame])
 	}
 	s.n, s.size = frame, len(packet)
-	if !l.put(s, packet) {
+	if !l.put(s, packet, more) {
 		p.pool.put(s)
 		p.count.dropInto[DropNoLink].Add(1)
 	}

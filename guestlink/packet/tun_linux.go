@@ -73,6 +73,7 @@ func OpenPlainTUN(name string) (PacketDevice, error) {
 type offloadTUN struct {
 	*batchTUN
 	file *os.File
+	raw  syscall.RawConn
 }
 
 // offload reports whether the kernel puts virtio-net headers.
@@ -86,15 +87,31 @@ func (d *offloadTUN) offload(name string) bool {
 		return false
 	}
 	var inner error
+	d.raw = raw
 	err = raw.Control(func(fd uintptr) { inner = unix.IoctlIfreq(int(fd), unix.TUNGETIFF, ifr) })
 	return err == nil && inner == nil && ifr.Uint16()&unix.IFF_VNET_HDR != 0
 }
 
 // ReadOffload reads a virtio-net header and its packet.
-func (d *offloadTUN) ReadOffload(b []byte) (int, error) {
-	n, err := d.file.Read(b)
-	if errors.Is(err, syscall.EBADFD) {
-		err = os.ErrClosed
+func (d *offloadTUN) ReadOffload(b []byte, idle func()) (n int, err error) {
+	told := false
+	failed := d.raw.Read(func(fd uintptr) bool {
+		for {
+			n, err = unix.Read(int(fd), b)
+			switch {
+			case err == unix.EINTR:
+				continue
+			case err != unix.EAGAIN:
+				return true
+			case told:
+				return false // nothing to read: wait
+			}
+			told = true
+			idle() // which takes a while: look once more
+		}
+	})
+	if failed != nil || errors.Is(err, syscall.EBADFD) {
+		return 0, os.ErrClosed
 	}
 	if err == nil && n <= guestlink.VirtioHeaderSize {
 		return 0, fmt.Errorf("tun device gave %d bytes", n)
