@@ -230,7 +230,7 @@ func joinedWorld(b *testing.B) world {
 	join := func(from, to packet.PacketDevice) {
 		buf := make([]byte, guestlink.VirtioHeaderSize+guestlink.MaxPacket)
 		for {
-			n, err := from.(packet.OffloadDevice).ReadOffload(buf, func() {})
+			n, err := from.(packet.OffloadDevice).ReadOffload(buf, func() bool { return false })
 			if err != nil {
 				return
 			}

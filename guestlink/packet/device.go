@@ -19,7 +19,8 @@ type BatchDevice interface {
 // OffloadDevice moves packets with their virtio-net header in front
 // (guestlink.VirtioHeaderSize bytes), unsegmented.
 type OffloadDevice interface {
-	// ReadOffload calls idle before it waits.
-	ReadOffload(b []byte, idle func()) (int, error)
+	// ReadOffload calls idle before it waits, and looks again if that says that
+	// it took a while.
+	ReadOffload(b []byte, idle func() bool) (int, error)
 	WriteOffload(b []byte) (int, error)
 }

@@ -21,7 +21,7 @@ import (
 // offloadDevice is a memDevice that gives and takes virtio-net headers.
 type offloadDevice struct{ *memDevice }
 
-func (d offloadDevice) ReadOffload(b []byte, idle func()) (int, error) {
+func (d offloadDevice) ReadOffload(b []byte, idle func() bool) (int, error) {
 	idle()
 	return d.memDevice.Read(b)
 }

@@ -139,19 +139,22 @@ func (q *queue) put(s *slot, packet []byte, more bool) bool {
 	switch {
 	case !more || q.direct == nil:
 		q.changed.Signal()
-	case q.waiting >= q.limit:
+	case s.n >= alone || q.waiting >= q.limit:
 		q.send()
 	}
 	return true
 }
 
-// flush writes what waits, as far as the connection takes it at once.
-func (q *queue) flush() {
+// flush writes what waits, as far as the connection takes it at once, and
+// reports whether that was anything.
+func (q *queue) flush() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.direct != nil {
-		q.send()
+	if q.direct == nil || q.waiting == 0 {
+		return false
 	}
+	q.send()
+	return true
 }
 
 // send is flush with the lock, which it gives up for the time of a write. The

@@ -19,10 +19,9 @@ func (p *Pump) Run(ctx context.Context) error {
 	defer p.dev.Close()
 	const at = guestlink.HeaderSize
 	buf := make([]byte, largeSlot)
-	idle := func() {
-		if l := p.current(); l != nil {
-			l.flush()
-		}
+	idle := func() bool {
+		l := p.current()
+		return l != nil && l.flush()
 	}
 	for {
 		l := p.current()

@@ -74,6 +74,12 @@ type offloadTUN struct {
 	*batchTUN
 	file *os.File
 	raw  syscall.RawConn
+	// Of the one read at a time; try is made once, not for each packet.
+	try  func(fd uintptr) bool
+	b    []byte
+	idle func() bool
+	n    int
+	err  error
 }
 
 // offload reports whether the kernel puts virtio-net headers.
@@ -87,29 +93,16 @@ func (d *offloadTUN) offload(name string) bool {
 		return false
 	}
 	var inner error
-	d.raw = raw
+	d.raw, d.try = raw, d.tryRead
 	err = raw.Control(func(fd uintptr) { inner = unix.IoctlIfreq(int(fd), unix.TUNGETIFF, ifr) })
 	return err == nil && inner == nil && ifr.Uint16()&unix.IFF_VNET_HDR != 0
 }
 
 // ReadOffload reads a virtio-net header and its packet.
-func (d *offloadTUN) ReadOffload(b []byte, idle func()) (n int, err error) {
-	told := false
-	failed := d.raw.Read(func(fd uintptr) bool {
-		for {
-			n, err = unix.Read(int(fd), b)
-			switch {
-			case err == unix.EINTR:
-				continue
-			case err != unix.EAGAIN:
-				return true
-			case told:
-				return false // nothing to read: wait
-			}
-			told = true
-			idle() // which takes a while: look once more
-		}
-	})
+func (d *offloadTUN) ReadOffload(b []byte, idle func() bool) (int, error) {
+	d.b, d.idle = b, idle
+	failed := d.raw.Read(d.try)
+	n, err := d.n, d.err
 	if failed != nil || errors.Is(err, syscall.EBADFD) {
 		return 0, os.ErrClosed
 	}
@@ -117,6 +110,18 @@ func (d *offloadTUN) ReadOffload(b []byte, idle func()) (n int, err error) {
 		return 0, fmt.Errorf("tun device gave %d bytes", n)
 	}
 	return n, err
+}
+
+// tryRead reads and reports whether that is done, or has to wait.
+func (d *offloadTUN) tryRead(fd uintptr) bool {
+	for {
+		d.n, d.err = unix.Read(int(fd), d.b)
+		switch {
+		case d.err == unix.EINTR, d.err == unix.EAGAIN && d.idle():
+			continue
+		}
+		return d.err != unix.EAGAIN
+	}
 }
 
 // WriteOffload writes a virtio-net header and its packet.
