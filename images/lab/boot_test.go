@@ -14,6 +14,7 @@ import (
 	"sekisho/guestlink"
 	"sekisho/hostos/disk"
 	"sekisho/images/lab/hook"
+	"sekisho/images/lab/stream"
 )
 
 // TestBoot is one boot with attestation, and in it the faults that a running
@@ -75,6 +76,7 @@ func TestBoot(t *testing.T) {
 	for _, service := range []string{"netd", "attestd", "linkd"} {
 		b.scenario(t, service+" killed", func(t *testing.T) { b.killService(t, service) })
 	}
+	b.scenario(t, "linkd killed under a connection", b.connectionSurvives)
 	b.frames(t)
 	b.scenario(t, "other vsock ports", func(t *testing.T) {
 		for _, port := range []int{1, 22, 443, 1023, 1025, 1099, 5000, 65535} {
@@ -159,6 +161,51 @@ func (b *bench) killService(t *testing.T, name string) {
 		pid, err := b.ServicePID(ctx, name)
 		return err == nil && pid != old
 	})
+}
+
+// connectionSurvives kills linkd while the work domain sends by TCP: every byte
+// arrives all the same, over the same connection.
+func (b *bench) connectionSurvives(t *testing.T) {
+	const count = 2 << 20
+	var l net.Listener
+	must(t, inNamespace("sekisho-lgwan", func() (err error) {
+		l, err = net.Listen("tcp4", sinkAddress)
+		return err
+	}))
+	defer l.Close()
+	begun, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		conn, err := l.Accept()
+		close(begun)
+		if err == nil {
+			var r stream.Result
+			if r, err = stream.Receive(conn, false); err == nil && r.Bytes < count {
+				err = fmt.Errorf("%d bytes of %d", r.Bytes, count)
+			}
+			conn.Close()
+		}
+		ended <- err
+	}()
+	a, err := b.Call(t.Context(), hook.Request{Target: hook.Work, Timeout: time.Minute, Detach: true,
+		Argv: []string{"labguest", "stream", "-tcp", sinkAddress, fmt.Sprint(count)}})
+	if err != nil || a.Error != "" {
+		t.Fatalf("stream: %v %s", err, a.Error)
+	}
+	limit := time.After(3 * time.Minute)
+	select {
+	case <-begun:
+	case <-limit:
+		t.Fatal("the connection did not begin")
+	}
+	b.killService(t, "linkd")
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-limit:
+		t.Error("the stream did not end")
+	}
 }
 
 // frames sends what a hostile work domain could send to the published port.
