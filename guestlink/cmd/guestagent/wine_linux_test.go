@@ -192,7 +192,7 @@ func TestWine(t *testing.T) {
 	if out, code := w.run("-h"); code != 0 || !strings.Contains(out, "install") {
 		t.Errorf("-h: %d", code)
 	}
-	if out, code := w.run("-transport", "carrier-pigeon"); code != 1 || !strings.Contains(out, "want vsock or serial") {
+	if out, code := w.run("-transport", "carrier-pigeon"); code != 1 || !strings.Contains(out, "want auto, vsock or serial") {
 		t.Errorf("unknown transport: %d", code)
 	}
 	if _, code := w.run("restart"); code != 2 {
