@@ -39,15 +39,23 @@ var mounts = [...]struct {
 	{"tmpfs", "/tmp", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
 }
 
+// Mount mounts what a plain Linux needs: all that can be.
+func Mount() error {
+	var errs []error
+	for _, m := range mounts {
+		if err := errors.Join(os.MkdirAll(m.target, 0o755), unix.Mount(m.source, m.target, m.fstype, m.flags, m.data)); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", m.target, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // Run is the life of the work domain: it returns when ctx ends or the power
 // button is pressed, with every service ended. Faults on the way are logged
 // and the rest goes on: a work domain without its agent is offline, not open.
 func Run(ctx context.Context, log *slog.Logger) {
-	for _, m := range mounts {
-		err := errors.Join(os.MkdirAll(m.target, 0o755), unix.Mount(m.source, m.target, m.fstype, m.flags, m.data))
-		if err != nil {
-			log.Error("cannot mount", "target", m.target, "err", err)
-		}
+	if err := Mount(); err != nil {
+		log.Error("cannot mount", "err", err)
 	}
 	for _, name := range modules {
 		if err := kmodule.Probe(name, ""); err != nil {

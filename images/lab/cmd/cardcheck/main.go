@@ -1,0 +1,98 @@
+// cardcheck is PID 1 of a work domain that has nothing but a card reader: it
+// starts pcscd, uses the card with OpenSC, prints what these say and switches
+// off.
+//
+// Synopsis:
+//
+//	cardcheck
+//
+// Its lines begin with "card:"; "card: remove" asks whoever reads them to take
+// the card out.
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/u-root/u-root/pkg/kmodule"
+
+	"sekisho/images/work"
+)
+
+// limit bounds each wait; the machine that runs this may be an emulated one.
+const limit = 2 * time.Minute
+
+func main() {
+	if err := check(); err != nil {
+		fmt.Println("card: failed:", err)
+	}
+	fmt.Println("card: end")
+	if err := work.PowerOff(); err != nil {
+		fmt.Println("card:", err)
+	}
+}
+
+func check() error {
+	if err := work.Mount(); err != nil {
+		return err
+	}
+	if err := kmodule.Probe("xhci_pci", ""); err != nil {
+		return err
+	}
+	// There is no udev to tell pcscd of a reader that comes later.
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if readers, _ := filepath.Glob("/sys/bus/usb/devices/*-*:1.0"); len(readers) > 0 {
+			break
+		}
+	}
+	if err := start("/usr/sbin/pcscd", "--foreground", "--disable-polkit"); err != nil {
+		return err
+	}
+	if err := await("Yes"); err != nil {
+		return err
+	}
+	if err := os.WriteFile("/tmp/digest", make([]byte, 32), 0o600); err != nil {
+		return err
+	}
+	pkcs11 := func(args ...string) {
+		run("/usr/bin/pkcs11-tool", append([]string{"--login"}, args...)...)
+	}
+	run("/usr/bin/opensc-tool", "--name")
+	pkcs11("--pin", "123456", "--sign", "--id", "01", "--mechanism", "ECDSA", "--input-file", "/tmp/digest", "--output-file", "/tmp/signature")
+	pkcs11("--pin", "999999", "--list-objects")
+	pkcs11("--pin", "123456", "--test")
+	fmt.Println("card: remove")
+	return await("No ")
+}
+
+func command(name string, args ...string) *exec.Cmd {
+	cmd := exec.Command(name, args...)
+	cmd.Env = []string{"PATH=/usr/bin", "HOME=/"}
+	return cmd
+}
+
+func start(name string, args ...string) error {
+	return command(name, args...).Start()
+}
+
+// run prints what a program says and how it ended.
+func run(name string, args ...string) string {
+	out, err := command(name, args...).CombinedOutput()
+	fmt.Printf("card: %s %s: %v\n%s\n", name, strings.Join(args, " "), err, out)
+	return string(out)
+}
+
+// await asks for the readers until their list holds want.
+func await(want string) error {
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+		out, _ := command("/usr/bin/opensc-tool", "--list-readers").CombinedOutput()
+		if strings.Contains(string(out), want) {
+			return nil
+		}
+	}
+	return fmt.Errorf("no reader says %q in %v", want, limit)
+}
