@@ -3,11 +3,19 @@ package lab
 import (
 	"bufio"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -156,4 +164,42 @@ func RecordUplink(ctx context.Context, name, file string, out io.Writer) error {
 	defer f.Close()
 	stats, err := r.Record(ctx, f)
 	return errors.Join(err, json.NewEncoder(out).Encode(stats), f.Close())
+}
+
+// assetsText is what the office's server says to whoever calls.
+const assetsText = "asset management, called by "
+
+// ServeAssets says who called, on an address in the office's LAN, until ctx ends.
+func ServeAssets(ctx context.Context, address string) error {
+	s := http.Server{Addr: address, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, assetsText+r.RemoteAddr+"\n") })}
+	defer context.AfterFunc(ctx, func() { s.Close() })()
+	if err := s.ListenAndServe(); ctx.Err() == nil {
+		return fmt.Errorf("assets: %w", err)
+	}
+	return nil
+}
+
+// ServePortal answers every connection as a hotel's sign-in page does that
+// wants to look like the Internet: TLS 1.3 with a certificate of its own, and
+// HTTP status 204 whatever was asked.
+func ServePortal(ctx context.Context, address string) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return fmt.Errorf("portal: %w", err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "hotel"}, NotAfter: time.Now().Add(24 * time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return fmt.Errorf("portal: %w", err)
+	}
+	s := http.Server{Addr: address, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 8 << 10,
+		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
+		ErrorLog:  log.New(io.Discard, "", 0),
+		Handler:   http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })}
+	defer context.AfterFunc(ctx, func() { s.Close() })()
+	if err := s.ListenAndServeTLS("", ""); ctx.Err() == nil {
+		return fmt.Errorf("portal: %w", err)
+	}
+	return nil
 }

@@ -245,9 +245,10 @@ func waitFor(ctx context.Context, what string, holds func() (bool, error)) error
 // what answers it speaks there, so every frame is judged, both ways.
 func allowed() capture.AllowList {
 	return capture.AllowList{
-		Servers: []netip.AddrPort{verifierAddress, gatewayAddress},
+		Servers: []netip.AddrPort{verifierAddress, gatewayAddress, beaconAddress},
+		Offices: []netip.Prefix{officePrefix},
 		QUIC:    []netip.AddrPort{gatewayAddress},
-		Links:   []netip.Prefix{homePrefix, airPrefix, ltePrefix},
+		Links:   []netip.Prefix{homePrefix, officePrefix, airPrefix, ltePrefix},
 	}
 }
 

@@ -50,7 +50,7 @@ func realLab(t *testing.T) *bench {
 		t.Fatal(err)
 	}
 	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", l.out("..", "bin")+"/",
-		"./images/lab/cmd/lab", "./attest/cmd/verifier", "./attest/cmd/attestctl", "./netd/cmd/gateway")
+		"./images/lab/cmd/lab", "./attest/cmd/verifier", "./attest/cmd/attestctl", "./netd/cmd/gateway", "./netd/cmd/beacon")
 	build.Dir, build.Env = l.Root, append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)

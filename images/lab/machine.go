@@ -19,6 +19,7 @@ type machine struct {
 	disk  string // raw image, written to
 	vars  string // OVMF variables, written to
 	noTPM bool
+	clock string // of the real-time clock at power-on; empty: the time
 }
 
 // arguments are QEMU's, without the program.
@@ -55,6 +56,9 @@ func (m machine) arguments() []string {
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=lab,server=on,wait=off,path=" + sock("hook"),
 		"-device", "virtserialport,chardev=lab,name=org.sekisho.lab",
 		"-qmp", "unix:" + sock("qmp") + ",server=on,wait=off",
+	}
+	if m.clock != "" {
+		args = append(args, "-rtc", "base="+m.clock)
 	}
 	if !m.noTPM {
 		args = append(args, "-chardev", "socket,id=tpm,path="+sock("tpm"),

@@ -36,6 +36,7 @@ const topology = `
 -n sekisho-home  link set site0 up
 -n sekisho-site  link set home0 up
 -n sekisho-site  route add 192.168.50.0/24 via 203.0.113.1
+-n sekisho-site  route add 10.20.0.0/24 via 203.0.113.1
 
 -n sekisho-site  link add lgwan0 type veth peer name site0 netns sekisho-lgwan
 -n sekisho-site  address add 10.254.0.1/24 dev lgwan0

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"net/url"
 	"os"
 	"path/filepath"
 	"time"
@@ -33,6 +34,9 @@ type authority struct {
 // the organisation's configuration. The CA is part of the image, so all of it
 // stays as it is until out/ is removed.
 func (l *Lab) preparePKI() error {
+	if err := l.officePKI(); err != nil {
+		return err
+	}
 	if exist(l.lab("pki", "made")) {
 		return l.writeOrganization()
 	}
@@ -61,9 +65,34 @@ func (l *Lab) preparePKI() error {
 	return l.writeOrganization()
 }
 
+// officePKI makes the office CA and its beacon's certificate on first use.
+func (l *Lab) officePKI() error {
+	if exist(l.lab("pki", "beacon.pem")) {
+		return nil
+	}
+	ca, err := l.issue("office-ca", nil, &x509.Certificate{
+		Subject: pkix.Name{Organization: []string{"Sekisho Lab"}, CommonName: "Sekisho Lab office CA"},
+		IsCA:    true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign})
+	if err != nil {
+		return err
+	}
+	site, err := url.Parse(attest.SiteURI(officeSite))
+	if err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	_, err = l.issue("beacon", &ca, &x509.Certificate{
+		Subject: pkix.Name{CommonName: beaconName}, DNSNames: []string{beaconName}, URIs: []*url.URL{site},
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+	return err
+}
+
 // writeOrganization writes the configuration that the image is built with.
 func (l *Lab) writeOrganization() error {
 	ca, err := os.ReadFile(l.lab("pki", "ca.pem"))
+	if err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	office, err := os.ReadFile(l.lab("pki", "office-ca.pem"))
 	if err != nil {
 		return fmt.Errorf("lab: %w", err)
 	}
@@ -75,6 +104,12 @@ func (l *Lab) writeOrganization() error {
 	}
 	if o.EscrowKey, err = l.publicKey("escrow"); err != nil {
 		return err
+	}
+	o.Office = &attest.Office{
+		CA:      string(office),
+		Beacons: []attest.Beacon{{Endpoint: attest.Endpoint{Address: beaconAddress, ServerName: beaconName}, Site: officeSite}},
+		// An emulated laptop takes its time to answer.
+		MaxRoundTripMS: 500,
 	}
 	if err := o.Validate(); err != nil {
 		return err

@@ -28,6 +28,7 @@ type Boot struct {
 	Life    time.Duration // of a device's certificate; 0: the verifier's own choice
 	Timeout time.Duration // 0: ten minutes
 	Stay    bool          // return once the machine has power: the caller watches it
+	Clock   string        // what the machine's clock says at power-on, "1970-01-02T00:00:00"; empty: the time
 	NoSite  bool          // the verifier and the gateway are down when the machine gets power
 	Accept  []string      // files of reference values that the policy accepts beside the laptop's
 }
@@ -147,10 +148,7 @@ func (l *Lab) surroundings(ctx context.Context, b Boot) error {
 		{name: "capture", namespace: "sekisho-home", argv: []string{self, "helper", "capture", "uplink", l.UplinkCapture()}},
 		{name: "capture-of-air", namespace: "sekisho-home", argv: []string{self, "helper", "capture", "air", l.run("air.pcap")}},
 		{name: "capture-of-lte", namespace: "sekisho-home", argv: []string{self, "helper", "capture", "lte", l.run("lte.pcap")}},
-		{name: "dnsmasq", namespace: "sekisho-home", argv: []string{"dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0",
-			"--interface=uplink", "--interface=air", "--interface=lte", "--bind-dynamic", "--no-ping", "--user=root", "--dhcp-authoritative", "--log-dhcp", "--log-facility=-", "--pid-file=",
-			"--dhcp-range=192.168.50.20,192.168.50.99,255.255.255.0,1h",
-			"--dhcp-range=192.168.60.20,192.168.60.99,255.255.255.0,1h", "--dhcp-range=192.168.70.20,192.168.70.99,255.255.255.0,1h", "--dhcp-leasefile=" + l.lab("dnsmasq.leases")}},
+		dhcpServer("192.168.50", l.lab("dnsmasq.leases")),
 		{name: "page", namespace: "sekisho-lgwan", argv: []string{self, "helper", "page"}},
 	} {
 		if _, err := l.start(s); err != nil {
@@ -192,7 +190,7 @@ func (l *Lab) listening(ctx context.Context, name, namespace, address string) er
 // prepareMachine copies the image's files, hands out the ticket and starts the
 // TPM. It returns the command that gives the laptop power.
 func (l *Lab) prepareMachine(ctx context.Context, b Boot) (accel string, argv []string, err error) {
-	m := machine{disk: l.lab("laptop.img"), vars: l.lab("vars.fd"), noTPM: b.NoTPM}
+	m := machine{disk: l.lab("laptop.img"), vars: l.lab("vars.fd"), noTPM: b.NoTPM, clock: b.Clock}
 	if err := errors.Join(copySparse(m.disk, b.Image.Disk), copySparse(m.vars, b.Image.Vars)); err != nil {
 		return "", nil, err
 	}

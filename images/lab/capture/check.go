@@ -38,6 +38,10 @@ type AllowList struct {
 	// Links are the uplink's own prefixes, where a DHCP server may be spoken
 	// to by unicast (RFC 2131 section 4.3.2, RENEWING).
 	Links []netip.Prefix
+	// Offices are LANs of the organisation's, in which the work domain is let
+	// into the open once they are proven: what stays in one of them is not
+	// judged, but for streams to Servers.
+	Offices []netip.Prefix
 	// Surroundings are the hardware addresses of the others on the uplink.
 	// Frames that they send are counted and not judged, except that the TLS
 	// streams of allowed servers are followed in both directions. Empty means
@@ -255,6 +259,13 @@ func (c *checker) neighbour(ip layers.IPv6, f frame) {
 }
 
 func (c *checker) transport(protocol layers.IPProtocol, payload []byte, src, dst netip.Addr, f frame) {
+	server := func(a netip.Addr) bool {
+		return slices.ContainsFunc(c.allow.Servers, func(s netip.AddrPort) bool { return s.Addr() == a })
+	}
+	if !server(src) && !server(dst) && slices.ContainsFunc(c.allow.Offices, func(o netip.Prefix) bool { return o.Contains(src) && o.Contains(dst) }) {
+		c.allowed("office")
+		return
+	}
 	switch protocol {
 	case layers.IPProtocolTCP:
 		c.tcp(payload, src, dst, f)

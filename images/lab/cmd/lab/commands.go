@@ -276,8 +276,20 @@ func plug(ctx context.Context, l *lab.Lab, args []string) error {
 }
 
 func scenario(ctx context.Context, l *lab.Lab, args []string) error {
-	if len(args) != 1 || !slices.Contains(lab.Scenarios(), args[0]) {
+	if len(args) != 1 {
 		return errUsage
 	}
-	return l.Scenario(ctx, args[0])
+	network, place := slices.Contains(lab.Surroundings(), args[0]), slices.Contains(lab.Scenarios(), args[0])
+	if !network && !place {
+		return errUsage
+	}
+	if network {
+		if err := l.Surround(ctx, args[0]); err != nil {
+			return err
+		}
+	}
+	if place {
+		return l.Scenario(ctx, args[0])
+	}
+	return nil
 }

@@ -34,6 +34,7 @@ usage: lab [-accel auto|kvm|tcg] COMMAND [-accel auto|kvm|tcg]
                                its network is saved in the laptop), a USB stick
   scenario NAME                exactly the uplinks of a place: home (cable, Wi-Fi),
                                desk (cable), cafe (Wi-Fi), train (stick), away (none)
+                               other networks: office, hotel, udp-blocked, mtu-1280, black-hole
   tamper cmdline|kernel|initramfs   change one component, sign again, boot: runs, but
                                attestation must refuse it
   unsigned                     boot an image without signature: firmware must refuse it
@@ -121,6 +122,10 @@ func helper(ctx context.Context, args []string) error {
 	switch args[0] {
 	case "page":
 		return lab.ServePage(ctx)
+	case "assets":
+		return lab.ServeAssets(ctx, lab.AssetsAddress)
+	case "portal":
+		return lab.ServePortal(ctx, lab.PortalAddress)
 	case "sink":
 		return lab.ServeSink(ctx, os.Stdout)
 	case "probes":
