@@ -151,6 +151,9 @@ func TestFacts(t *testing.T) {
 			"<3>WPA: 4-Way Handshake failed - pre-shared key may be incorrect",
 			`<3>CTRL-EVENT-SSID-TEMP-DISABLED id=0 ssid="home" auth_failures=1 duration=10 reason=WRONG_KEY`,
 			"<3>CTRL-EVENT-NETWORK-NOT-FOUND "}, netd.ReasonWrongSecret},
+		{"wrong passphrase, WPA3", []string{
+			"<3>CTRL-EVENT-AUTH-REJECT 02:00:00:00:01:00 auth_type=3 auth_transaction=2 status_code=1",
+			`<3>CTRL-EVENT-SSID-TEMP-DISABLED id=0 ssid="home" auth_failures=1 duration=10 reason=CONN_FAILED`}, netd.ReasonWrongSecret},
 		{"nothing in reach", []string{"<3>CTRL-EVENT-SCAN-RESULTS ", "<3>CTRL-EVENT-NETWORK-NOT-FOUND "}, netd.ReasonNoNetwork},
 		{"lost and found", []string{"<3>CTRL-EVENT-DISCONNECTED bssid=02:00:00:00:00:00 reason=4", "<3>CTRL-EVENT-CONNECTED - x"}, ""},
 		{"refused by the server", []string{"<3>CTRL-EVENT-EAP-FAILURE EAP authentication failed"}, netd.ReasonWrongSecret},

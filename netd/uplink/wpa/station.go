@@ -213,6 +213,13 @@ func (f *Facts) event(name string, e Event) bool {
 			return false
 		}
 		f.Reason, f.Detail = netd.ReasonWrongSecret, "the network "+e.Args["ssid"]+" did not let "+name+" in"
+	case "CTRL-EVENT-AUTH-REJECT":
+		// WPA3: the access point refuses the confirmation of a wrong passphrase,
+		// the second message of SAE (IEEE 802.11-2020, section 12.4.5).
+		if e.Args["auth_type"] != "3" || e.Args["auth_transaction"] != "2" {
+			return false
+		}
+		f.Reason, f.Detail = netd.ReasonWrongSecret, "the passphrase was not accepted on "+name
 	case "CTRL-EVENT-EAP-FAILURE":
 		if f.Reason == netd.ReasonWrongSecret {
 			return false // it follows upon a more telling one
