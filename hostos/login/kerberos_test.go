@@ -335,6 +335,24 @@ func (o *office) kdc() {
 	o.r.Must("kdb5_util", "create", "-s", "-P", "master", "-r", realm)
 	o.r.Must("kadmin.local", "-r", realm, "-q", "addprinc -randkey +requires_preauth taro")
 	o.daemon("krb5kdc", "-n", "-r", realm)
+	o.listening(port)
+}
+
+// listening waits until a server of ours has opened its port.
+func (o *office) listening(port int) {
+	o.t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		c, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			c.Close()
+			return
+		}
+		if time.Now().After(deadline) {
+			o.t.Fatal(err)
+		}
+		<-time.After(20 * time.Millisecond)
+	}
 }
 
 // kinit asks for a ticket with the card and a PIN.
@@ -424,18 +442,7 @@ func (o *office) ssh() {
 		o.t.Fatal(err)
 	}
 	o.r.Env = append(o.r.Env, "SSH_ASKPASS="+ask, "SSH_ASKPASS_REQUIRE=force")
-	deadline := time.Now().Add(30 * time.Second)
-	for {
-		c, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err == nil {
-			c.Close()
-			break
-		}
-		if time.Now().After(deadline) {
-			o.t.Fatal(err)
-		}
-		<-time.After(20 * time.Millisecond)
-	}
+	o.listening(port)
 	login := func() (string, error) {
 		return o.r.Run("ssh", "-F", "none", "-I", module, "-o", "IdentitiesOnly=no", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
 			"-o", "PreferredAuthentications=publickey", "-o", "IdentityFile=none", "-p", fmt.Sprint(port), "root@127.0.0.1", "echo", "in")
