@@ -16,6 +16,8 @@ import (
 	"net/netip"
 	"regexp"
 	"slices"
+
+	"sekisho/attest/cryptrec"
 )
 
 // OrganizationFile is where the host domain finds its Organization.
@@ -75,9 +77,14 @@ type Organization struct {
 	// Proxy is an HTTP proxy that laptops reach the gateways by (CONNECT, RFC
 	// 9110, section 9.3.6), where the network lets nothing else out. Without it
 	// they go straight there.
-	Proxy      netip.AddrPort `json:"proxy,omitzero"`
-	WorkDomain WorkDomain     `json:"work_domain"`
-	Office     *Office        `json:"office,omitempty"` // absent: no LAN is ever an office
+	Proxy netip.AddrPort `json:"proxy,omitzero"`
+	// KeyAgreement is the least for the tunnel, the beacon and the verifiers,
+	// p256-mlkem768 if absent. The gateways' and beacons' own configurations
+	// have the same field.
+	KeyAgreement cryptrec.KeyAgreement `json:"key_agreement,omitzero"`
+
+	WorkDomain WorkDomain `json:"work_domain"`
+	Office     *Office    `json:"office,omitempty"` // absent: no LAN is ever an office
 	// Uplinks is the order in which laptops prefer their uplinks: the first rule
 	// that fits a link gives its place, and a link that none fits is not used.
 	// Empty means wired, Wi-Fi, USB.

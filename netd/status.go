@@ -25,6 +25,7 @@ const (
 	ReasonLapsed      = "credential-lapsed"    // and attestd has no newer one yet
 	ReasonConnecting  = "connecting"           // credential in force, the tunnel is being opened
 	ReasonGateway     = "gateway-unreachable"
+	ReasonProxy       = "proxy-refused"   // the organisation's proxy lets nobody through to the gateway
 	ReasonRefused     = "gateway-refused" // one side did not accept the other's certificate, or there is no room
 )
 

@@ -29,6 +29,7 @@ func reasons() map[string]Words {
 		ReasonConnecting:  {"opening the tunnel", "トンネルを接続しています。"},
 		ReasonGateway:     {"the gateway does not answer over this network", "ゲートウェイに接続できません。"},
 		ReasonRefused:     {"the gateway did not admit this laptop; tell the help desk", "ゲートウェイに接続を拒否されました。ヘルプデスクに連絡してください。"},
+		ReasonProxy:       {"the proxy does not let this laptop through to the gateway; tell the help desk", "プロキシがゲートウェイへの接続を許可していません。ヘルプデスクに連絡してください。"},
 		ReasonPortal:      {"somebody else answers in place of the organisation's servers", "組織のサーバーではない応答があります。"},
 	}
 }

@@ -40,8 +40,8 @@ type remote struct {
 	http     *http.Client
 }
 
-func newRemote(e attest.Endpoint, roots *x509.CertPool) *remote {
-	config := cryptrec.Config()
+func newRemote(e attest.Endpoint, roots *x509.CertPool, agreement cryptrec.KeyAgreement) *remote {
+	config := agreement.Config()
 	config.RootCAs = roots
 	config.ServerName = e.ServerName
 	dialer := &tls.Dialer{Config: config}
@@ -54,7 +54,7 @@ func newRemote(e attest.Endpoint, roots *x509.CertPool) *remote {
 				if err != nil {
 					return nil, err
 				}
-				if err := cryptrec.Check(c.(*tls.Conn).ConnectionState()); err != nil {
+				if err := agreement.Check(c.(*tls.Conn).ConnectionState()); err != nil {
 					return nil, errors.Join(err, c.Close())
 				}
 				return c, nil

@@ -1,7 +1,8 @@
 // Package cryptrec fixes the algorithms of every TLS connection of this
 // project to those on the CRYPTREC e-Government Recommended Ciphers List
 // (2023 list: AES, GCM, SHA-2, ECDSA, ECDH), with ML-KEM beside ECDH as the
-// hybrid key agreement. Both ends use it, and both ends check the outcome.
+// hybrid key agreement that every connection must have. Both ends use it, and
+// both ends check the outcome.
 package cryptrec
 
 import (
@@ -40,18 +41,60 @@ var forced = func() bool {
 // outside the list.
 var ErrNotListed = errors.New("tls connection negotiated an algorithm outside the list in force")
 
-// Curves lists the key agreements offered, preferred first.
-func Curves() []tls.CurveID {
-	return []tls.CurveID{tls.SecP256r1MLKEM768, tls.SecP384r1MLKEM1024, tls.CurveP256, tls.CurveP384}
+// KeyAgreement is the least that a connection's keys may be agreed with. Every
+// value of it is a hybrid: who records a connection today must break ECDH and
+// ML-KEM both to read it. The zero value, of configurations that say nothing,
+// takes either hybrid.
+type KeyAgreement uint8
+
+// The key agreements, by the policy's choice.
+const (
+	P256MLKEM768  KeyAgreement = 0 // SecP256r1MLKEM768 or stronger
+	P384MLKEM1024 KeyAgreement = 1 // SecP384r1MLKEM1024 only
+)
+
+var keyAgreements = []string{P256MLKEM768: "p256-mlkem768", P384MLKEM1024: "p384-mlkem1024"}
+
+func (k KeyAgreement) String() string {
+	if int(k) < len(keyAgreements) {
+		return keyAgreements[k]
+	}
+	return fmt.Sprintf("KeyAgreement(%d)", uint8(k))
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (k KeyAgreement) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (k *KeyAgreement) UnmarshalText(text []byte) error {
+	i := slices.Index(keyAgreements, string(text))
+	if i < 0 {
+		return fmt.Errorf("key agreement %q: want one of %q", text, keyAgreements)
+	}
+	*k = KeyAgreement(i)
+	return nil
+}
+
+// Curves lists the key agreements offered and accepted, preferred first. One
+// that is not known has none.
+func (k KeyAgreement) Curves() []tls.CurveID {
+	switch k {
+	case P256MLKEM768:
+		return []tls.CurveID{tls.SecP256r1MLKEM768, tls.SecP384r1MLKEM1024}
+	case P384MLKEM1024:
+		return []tls.CurveID{tls.SecP384r1MLKEM1024}
+	}
+	return nil
 }
 
 // Config returns a new TLS configuration with the algorithms in force and
-// nothing else set: the caller adds certificates and roots.
-func Config() *tls.Config {
+// nothing else set: the caller adds certificates and roots, and calls Check
+// after each handshake.
+func (k KeyAgreement) Config() *tls.Config {
 	return &tls.Config{
 		MinVersion:       tls.VersionTLS13,
 		MaxVersion:       tls.VersionTLS13,
-		CurvePreferences: Curves(),
+		CurvePreferences: k.Curves(),
 		// Sessions are not resumed: every connection proves the certificate again.
 		SessionTicketsDisabled: true,
 	}
@@ -59,9 +102,9 @@ func Config() *tls.Config {
 
 // Check reports whether the finished handshake used only listed algorithms.
 // A nil error proves: TLS 1.3, TLS_AES_256_GCM_SHA384, a key agreement of
-// Curves, and an ECDSA P-256 or P-384 leaf key at the peer if it showed a
+// k.Curves, and an ECDSA P-256 or P-384 leaf key at the peer if it showed a
 // certificate.
-func Check(s tls.ConnectionState) error {
+func (k KeyAgreement) Check(s tls.ConnectionState) error {
 	switch {
 	case !s.HandshakeComplete:
 		return fmt.Errorf("%w: handshake not complete", ErrNotListed)
@@ -69,15 +112,20 @@ func Check(s tls.ConnectionState) error {
 		return fmt.Errorf("%w: %s", ErrNotListed, tls.VersionName(s.Version))
 	case s.CipherSuite != tls.TLS_AES_256_GCM_SHA384:
 		return fmt.Errorf("%w: %s", ErrNotListed, tls.CipherSuiteName(s.CipherSuite))
-	}
-	if !slices.Contains(Curves(), s.CurveID) {
-		return fmt.Errorf("%w: key agreement %s", ErrNotListed, s.CurveID)
+	case !slices.Contains(k.Curves(), s.CurveID):
+		return fmt.Errorf("%w: key agreement %s, want at least %s", ErrNotListed, s.CurveID, k)
 	}
 	if len(s.PeerCertificates) > 0 {
 		return checkKey(s.PeerCertificates[0])
 	}
 	return nil
 }
+
+// Config is that of the zero KeyAgreement.
+func Config() *tls.Config { return P256MLKEM768.Config() }
+
+// Check is that of the zero KeyAgreement.
+func Check(s tls.ConnectionState) error { return P256MLKEM768.Check(s) }
 
 func checkKey(c *x509.Certificate) error {
 	k, ok := c.PublicKey.(*ecdsa.PublicKey)
@@ -97,16 +145,20 @@ type Algorithm struct {
 	Basis string `json:"basis"` // where it is approved
 }
 
-// List returns the algorithms in force, for people and auditors.
-func List() []Algorithm {
-	return []Algorithm{
+// List returns the algorithms in force where k is asked for, for people and auditors.
+func (k KeyAgreement) List() []Algorithm {
+	list := []Algorithm{
 		{"protocol", "TLS 1.3", "RFC 8446"},
 		{"record protection", "TLS_AES_256_GCM_SHA384", "CRYPTREC: AES-256, GCM, SHA-384"},
-		{"key agreement", "SecP256r1MLKEM768", "CRYPTREC: ECDH P-256; with ML-KEM-768 (FIPS 203)"},
-		{"key agreement", "SecP384r1MLKEM1024", "CRYPTREC: ECDH P-384; with ML-KEM-1024 (FIPS 203)"},
-		{"key agreement", "secp256r1", "CRYPTREC: ECDH P-256"},
-		{"key agreement", "secp384r1", "CRYPTREC: ECDH P-384"},
-		{"signature", "ecdsa_secp256r1_sha256", "CRYPTREC: ECDSA P-256, SHA-256"},
-		{"signature", "ecdsa_secp384r1_sha384", "CRYPTREC: ECDSA P-384, SHA-384"},
 	}
+	basis := map[tls.CurveID]string{
+		tls.SecP256r1MLKEM768:  "CRYPTREC: ECDH P-256; with ML-KEM-768 (FIPS 203)",
+		tls.SecP384r1MLKEM1024: "CRYPTREC: ECDH P-384; with ML-KEM-1024 (FIPS 203)",
+	}
+	for _, c := range k.Curves() {
+		list = append(list, Algorithm{"key agreement", c.String(), basis[c]})
+	}
+	return append(list,
+		Algorithm{"signature", "ecdsa_secp256r1_sha256", "CRYPTREC: ECDSA P-256, SHA-256"},
+		Algorithm{"signature", "ecdsa_secp384r1_sha384", "CRYPTREC: ECDSA P-384, SHA-384"})
 }

@@ -95,7 +95,74 @@ func TestPeerOutsideTheListIsRefused(t *testing.T) {
 	if err := Check(c); !errors.Is(err, ErrNotListed) {
 		t.Errorf("Check of an X25519 session: %v, want ErrNotListed", err)
 	}
+	for _, plain := range []tls.CurveID{tls.CurveP256, tls.CurveP384, tls.X25519MLKEM768} {
+		if _, _, err := handshake(t, only(plain), Config()); err == nil {
+			t.Errorf("a client that offers only %s was accepted", plain)
+		}
+		client, server, err := handshake(t, only(plain), only(plain))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(Check(client), Check(server)); !errors.Is(err, ErrNotListed) {
+			t.Errorf("Check of a session by %s: %v, want ErrNotListed", plain, err)
+		}
+	}
 	if err := Check(tls.ConnectionState{}); !errors.Is(err, ErrNotListed) {
 		t.Errorf("Check of the zero state: %v, want ErrNotListed", err)
+	}
+}
+
+// TestPolicyOfP384: two ends of the policy agree by P-384 and ML-KEM-1024; one
+// of them and a peer that takes either do too; one that offers less is refused,
+// by the handshake and by the check after it.
+func TestPolicyOfP384(t *testing.T) {
+	for name, ends := range map[string][2]KeyAgreement{
+		"both": {P384MLKEM1024, P384MLKEM1024}, "client": {P384MLKEM1024, P256MLKEM768}, "server": {P256MLKEM768, P384MLKEM1024},
+	} {
+		c, s, err := handshake(t, ends[0].Config(), ends[1].Config())
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if err := errors.Join(P384MLKEM1024.Check(c), P384MLKEM1024.Check(s)); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	lesser := &tls.Config{MinVersion: tls.VersionTLS13, CurvePreferences: []tls.CurveID{tls.SecP256r1MLKEM768}}
+	if _, _, err := handshake(t, lesser.Clone(), P384MLKEM1024.Config()); err == nil {
+		t.Error("a client that offers only P-256 with ML-KEM-768 was accepted")
+	}
+	c, s, err := handshake(t, Config(), Config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := P384MLKEM1024.Check(c); !errors.Is(err, ErrNotListed) {
+		t.Errorf("client's Check of a session by %s: %v", c.CurveID, err)
+	}
+	if err := P384MLKEM1024.Check(s); !errors.Is(err, ErrNotListed) {
+		t.Errorf("server's Check of a session by %s: %v", s.CurveID, err)
+	}
+	if unknown := KeyAgreement(9); len(unknown.Curves()) != 0 || unknown.Check(c) == nil {
+		t.Error("an unknown key agreement is not closed")
+	}
+}
+
+func TestKeyAgreementText(t *testing.T) {
+	for _, k := range []KeyAgreement{P256MLKEM768, P384MLKEM1024} {
+		text, _ := k.MarshalText()
+		var got KeyAgreement
+		if err := got.UnmarshalText(text); err != nil || got != k {
+			t.Errorf("%s read back as %s, %v", text, got, err)
+		}
+		for _, a := range k.List() {
+			if a.Basis == "" {
+				t.Errorf("%s without a basis", a.Name)
+			}
+		}
+	}
+	var k KeyAgreement
+	for _, bad := range []string{"", "p256", "P384-MLKEM1024", "KeyAgreement(9)"} {
+		if err := k.UnmarshalText([]byte(bad)); err == nil {
+			t.Errorf("%q was taken", bad)
+		}
 	}
 }

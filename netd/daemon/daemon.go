@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -151,18 +152,21 @@ func New(c Config) *Daemon {
 		Wifi: c.Wifi, Wired: c.Wired,
 	}
 	for _, e := range slices.Concat(c.Organization.Verifiers, c.Organization.Gateways) {
-		d.endpoints = append(d.endpoints, e.Address)
 		if !e.Address.Addr().IsPrivate() {
 			keeper.Claims = append(keeper.Claims, e.Address.Addr())
 		}
 	}
-	for _, e := range c.Organization.Gateways {
-		d.quic = append(d.quic, e.Address)
+	for _, e := range c.Organization.Verifiers {
+		d.endpoints = append(d.endpoints, e.Address)
 	}
-	if p := c.Organization.Proxy; p.IsValid() {
+	if p := c.Organization.Proxy; p.IsValid() { // and no gateway straight
 		d.endpoints = append(d.endpoints, p)
+	} else {
+		for _, e := range c.Organization.Gateways {
+			d.endpoints, d.quic = append(d.endpoints, e.Address), append(d.quic, e.Address)
+		}
 	}
-	if probe, err := uplink.Prober(c.Organization, tunnel.BindToLink, d.admitted); err == nil {
+	if probe, err := uplink.Prober(c.Organization, dial, d.admitted); err == nil {
 		keeper.Probe = probe
 	} // without roots there is no tunnel either, and its keeper says so
 	d.uplinks = uplink.New(keeper)
@@ -175,6 +179,11 @@ func New(c Config) *Daemon {
 		d.Notify = func(string) {}
 	}
 	return d
+}
+
+// dial is tunnel.DialTCP over an uplink.
+func dial(ctx context.Context, u netd.Uplink, to, proxy netip.AddrPort) (net.Conn, error) {
+	return tunnel.DialTCP(ctx, tunnel.Path{Link: u.Name, Source: u.Address.Addr()}, to, proxy)
 }
 
 // Run keeps the kernel, the tunnel and linkd as the facts ask until ctx is

@@ -23,7 +23,7 @@ func (d *Daemon) watchOffice(ctx context.Context) {
 		return
 	}
 	w := office.Watcher{
-		Office: d.Organization.Office, Credential: d.Attestation.Credential, Neighbour: kernel.Neighbour, Log: d.Log,
+		Office: d.Organization.Office, KeyAgreement: d.Organization.KeyAgreement, Credential: d.Attestation.Credential, Neighbour: kernel.Neighbour, Log: d.Log,
 		Report: func(f office.Finding) { d.update(func(r *reports) { r.office = f }) },
 	}
 	w.Run(ctx, d.paths)

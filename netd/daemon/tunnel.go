@@ -89,7 +89,7 @@ func (d *Daemon) keepTunnel(ctx context.Context) {
 			err = d.unlessChanged(ctx, want, func(ctx context.Context) error { return d.Driver.Rebind(ctx, want.path) })
 		} else {
 			err = d.unlessChanged(ctx, want, func(ctx context.Context) error {
-				return d.open(ctx, tunnel.Target{Gateway: gateway, Roots: roots, Until: want.until, Path: want.path, Proxy: d.Organization.Proxy})
+				return d.open(ctx, tunnel.Target{Gateway: gateway, Roots: roots, Until: want.until, Path: want.path, Proxy: d.Organization.Proxy, Agreement: d.Organization.KeyAgreement})
 			})
 		}
 		if err == nil {
@@ -231,11 +231,14 @@ func (d *Daemon) setTrouble(t trouble) {
 func diagnose(gateway netip.AddrPort, err error) trouble {
 	var (
 		refused *connectip.RefusedError
+		proxy   *tunnel.ProxyError
 		remote  *net.OpError
 		cert    *tls.CertificateVerificationError
 	)
 	t := trouble{reason: netd.ReasonGateway, what: fmt.Sprintf("gateway %s unreachable", gateway), since: time.Now()}
 	switch {
+	case errors.As(err, &proxy) && proxy.Status != 0:
+		t.reason, t.what = netd.ReasonProxy, proxy.Error()
 	case errors.As(err, &refused), errors.As(err, &cert),
 		errors.As(err, &remote) && remote.Op == "remote error": // a TLS alert (crypto/tls)
 		t.reason, t.what = netd.ReasonRefused, strings.ReplaceAll(err.Error(), "\n", "; ")

@@ -28,21 +28,22 @@ const maxFile = 256 << 10
 
 // Config is the gateway's configuration file.
 type Config struct {
-	Listen      netip.AddrPort `json:"listen"`         // address, and port of the tunnel on TCP and UDP
-	Certificate string         `json:"certificate"`    // PEM file: the gateway's chain, of the organisation's CA
-	Key         string         `json:"key"`            // PEM file: its private key
-	ClientCA    string         `json:"client_ca"`      // PEM file: the CA that the verifier issues laptops' certificates with
-	Pool        netip.Prefix   `json:"pool"`           // IPv4 inner addresses; the first is the gateway's own
-	Pool6       netip.Prefix   `json:"pool6,omitzero"` // IPv6 inner addresses, at least as many; none if absent
-	Revoked     string         `json:"revoked"`        // file: devices that are not admitted; none if absent
-	Leases      string         `json:"leases"`         // file: device id to inner address
-	Tun         string         `json:"tun"`            // name of the TUN device, made by the gateway
-	LGWAN       string         `json:"lgwan"`          // name of the link towards LGWAN
-	MTU         int            `json:"mtu"`            // of inner packets in bytes; 1400 if absent
-	DNS         []netip.Addr   `json:"dns"`            // resolvers for the work domain; may be empty
-	MaxSessions int            `json:"max_sessions"`   // 10000 if absent
-	Revocations *FeedConfig    `json:"revocations"`    // verifiers to hear of revoked devices from; none if absent
-	Status      string         `json:"status"`         // unix socket of the status; /run/sekisho-gateway/status.sock if absent
+	Listen       netip.AddrPort        `json:"listen"`                 // address, and port of the tunnel on TCP and UDP
+	Certificate  string                `json:"certificate"`            // PEM file: the gateway's chain, of the organisation's CA
+	Key          string                `json:"key"`                    // PEM file: its private key
+	ClientCA     string                `json:"client_ca"`              // PEM file: the CA that the verifier issues laptops' certificates with
+	Pool         netip.Prefix          `json:"pool"`                   // IPv4 inner addresses; the first is the gateway's own
+	Pool6        netip.Prefix          `json:"pool6,omitzero"`         // IPv6 inner addresses, at least as many; none if absent
+	Revoked      string                `json:"revoked"`                // file: devices that are not admitted; none if absent
+	Leases       string                `json:"leases"`                 // file: device id to inner address
+	Tun          string                `json:"tun"`                    // name of the TUN device, made by the gateway
+	LGWAN        string                `json:"lgwan"`                  // name of the link towards LGWAN
+	MTU          int                   `json:"mtu"`                    // of inner packets in bytes; 1400 if absent
+	DNS          []netip.Addr          `json:"dns"`                    // resolvers for the work domain; may be empty
+	MaxSessions  int                   `json:"max_sessions"`           // 10000 if absent
+	Revocations  *FeedConfig           `json:"revocations"`            // verifiers to hear of revoked devices from; none if absent
+	KeyAgreement cryptrec.KeyAgreement `json:"key_agreement,omitzero"` // the least; p256-mlkem768 if absent
+	Status       string                `json:"status"`                 // unix socket of the status; /run/sekisho-gateway/status.sock if absent
 }
 
 // DefaultStatus is the status socket unless the configuration names another.
@@ -158,7 +159,7 @@ func (c *Config) TLS() (*tls.Config, error) {
 	if len(pem) > maxFile || !pool.AppendCertsFromPEM(pem) {
 		return nil, fmt.Errorf("client ca %s: no certificate in it", c.ClientCA)
 	}
-	t := cryptrec.Config()
+	t := c.KeyAgreement.Config()
 	t.Certificates = []tls.Certificate{pair}
 	t.ClientCAs = pool
 	t.ClientAuth = tls.RequireAndVerifyClientCert

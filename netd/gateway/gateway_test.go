@@ -79,6 +79,8 @@ func newSite(t *testing.T, change func(*Config), feed ...Revocations) *site {
 	serverKey := newKey(t)
 	server := sign(t, &x509.Certificate{SerialNumber: big.NewInt(2), DNSNames: []string{"gateway.test"}, NotBefore: template.NotBefore, NotAfter: template.NotAfter}, s.ca, serverKey, s.key)
 	config := cryptrec.Config()
+	// The handshake lets more pass than the gateway does: its own check counts.
+	config.CurvePreferences = append(config.CurvePreferences, tls.CurveP256, tls.CurveP384, tls.X25519MLKEM768)
 	config.Certificates = []tls.Certificate{{Certificate: [][]byte{server.Raw}, PrivateKey: serverKey}}
 	config.ClientCAs, config.ClientAuth, config.NextProtos = s.roots, tls.RequireAndVerifyClientCert, []string{"http/1.1"}
 
@@ -148,7 +150,13 @@ func (s *site) named(uris []*url.URL, life time.Duration) tls.Certificate {
 
 // request sends a raw request and returns the response and the connection.
 func (s *site) request(cert *tls.Certificate, request string) (*http.Response, *tls.Conn, *bufio.Reader, error) {
+	return s.requestBy(tls.SecP256r1MLKEM768, cert, request)
+}
+
+// requestBy is request with a key agreement of one's own.
+func (s *site) requestBy(by tls.CurveID, cert *tls.Certificate, request string) (*http.Response, *tls.Conn, *bufio.Reader, error) {
 	config := cryptrec.Config()
+	config.CurvePreferences = []tls.CurveID{by}
 	config.RootCAs, config.ServerName = s.roots, "gateway.test"
 	if cert != nil {
 		config.Certificates = []tls.Certificate{*cert}
@@ -165,6 +173,29 @@ func (s *site) request(cert *tls.Certificate, request string) (*http.Response, *
 	br := bufio.NewReader(conn)
 	resp, err := http.ReadResponse(br, nil)
 	return resp, conn, br, err
+}
+
+// TestLesserKeyAgreementIsRefused: where the handshake would let it pass, the
+// check after it does not.
+func TestLesserKeyAgreementIsRefused(t *testing.T) {
+	for _, c := range []struct {
+		least cryptrec.KeyAgreement
+		by    tls.CurveID
+		want  int
+	}{
+		{cryptrec.P256MLKEM768, tls.CurveP256, http.StatusForbidden},
+		{cryptrec.P256MLKEM768, tls.CurveP384, http.StatusForbidden},
+		{cryptrec.P256MLKEM768, tls.X25519MLKEM768, http.StatusForbidden},
+		{cryptrec.P384MLKEM1024, tls.SecP256r1MLKEM768, http.StatusForbidden},
+		{cryptrec.P384MLKEM1024, tls.SecP384r1MLKEM1024, http.StatusSwitchingProtocols},
+	} {
+		s := newSite(t, func(config *Config) { config.KeyAgreement = c.least })
+		cert := s.device(1, time.Hour)
+		resp, _, _, err := s.requestBy(c.by, &cert, upgrade)
+		if err != nil || resp.StatusCode != c.want {
+			t.Errorf("least %s, agreed by %s: %v, %v, want %d", c.least, c.by, resp, err, c.want)
+		}
+	}
 }
 
 const upgrade = "GET /.well-known/masque/ip/*/*/ HTTP/1.1\r\nHost: gateway.test\r\nConnection: Upgrade\r\nUpgrade: connect-ip\r\nCapsule-Protocol: ?1\r\n\r\n"

@@ -21,7 +21,6 @@ import (
 	"github.com/quic-go/quic-go/http3"
 
 	"sekisho/attest"
-	"sekisho/attest/cryptrec"
 	"sekisho/netd"
 	"sekisho/netd/tunnel"
 	"sekisho/netd/tunnel/connectip"
@@ -264,7 +263,7 @@ func (s *Server) admit(r *http.Request) (*session, error) {
 	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
 		return nil, &refusal{http.StatusForbidden, errors.New("no verified certificate")}
 	}
-	if err := cryptrec.Check(*r.TLS); err != nil {
+	if err := s.config.KeyAgreement.Check(*r.TLS); err != nil {
 		return nil, &refusal{http.StatusForbidden, err}
 	}
 	device, err := deviceOf(r.TLS.PeerCertificates[0])

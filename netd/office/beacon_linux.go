@@ -44,6 +44,8 @@ type BeaconConfig struct {
 	// Networks are reached by laptops over the LAN directly. The LAN's own
 	// prefix, if it shall be, is one of them.
 	Networks []netip.Prefix `json:"networks"`
+	// KeyAgreement is the least; p256-mlkem768 if absent.
+	KeyAgreement cryptrec.KeyAgreement `json:"key_agreement,omitzero"`
 }
 
 // ParseBeaconConfig reads and validates a BeaconConfig. Unknown fields are errors.
@@ -119,7 +121,7 @@ func NewBeacon(config *BeaconConfig, neighbour Neighbour, log *slog.Logger) (*Be
 	if len(pem) > maxFile || !pool.AppendCertsFromPEM(pem) {
 		return nil, fmt.Errorf("client ca %s: no certificate in it", config.ClientCA)
 	}
-	t := cryptrec.Config()
+	t := config.KeyAgreement.Config()
 	t.Certificates, t.ClientCAs, t.ClientAuth = []tls.Certificate{pair}, pool, tls.RequireAndVerifyClientCert
 	t.NextProtos = []string{protocol}
 	return &Beacon{config: config, tls: t, key: key, neighbour: neighbour, log: log, from: map[netip.Addr]int{}}, nil
@@ -202,7 +204,7 @@ func (b *Beacon) serve(ctx context.Context, c net.Conn) error {
 		return err
 	}
 	state := conn.ConnectionState()
-	if err := cryptrec.Check(state); err != nil {
+	if err := b.config.KeyAgreement.Check(state); err != nil {
 		return err
 	}
 	end := slices.MinFunc(state.VerifiedChains[0], func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter

@@ -57,7 +57,8 @@ type Finding struct {
 
 // Watcher looks for the organisation's beacons on an uplink.
 type Watcher struct {
-	Office *attest.Office
+	Office       *attest.Office
+	KeyAgreement cryptrec.KeyAgreement // the least that a beacon is believed with
 	// Credential returns the laptop's certificate.
 	Credential func(context.Context) (*tls.Certificate, error)
 	Neighbour  Neighbour
@@ -221,7 +222,7 @@ func (v *visit) open(ctx context.Context, b attest.Beacon) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	config := cryptrec.Config()
+	config := v.w.KeyAgreement.Config()
 	config.RootCAs, config.ServerName, config.Certificates, config.NextProtos = v.roots, b.ServerName, []tls.Certificate{*credential}, []string{protocol}
 	conn := tls.Client(raw, config)
 	if err := conn.HandshakeContext(ctx); err != nil {
@@ -234,7 +235,7 @@ func (v *visit) open(ctx context.Context, b attest.Beacon) (*session, error) {
 	}
 	local, err := netip.ParseAddrPort(raw.LocalAddr().String())
 	if err == nil {
-		err = cryptrec.Check(conn.ConnectionState())
+		err = v.w.KeyAgreement.Check(conn.ConnectionState())
 	}
 	if err != nil {
 		raw.Close()

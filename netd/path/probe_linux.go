@@ -23,12 +23,13 @@ const (
 	maxAnswer = 16 << 10        // bytes read of one
 )
 
-// Prober asks servers. Every field but Link and Source is needed.
+// Prober asks servers. Roots and Floor are needed.
 type Prober struct {
-	Roots  *x509.CertPool
-	Floor  time.Time // no chain is judged at an earlier moment
-	Link   string    // the uplink
-	Source netip.Addr
+	Agreement cryptrec.KeyAgreement // the least
+	Roots     *x509.CertPool
+	Floor     time.Time // no chain is judged at an earlier moment
+	Link      string    // the uplink
+	Source    netip.Addr
 }
 
 // Result is what came of one question.
@@ -55,7 +56,7 @@ func (p Prober) Ask(ctx context.Context, e attest.Endpoint, clock bool) Result {
 		return r
 	}
 	defer raw.Close()
-	config := cryptrec.Config()
+	config := p.Agreement.Config()
 	config.NextProtos = []string{"http/1.1"}
 	config.ServerName = e.ServerName
 	// The chain is judged below, at another time than the local clock's.
@@ -70,7 +71,7 @@ func (p Prober) Ask(ctx context.Context, e attest.Endpoint, clock bool) Result {
 		r.Answer, r.What = whose(err, judged), err.Error()
 		return r
 	}
-	if err := cryptrec.Check(conn.ConnectionState()); err != nil {
+	if err := p.Agreement.Check(conn.ConnectionState()); err != nil {
 		r.Answer, r.What = Foreign, err.Error()
 		return r
 	}

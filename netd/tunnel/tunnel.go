@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/cryptrec"
 	"sekisho/netd"
 )
 
@@ -30,6 +31,7 @@ type Target struct {
 	Until      time.Time        // when the session closes whatever happens
 	Path       Path
 	Proxy      netip.AddrPort // an HTTP proxy before the gateway; zero is none
+	Agreement  cryptrec.KeyAgreement
 }
 
 // Assignment is what the gateway gave.

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"sekisho/attest"
-	"sekisho/attest/cryptrec"
 	"sekisho/netd"
 )
 
@@ -65,15 +64,16 @@ func local(err error) bool {
 	return errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.ENODEV)
 }
 
-// control makes a net.Dialer's Control that binds to a link: tunnel.BindToLink.
-type control = func(link string) func(network, address string, c syscall.RawConn) error
+// dialer connects over one uplink alone, by the HTTP proxy if that is valid.
+type dialer = func(ctx context.Context, u netd.Uplink, to, proxy netip.AddrPort) (net.Conn, error)
 
 // Prober returns a Probe that reaches one of the organisation's servers: a TLS
 // handshake, over the uplink alone, with a server whose certificate the
 // organisation's CA signed. No captive portal and no local network can answer
-// it. A laptop whose attestation is in force (admitted) asks the gateways, any
-// other the verifiers: it has no business with a gateway.
-func Prober(org *attest.Organization, bind control, admitted func() bool) (func(context.Context, netd.Uplink) error, error) {
+// it. A laptop whose attestation is in force (admitted) asks the gateways, by the
+// organisation's proxy if it has one, any other the verifiers: it has no
+// business with a gateway.
+func Prober(org *attest.Organization, dial dialer, admitted func() bool) (func(context.Context, netd.Uplink) error, error) {
 	roots, err := org.Roots()
 	if err != nil {
 		return nil, err
@@ -82,22 +82,25 @@ func Prober(org *attest.Organization, bind control, admitted func() bool) (func(
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		results, n := make(chan error), 0
-		servers := org.Verifiers
+		servers, proxy := org.Verifiers, netip.AddrPort{}
 		if admitted() {
-			servers = org.Gateways
+			servers, proxy = org.Gateways, org.Proxy
 		}
 		for _, g := range servers {
-			source := u.Address.Addr()
-			if source.Is4() != g.Address.Addr().Is4() {
+			first := g.Address
+			if proxy.IsValid() {
+				first = proxy
+			}
+			if u.Address.Addr().Is4() != first.Addr().Is4() {
 				continue
 			}
 			n++
 			go func() {
-				d := net.Dialer{KeepAlive: -1, Control: bind(u.Name), LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))}
-				config := cryptrec.Config()
-				config.ServerName, config.RootCAs = g.ServerName, roots
-				conn, err := (&tls.Dialer{NetDialer: &d, Config: config}).DialContext(ctx, "tcp", g.Address.String())
+				conn, err := dial(ctx, u, g.Address, proxy)
 				if err == nil {
+					config := org.KeyAgreement.Config()
+					config.ServerName, config.RootCAs = g.ServerName, roots
+					err = tls.Client(conn, config).HandshakeContext(ctx)
 					conn.Close()
 				}
 				results <- err

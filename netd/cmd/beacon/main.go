@@ -33,10 +33,11 @@ The file, in JSON:
   {"site": "hq", "interface": "eth0", "listen": "10.20.0.9:8443",
    "certificate": "/etc/sekisho/beacon.crt", "key": "/etc/sekisho/beacon.key",
    "client_ca": "/etc/sekisho/verifier-ca.crt",
-   "networks": ["10.20.0.0/16"]}
+   "networks": ["10.20.0.0/16"], "key_agreement": "p256-mlkem768"}
 
 The certificate is of the office CA (organization.json: office.ca), names the
 server, and has one URI name, urn:sekisho:site:SITE.
+key_agreement may be absent, or p384-mlkem1024.
 
 exit status: 0 ended by a signal; 1 failure; 2 wrong usage
 `

@@ -24,11 +24,12 @@ import (
 const usage = `usage: gateway serve -config FILE
        gateway status [-socket PATH] [--json]
 
-serve   Admits laptops with mutual TLS 1.3 (AES-256-GCM only), on TCP and in
-        QUIC on UDP, and carries their packets by CONNECT-IP (RFC 9484). Makes the TUN device, its routes and
-        the nftables table "sekisho-gateway" by itself; needs CAP_NET_ADMIN,
-        and CAP_NET_BIND_SERVICE for a port below 1024. LGWAN's routers must
-        route the pool to this machine. The file, in JSON:
+serve   Admits laptops with mutual TLS 1.3 (AES-256-GCM, hybrid key agreement),
+        on TCP and in QUIC on UDP, and carries their packets by CONNECT-IP (RFC
+        9484). Makes the TUN device, its routes and the nftables table
+        "sekisho-gateway" by itself; needs CAP_NET_ADMIN, and
+        CAP_NET_BIND_SERVICE for a port below 1024. LGWAN's routers must route
+        the pool to this machine. The file, in JSON:
 
           {"listen": "203.0.113.20:443",
            "certificate": "/etc/sekisho/gateway.crt", "key": "/etc/sekisho/gateway.key",
@@ -36,7 +37,15 @@ serve   Admits laptops with mutual TLS 1.3 (AES-256-GCM only), on TCP and in
            "pool": "10.80.0.0/16", "leases": "/var/lib/sekisho-gateway/leases.json",
            "tun": "sekisho0", "lgwan": "lgwan0",
            "mtu": 1400, "dns": ["10.1.0.53"], "max_sessions": 10000,
+           "pool6": "fd00:80::/112", "revoked": "/etc/sekisho/revoked.json",
+           "key_agreement": "p256-mlkem768",
            "status": "/run/sekisho-gateway/status.sock"}
+
+        From "mtu" on everything may be absent. pool6 gives laptops IPv6
+        addresses too, and LGWAN's routers must route it here as well. revoked is
+        a file {"devices": ["HEX", ...]} of device ids that are not admitted, or
+        else "revocations" names verifiers to hear of them from (docs/netd.md).
+        key_agreement is the least: p256-mlkem768 or p384-mlkem1024.
 
 status  Shows the sessions of the running gateway; --json for programs.
 

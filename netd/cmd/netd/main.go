@@ -22,7 +22,7 @@ const usage = `usage: netd run [-config FILE] [-attestd SOCKET] [-linkd SOCKET] 
        netd status [-socket PATH] [--json]
        netd journal [-socket PATH] [--json] [--save FILE]
        netd wifi list | join NAME [--hidden] [--open | --server NAME] | forget NAME  [--json]
-       netd ciphers [--json]
+       netd ciphers [-config FILE] [--json]
 
 run      Keeps a lease on every uplink, opens the tunnel over the best while
          attestation is affirming, and passes the work domain's packets through
@@ -41,7 +41,7 @@ journal  Shows what happened to the network lately: changes of state, uplink,
 wifi     Lists the Wi-Fi networks in reach and those saved, saves one (the
          passphrase is read from standard input; --open has none, --server is
          for EAP-TLS and names the authentication server), or forgets one.
-ciphers  Lists the algorithms in force.
+ciphers  Lists the algorithms in force under the organisation's configuration.
 
 states: Dark (no usable uplink), Linked (uplink only), Portal (somebody else
 answers in place of our servers: sign in), Attesting (waiting for the verifier

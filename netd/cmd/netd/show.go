@@ -13,7 +13,6 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"sekisho/attest/cryptrec"
 	"sekisho/netd"
 	"sekisho/netd/internal/api"
 	"sekisho/netd/journal"
@@ -135,7 +134,11 @@ func line(u netd.Uplink, inUse string) string {
 
 // ciphers is "netd ciphers".
 func ciphers(_ context.Context, o options) error {
-	list := cryptrec.List()
+	org, err := organization(o.config)
+	if err != nil {
+		return err
+	}
+	list := org.KeyAgreement.List()
 	if o.json {
 		return printJSON(os.Stdout, list)
 	}

@@ -164,7 +164,11 @@ func slicesOf(s []string) (out [][]byte) {
 // allowed are the endpoints that the host may talk to anywhere.
 func (w *world) allowed() []netip.AddrPort {
 	var out []netip.AddrPort
-	for _, e := range slices.Concat(w.organization.Verifiers, w.organization.Gateways) {
+	servers := slices.Concat(w.organization.Verifiers, w.organization.Gateways)
+	if p := w.organization.Proxy; p.IsValid() { // in place of the gateways
+		out, servers = append(out, p), w.organization.Verifiers
+	}
+	for _, e := range servers {
 		out = append(out, e.Address)
 	}
 	if o := w.organization.Office; o != nil {

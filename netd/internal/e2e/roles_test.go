@@ -26,6 +26,7 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 
 	"sekisho/attest"
+	"sekisho/attest/cryptrec"
 	"sekisho/netd"
 	"sekisho/netd/gateway"
 	"sekisho/netd/internal/nstest"
@@ -55,7 +56,9 @@ type roleConfig struct {
 	Revoked string
 	Pool    netip.Prefix
 	Pool6   netip.Prefix
-	DNS     []netip.Addr
+	// Agreement is the least key agreement.
+	Agreement cryptrec.KeyAgreement
+	DNS       []netip.Addr
 
 	WireGuard string // configuration in wireguard-go's own form
 }
@@ -117,7 +120,7 @@ func playWireGuard(c roleConfig, dev tun.Device, in *bufio.Reader) error {
 }
 
 func playGateway(c roleConfig, dev tun.Device, in *bufio.Reader) error {
-	config := &gateway.Config{Pool: c.Pool, Pool6: c.Pool6, MTU: c.MTU, MaxSessions: 10000, DNS: c.DNS}
+	config := &gateway.Config{Pool: c.Pool, Pool6: c.Pool6, MTU: c.MTU, MaxSessions: 10000, DNS: c.DNS, KeyAgreement: c.Agreement}
 	for _, f := range []struct{ name, text string }{{"c", c.Chain}, {"k", c.Key}, {"p", c.Peers}} {
 		if err := os.WriteFile(c.Leases+"."+f.name, []byte(f.text), 0o600); err != nil {
 			return err
@@ -182,7 +185,7 @@ func playLaptop(c roleConfig, dev tun.Device, in *bufio.Reader) error {
 		case o.Up != nil:
 			_, err = d.Up(ctx, tunnel.Target{
 				Gateway: attest.Endpoint{Address: netip.MustParseAddrPort(c.Gateway), ServerName: "gateway.test"}, Roots: roots,
-				Credential: &pair, Until: pair.Leaf.NotAfter, Path: *o.Up, Proxy: o.Proxy,
+				Credential: &pair, Until: pair.Leaf.NotAfter, Path: *o.Up, Proxy: o.Proxy, Agreement: c.Agreement,
 			})
 		case o.Rebind != nil:
 			err = d.Rebind(ctx, *o.Rebind)

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"sekisho/attest/cryptrec"
 	"sekisho/netd/internal/nstest"
 	"sekisho/netd/tunnel"
 	"sekisho/netd/tunnel/connectip"
@@ -22,11 +23,14 @@ func TestCarriages(t *testing.T) {
 	for _, c := range []struct {
 		name            string
 		noTCP, noUDP    bool
+		agreement       cryptrec.KeyAgreement
 		want, otherwise string
 	}{
 		{name: "clean", want: "TLS on TCP", otherwise: "HTTP/3"}, // a busy machine may be late by the head start
 		{name: "no UDP", noUDP: true, want: "TLS on TCP"},
 		{name: "no TCP", noTCP: true, want: "HTTP/3"},
+		{name: "no UDP, P-384", noUDP: true, want: "TLS on TCP", agreement: cryptrec.P384MLKEM1024},
+		{name: "no TCP, P-384", noTCP: true, want: "HTTP/3", agreement: cryptrec.P384MLKEM1024},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			near, far := nstest.New(t, "near"), nstest.New(t, "far")
@@ -34,8 +38,8 @@ func TestCarriages(t *testing.T) {
 			link.noTCP.Store(c.noTCP)
 			link.noUDP.Store(c.noUDP)
 			p := newPaper(t)
-			newGateway(t, p, far, roleConfig{Tun: "tun0", Listen: outerFar + ":443", Pool6: netip.MustParsePrefix("fd00:80::/112"), DNS: []netip.Addr{netip.MustParseAddr("10.1.0.53")}})
-			l := newLaptop(t, p, near, roleConfig{Tun: "tun0", Gateway: outerFar + ":443"})
+			newGateway(t, p, far, roleConfig{Tun: "tun0", Agreement: c.agreement, Listen: outerFar + ":443", Pool6: netip.MustParsePrefix("fd00:80::/112"), DNS: []netip.Addr{netip.MustParseAddr("10.1.0.53")}})
+			l := newLaptop(t, p, near, roleConfig{Tun: "tun0", Agreement: c.agreement, Gateway: outerFar + ":443"})
 			r, err := l.tell(order{Up: &tunnel.Path{}})
 			if err != nil {
 				t.Fatal(err)
@@ -43,7 +47,7 @@ func TestCarriages(t *testing.T) {
 			if r.Carriage != c.want && (c.otherwise == "" || r.Carriage != c.otherwise) {
 				t.Errorf("carried by %s, want %s", r.Carriage, c.want)
 			}
-			if r.Cipher != "TLS_AES_256_GCM_SHA384 SecP256r1MLKEM768" {
+			if r.Cipher != "TLS_AES_256_GCM_SHA384 "+c.agreement.Curves()[0].String() {
 				t.Errorf("cipher %s", r.Cipher)
 			}
 			if a := r.Assignment; a.Inner.String() != "10.80.0.2" || a.Inner6.String() != "fd00:80::2" || len(a.DNS) != 1 {

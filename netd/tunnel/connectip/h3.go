@@ -13,7 +13,6 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 
-	"sekisho/attest/cryptrec"
 	"sekisho/netd/tunnel"
 )
 
@@ -222,7 +221,7 @@ func dialH3(ctx context.Context, to tunnel.Target) (_ *opened, err error) {
 // connect asks for CONNECT-IP (RFC 9484, section 4.5).
 func connect(ctx context.Context, conn *quic.Conn, end func(), to tunnel.Target) (*opened, error) {
 	state := conn.ConnectionState().TLS
-	if err := cryptrec.Check(state); err != nil {
+	if err := to.Agreement.Check(state); err != nil {
 		return nil, err
 	}
 	client := (&http3.Transport{EnableDatagrams: true, MaxResponseHeaderBytes: maxResponse}).NewClientConn(conn)

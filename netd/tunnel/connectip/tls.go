@@ -2,7 +2,6 @@ package connectip
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -15,7 +14,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sekisho/attest/cryptrec"
 	"sekisho/netd/tunnel"
 )
 
@@ -82,10 +80,10 @@ func (c *overTLS) sample() Sample {
 }
 
 // dialTLS opens a session over TLS on TCP. A nil error proves what Check of
-// cryptrec says, that the gateway showed a certificate of the organisation for
+// cryptrec.KeyAgreement says, that the gateway showed a certificate of the organisation for
 // its name, and that it granted the upgrade.
 func dialTLS(ctx context.Context, to tunnel.Target) (*opened, error) {
-	raw, err := dialTCP(ctx, to)
+	raw, err := tunnel.DialTCP(ctx, to.Path, to.Gateway.Address, to.Proxy)
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +110,7 @@ func dialTLS(ctx context.Context, to tunnel.Target) (*opened, error) {
 
 // clientTLS is the TLS configuration of both carriages but for the protocol.
 func clientTLS(to tunnel.Target) *tls.Config {
-	config := cryptrec.Config()
+	config := to.Agreement.Config()
 	config.ServerName = to.Gateway.ServerName
 	config.RootCAs = to.Roots
 	config.Certificates = []tls.Certificate{*to.Credential}
@@ -125,7 +123,7 @@ func upgrade(ctx context.Context, conn *tls.Conn, wire *Wire, to tunnel.Target) 
 		return nil, err
 	}
 	state := conn.ConnectionState()
-	if err := cryptrec.Check(state); err != nil {
+	if err := to.Agreement.Check(state); err != nil {
 		return nil, err
 	}
 	req := request(to)
@@ -152,60 +150,4 @@ func upgrade(ctx context.Context, conn *tls.Conn, wire *Wire, to tunnel.Target) 
 	s := NewTLSStream(conn, wire, buffered, to.Until)
 	s.Trains = trains
 	return &opened{s, a, TLS, state}, nil
-}
-
-// dialTCP connects to the gateway from the path's address and link, by the
-// proxy if there is one.
-func dialTCP(ctx context.Context, to tunnel.Target) (*net.TCPConn, error) {
-	dialer := net.Dialer{KeepAlive: -1, Control: tunnel.BindToLink(to.Path.Link)} // the stream has its own signs of life
-	if to.Path.Source.IsValid() {
-		dialer.LocalAddr = &net.TCPAddr{IP: to.Path.Source.AsSlice()}
-	}
-	first := to.Gateway.Address
-	if to.Proxy.IsValid() {
-		first = to.Proxy
-	}
-	c, err := dialer.DialContext(ctx, "tcp", first.String())
-	if err != nil {
-		return nil, err
-	}
-	tcp := c.(*net.TCPConn)
-	if to.Proxy.IsValid() {
-		if err := throughProxy(ctx, tcp, to.Gateway.Address.String()); err != nil {
-			tcp.Close()
-			return nil, fmt.Errorf("proxy %s: %w", to.Proxy, err)
-		}
-	}
-	return tcp, nil
-}
-
-// throughProxy asks an HTTP proxy for a TCP connection (RFC 9110, section
-// 9.3.6). The proxy learns where to, and nothing else.
-func throughProxy(ctx context.Context, c *net.TCPConn, address string) error {
-	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-	if _, err := fmt.Fprintf(c, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", address, address); err != nil {
-		return err
-	}
-	// The gateway says nothing before the laptop does, so nothing comes behind
-	// the header: it is read byte by byte all the same, to leave the rest alone.
-	head := make([]byte, 0, 512)
-	for !bytes.HasSuffix(head, []byte("\r\n\r\n")) {
-		if len(head) == maxResponse {
-			return fmt.Errorf("response: over %d bytes", maxResponse)
-		}
-		var b [1]byte
-		if _, err := c.Read(b[:]); err != nil {
-			return fmt.Errorf("response: %w", err)
-		}
-		head = append(head, b[0])
-	}
-	resp, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(head)), &http.Request{Method: http.MethodConnect})
-	if err != nil {
-		return fmt.Errorf("response: %w", err)
-	}
-	if resp.StatusCode/100 != 2 {
-		return fmt.Errorf("response: http status %d %s", resp.StatusCode, http.StatusText(resp.StatusCode))
-	}
-	return nil
 }
