@@ -26,13 +26,9 @@ type Commons struct {
 	count   map[attest.Digest]int            // devices here, by firmware
 }
 
-func newCommons(organization string) *Commons { return &Commons{organization: organization} }
-
-func (c *Commons) reset() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.devices, c.count = make(map[attest.Digest]attest.Digest), make(map[attest.Digest]int)
-	c.others = make(map[string]map[attest.Digest]int)
+func newCommons(organization string) *Commons {
+	return &Commons{organization: organization, devices: make(map[attest.Digest]attest.Digest),
+		others: make(map[string]map[attest.Digest]int), count: make(map[attest.Digest]int)}
 }
 
 // apply takes in one record of the store; value is nil if it was removed.

@@ -51,7 +51,7 @@ func (s *Service) addEscrow(ctx context.Context, e *seal.Escrow) error {
 // device is retired: its disk may have to be read.
 func (s *Service) EscrowsOf(ctx context.Context, device attest.Digest) ([]seal.Escrow, error) {
 	list := []seal.Escrow{}
-	_, err := s.Store.Update(ctx, func(t concurrency.STM) error {
+	err := s.Store.Read(ctx, func(t concurrency.STM) error {
 		stored, _, err := read[[]seal.Escrow](t, s.keys.escrows(device))
 		list = append([]seal.Escrow{}, stored...)
 		return err

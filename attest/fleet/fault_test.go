@@ -399,6 +399,9 @@ func TestFaultDiskFull(t *testing.T) {
 	if _, err := p.admin().CreateTicket(t.Context(), 1, time.Hour); err == nil || !strings.Contains(err.Error(), "free some space") {
 		t.Errorf("a ticket with a full disk: %v", err)
 	}
+	if got, err := p.admin().Device(t.Context(), id.String()); err != nil || got.ID != id {
+		t.Errorf("reading with a full disk: %v", err)
+	}
 	p.kill()
 	if !strings.Contains(p.stderr.String(), "free some space") {
 		t.Errorf("log: %s", p.stderr.String())

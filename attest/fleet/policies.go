@@ -32,15 +32,6 @@ func newPolicies(organization string, ring *policy.Keyring) *Policies {
 	return &Policies{organization: organization, ring: ring}
 }
 
-func (p *Policies) reset() {
-	if p == nil {
-		return
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.chain, p.newest, p.shadow, p.hold = policy.Chain{}, nil, nil, nil
-}
-
 // apply takes in one record of the store; value is nil if it was removed.
 // Versions come in their order, and none is ever removed.
 func (p *Policies) apply(key string, value []byte) error {
@@ -144,8 +135,16 @@ func (s *Service) publish(ctx context.Context, data []byte, shadow bool) (*polic
 // DropShadow ends the evaluation of the shadow.
 func (s *Service) DropShadow(ctx context.Context) error { return s.drop(ctx, "shadow") }
 
-// Release ends a hold.
-func (s *Service) Release(ctx context.Context) error { return s.drop(ctx, "hold") }
+// Release ends a hold, also one that could not be written.
+func (s *Service) Release(ctx context.Context) error {
+	if err := s.drop(ctx, "hold"); err != nil || s.Policies == nil {
+		return err
+	}
+	s.Policies.mu.Lock()
+	defer s.Policies.mu.Unlock()
+	s.Policies.hold = nil
+	return nil
+}
 
 func (s *Service) drop(ctx context.Context, what string) error {
 	return s.change(ctx, func(t concurrency.STM) error {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"slices"
 	"sync"
@@ -21,27 +22,13 @@ const maxStreams = 256
 const streamWrite = 10 * time.Second
 
 // revocations is what every verifier knows of retired devices, following the
-// store. The zero value knows of none.
+// store.
 type revocations struct {
 	mu      sync.Mutex
 	last    map[attest.Digest]attest.Revocation // newest of each device
-	log     []attest.Revocation                 // since the last reset, as they came
+	log     []attest.Revocation                 // as they came
 	changed chan struct{}
 	streams int
-}
-
-func (r *revocations) reset() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.last, r.log = make(map[attest.Digest]attest.Revocation), nil
-	r.signal()
-}
-
-func (r *revocations) signal() {
-	if r.changed != nil {
-		close(r.changed)
-	}
-	r.changed = make(chan struct{})
 }
 
 func (r *revocations) apply(value []byte) error {
@@ -56,7 +43,8 @@ func (r *revocations) apply(value []byte) error {
 	defer r.mu.Unlock()
 	r.last[v.Device] = v
 	r.log = append(r.log, v)
-	r.signal()
+	close(r.changed)
+	r.changed = make(chan struct{})
 	return nil
 }
 
@@ -71,15 +59,11 @@ func (r *revocations) snapshot() (all []attest.Revocation, seen int, changed <-c
 	return all, len(r.log), r.changed
 }
 
-// since is what came after the first seen entries of the log; false if the
-// log began anew meanwhile.
-func (r *revocations) since(seen int) (list []attest.Revocation, n int, changed <-chan struct{}, ok bool) {
+// since is what came after the first seen entries of the log.
+func (r *revocations) since(seen int) (list []attest.Revocation, n int, changed <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.log) < seen {
-		return nil, 0, nil, false
-	}
-	return slices.Clone(r.log[seen:]), len(r.log), r.changed, true
+	return slices.Clone(r.log[seen:]), len(r.log), r.changed
 }
 
 // revoke notes, in a transaction, that a device has ended or come back. The
@@ -123,6 +107,10 @@ func (a *api) revocations(w http.ResponseWriter, r *http.Request) {
 	beat := time.NewTicker(attest.RevocationBeat)
 	defer beat.Stop()
 	m := attest.Revocations{Organization: a.service.Organization, Full: true}
+	if !a.current(r) {
+		reply(w, http.StatusServiceUnavailable, attest.Refuse(attest.ReasonBusy, "this verifier is cut off from the store; try another one"))
+		return
+	}
 	changes, seen, changed := feed.snapshot()
 	for {
 		m.Time, m.Changes = a.service.Now().UnixMilli(), changes
@@ -147,16 +135,39 @@ func (a *api) revocations(w http.ResponseWriter, r *http.Request) {
 		case <-r.Context().Done():
 			return
 		}
-		// Heard from is a verifier that hears from the store.
-		if err := a.service.Store.Alive(r.Context()); err != nil {
-			a.log.Error("revocations: the store does not answer", "error", err)
+		if !a.current(r) {
 			return
 		}
-		var ok bool
-		if changes, seen, changed, ok = feed.since(seen); !ok {
-			return // the gateway comes again and gets all
-		}
+		changes, seen, changed = feed.since(seen)
 	}
+}
+
+// currentTime bounds the wait for the store, and for the watch behind it.
+const currentTime = 3 * time.Second
+
+// current reports whether this verifier knows of every revocation there is: a
+// majority of the store says now which was the last one, and the watch has
+// brought that. A verifier that is cut off says nothing to gateways, not even
+// to one that has just begun to listen.
+func (a *api) current(r *http.Request) bool {
+	ctx, cancel := context.WithTimeout(r.Context(), currentTime)
+	defer cancel()
+	err := a.service.followsRevocations(ctx)
+	if err != nil && r.Context().Err() == nil {
+		a.log.Error("revocations: the store does not answer", "error", err)
+	}
+	return err == nil
+}
+
+func (s *Service) followsRevocations(ctx context.Context) error {
+	last, err := s.Store.Client().Get(ctx, s.keys.revocationCount())
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	if len(last.Kvs) == 0 {
+		return nil
+	}
+	return s.shared.Wait(ctx, last.Kvs[0].ModRevision)
 }
 
 // endingKey is the key of the server's own context in a request's.

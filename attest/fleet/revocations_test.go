@@ -7,10 +7,12 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"log/slog"
 	"math/big"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -175,6 +177,47 @@ func TestAttackRevocations(t *testing.T) {
 		if r.Heard() == nil {
 			t.Errorf("%d is relied on", i)
 		}
+	}
+}
+
+// TestAttackRevocationsBehind: a verifier that no longer hears of changes says
+// nothing to gateways, not even to one that begins anew and would believe any
+// list.
+func TestAttackRevocationsBehind(t *testing.T) {
+	b := newBench(t)
+	b.full(false)
+	f, start := feedOf(t, b)
+	_, id := b.enrolled()
+	if err := b.service.followsRevocations(t.Context()); err != nil {
+		t.Errorf("before any: %v", err)
+	}
+	stop := start()
+	defer stop()
+	b.service.shared.Mirror.Close() // its watch is cut
+	if _, err := b.second("second.test").Retire(t.Context(), id, "lost"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := b.service.followsRevocations(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("behind: %v", err)
+	}
+	r := run(t, f)
+	until(t, "left", func() bool { err := r.Heard(); return err != nil && strings.Contains(err.Error(), "503") })
+	if r.Revoked(id) {
+		t.Error("heard of it all the same") // then this test shows nothing
+	}
+}
+
+// TestNothingToChange: a change that changes nothing does not wait for itself.
+func TestNothingToChange(t *testing.T) {
+	b := newBench(t)
+	d, id := b.enrolled()
+	b.attest(b.evidence(d, id, b.nonce(id))) // the store moves on
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if found, err := b.service.RemoveReference(ctx, "absent"); found || err != nil {
+		t.Error(found, err)
 	}
 }
 

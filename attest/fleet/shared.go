@@ -45,16 +45,10 @@ func (s *Service) follow(ctx context.Context) error {
 	if err := s.Store.Usable(ctx); err != nil {
 		return err
 	}
-	h := &shared{}
+	h := &shared{references: make(map[string]attest.ReferenceValues), broken: make(map[string]error)}
+	h.revoked = revocations{last: make(map[attest.Digest]attest.Revocation), changed: make(chan struct{})}
 	var err error
-	h.Mirror, err = s.Store.Mirror(ctx, s.keys.shared(), func() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		h.references, h.broken = make(map[string]attest.ReferenceValues), make(map[string]error)
-		h.revoked.reset()
-		s.Policies.reset()
-		s.Commons.reset()
-	}, func(key string, value []byte) {
+	h.Mirror, err = s.Store.Mirror(ctx, s.keys.shared(), func(key string, value []byte) {
 		err := s.applyShared(h, key, value)
 		h.mu.Lock()
 		defer h.mu.Unlock()

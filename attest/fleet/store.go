@@ -188,7 +188,7 @@ func (s *Service) Devices(ctx context.Context) ([]Device, error) {
 
 // Device returns one enrolled device.
 func (s *Service) Device(ctx context.Context, id attest.Digest) (d Device, found bool, err error) {
-	_, err = s.Store.Update(ctx, func(t concurrency.STM) error {
+	err = s.Store.Read(ctx, func(t concurrency.STM) error {
 		if d, found, err = read[Device](t, s.keys.device(id)); err != nil || !found {
 			return err
 		}

@@ -53,18 +53,21 @@ type backupEnd struct {
 	SHA256  string `json:"sha256"`
 }
 
+// Why a store is not to be used.
+var (
+	errFilling = errors.New("a restore or move into this store did not end: run it again")
+	errMoved   = errors.New("its records have moved to another store: name that in the configuration")
+)
+
 // Usable fails if the store's records are not all there, or have moved.
 func (s *Store) Usable(ctx context.Context) error {
-	for key, why := range map[string]string{
-		restoringKey: "a restore into this store did not end: run it again",
-		movedKey:     "its records have moved to another store: name that in the configuration",
-	} {
-		r, err := s.client.Get(ctx, key)
-		if err != nil {
-			return fmt.Errorf("store: %w", err)
-		}
-		if len(r.Kvs) > 0 {
-			return fmt.Errorf("store: %s (%s)", why, r.Kvs[0].Value)
+	r, err := s.client.Txn(ctx).Then(clientv3.OpGet(restoringKey), clientv3.OpGet(movedKey)).Commit()
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	for i, why := range []error{errFilling, errMoved} {
+		if kvs := r.Responses[i].GetResponseRange().Kvs; len(kvs) > 0 {
+			return fmt.Errorf("store: %w (%s)", why, kvs[0].Value)
 		}
 	}
 	return nil
@@ -177,9 +180,10 @@ func (s *Store) Restore(ctx context.Context, from io.ReadSeeker) (Backup, error)
 
 // Move copies all records into another store that has none, compares both, and
 // marks this one as moved: no verifier starts with it any more. Nothing may use
-// this store meanwhile.
+// this store meanwhile. A move that was interrupted is done again, also one
+// that had come to the mark: the other store is not used before it ends.
 func (s *Store) Move(ctx context.Context, to *Store, name string, now time.Time) (int, error) {
-	if err := s.Usable(ctx); err != nil {
+	if err := s.Usable(ctx); err != nil && !(errors.Is(err, errMoved) && errors.Is(to.Usable(ctx), errFilling)) {
 		return 0, err
 	}
 	w, err := to.fill(ctx, "move")
@@ -207,7 +211,7 @@ func (s *Store) Move(ctx context.Context, to *Store, name string, now time.Time)
 		return 0, err
 	}
 	if ours != theirs {
-		return 0, errors.New("store: the records differ after the move: did a verifier run meanwhile? Stop it, empty the new store, move again")
+		return 0, errors.New("store: the records differ after the move: did a verifier run meanwhile? Stop it, move again")
 	}
 	if _, err := s.client.Put(ctx, movedKey, fmt.Sprintf("to %s at %s", name, now.UTC().Format(time.RFC3339))); err != nil {
 		return 0, fmt.Errorf("store: %w", err)
@@ -237,21 +241,20 @@ type filler struct {
 	len int
 }
 
-// fill marks the store as one that is being filled. It must have no records,
-// or have been marked so before.
+// fill marks the store as one that is being filled. It must have no records;
+// those of a filling that was interrupted go.
 func (s *Store) fill(ctx context.Context, why string) (*filler, error) {
-	resp, err := s.client.Txn(ctx).Then(clientv3.OpGet(restoringKey), clientv3.OpGet(Root, clientv3.WithPrefix(), clientv3.WithCountOnly()), clientv3.OpGet(movedKey)).Commit()
-	if err != nil {
+	begin := []clientv3.Op{clientv3.OpPut(restoringKey, why)}
+	if err := s.Usable(ctx); errors.Is(err, errFilling) {
+		begin = append(begin, clientv3.OpDelete(Root, clientv3.WithPrefix()))
+	} else if err != nil {
+		return nil, err
+	} else if r, err := s.client.Get(ctx, Root, clientv3.WithPrefix(), clientv3.WithCountOnly()); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
+	} else if r.Count > 0 {
+		return nil, fmt.Errorf("store: it has %d records already, and only an empty one is filled", r.Count)
 	}
-	begun := len(resp.Responses[0].GetResponseRange().Kvs) > 0
-	if n := resp.Responses[1].GetResponseRange().Count; n > 0 && !begun {
-		return nil, fmt.Errorf("store: it has %d records already, and only an empty one is filled", n)
-	}
-	if len(resp.Responses[2].GetResponseRange().Kvs) > 0 {
-		return nil, errors.New("store: its records have moved to another store; fill that one")
-	}
-	if _, err := s.client.Put(ctx, restoringKey, why); err != nil {
+	if _, err := s.client.Txn(ctx).Then(begin...).Commit(); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
 	return &filler{s: s, ctx: ctx}, nil

@@ -20,9 +20,9 @@ const again = time.Second
 type Mirror struct {
 	store  *Store
 	prefix string
-	reset  func()
 	apply  func(key string, value []byte)
 	log    *slog.Logger
+	has    map[string]int64 // keys that were applied, with the revision of their last change
 
 	mu      sync.Mutex
 	rev     int64         // that has been applied
@@ -32,11 +32,11 @@ type Mirror struct {
 }
 
 // Mirror reads the keys with a prefix and then follows them until Close. apply
-// gets each, without the prefix, and its value, nil if it was removed; before
-// everything is read anew, reset is called. Both are called by one goroutine
-// at a time.
-func (s *Store) Mirror(ctx context.Context, prefix string, reset func(), apply func(key string, value []byte), log *slog.Logger) (*Mirror, error) {
-	m := &Mirror{store: s, prefix: prefix, reset: reset, apply: apply, log: log, changed: make(chan struct{})}
+// gets each, without the prefix, and its value, nil if it was removed, by one
+// goroutine at a time. When a watch has broken, apply gets what differs and
+// nothing else: at no time does it know less than the store once held.
+func (s *Store) Mirror(ctx context.Context, prefix string, apply func(key string, value []byte), log *slog.Logger) (*Mirror, error) {
+	m := &Mirror{store: s, prefix: prefix, apply: apply, log: log, has: make(map[string]int64), changed: make(chan struct{})}
 	rev, err := m.load(ctx)
 	if err != nil {
 		return nil, err
@@ -57,17 +57,41 @@ func (m *Mirror) Close() {
 // 2 MB by default.
 const page = 1000
 
+// load reads everything and applies what is not known yet.
 func (m *Mirror) load(ctx context.Context) (int64, error) {
-	m.reset()
+	there := make(map[string]bool)
 	rev, err := m.store.Scan(ctx, m.prefix, 0, func(kv *mvccpb.KeyValue) error {
-		m.apply(strings.TrimPrefix(string(kv.Key), m.prefix), kv.Value)
+		there[string(kv.Key)] = true
+		if m.has[string(kv.Key)] != kv.ModRevision {
+			m.take(kv, false)
+		}
 		return nil
 	})
 	if err != nil {
 		return 0, err
 	}
+	for key := range m.has {
+		if !there[key] {
+			m.take(&mvccpb.KeyValue{Key: []byte(key)}, true)
+		}
+	}
 	m.reached(rev)
 	return rev, nil
+}
+
+// take applies one change.
+func (m *Mirror) take(kv *mvccpb.KeyValue, removed bool) {
+	key, value := strings.TrimPrefix(string(kv.Key), m.prefix), kv.Value
+	if removed {
+		delete(m.has, string(kv.Key))
+		value = nil
+	} else {
+		m.has[string(kv.Key)] = kv.ModRevision
+		if value == nil {
+			value = []byte{}
+		}
+	}
+	m.apply(key, value)
 }
 
 // Scan calls f with all keys of a prefix as of one revision, the newest if rev
@@ -121,13 +145,7 @@ func (m *Mirror) watch(ctx context.Context, rev int64) {
 			return
 		}
 		for _, e := range r.Events {
-			key, value := strings.TrimPrefix(string(e.Kv.Key), m.prefix), e.Kv.Value
-			if e.Type == mvccpb.DELETE {
-				value = nil
-			} else if value == nil {
-				value = []byte{}
-			}
-			m.apply(key, value)
+			m.take(e.Kv, e.Type == mvccpb.DELETE)
 		}
 		m.reached(r.Header.Revision)
 	}

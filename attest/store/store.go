@@ -155,29 +155,28 @@ func (s *Store) answers(ctx context.Context) error {
 	return nil
 }
 
-// aliveTime bounds the wait for a majority to answer.
-const aliveTime = 3 * time.Second
-
-// Alive fails unless a majority of the store answers now.
-func (s *Store) Alive(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, aliveTime)
-	defer cancel()
-	if _, err := s.client.Get(ctx, "/"); err != nil {
-		return fmt.Errorf("store: %w", err)
-	}
-	return nil
-}
-
 // Client is etcd's own client of the store.
 func (s *Store) Client() *clientv3.Client { return s.client }
 
 // Update runs f as one transaction: what it reads has not changed when what it
 // writes is written, else it runs again. An error from f is returned as it is,
-// and then nothing is stored. It returns the revision of the change.
+// and then nothing is stored. It returns the revision of the change, 0 if f
+// wrote nothing.
 func (s *Store) Update(ctx context.Context, f func(concurrency.STM) error) (int64, error) {
 	if err := s.room(); err != nil {
 		return 0, err
 	}
+	return s.transact(ctx, f)
+}
+
+// Read runs f, which only reads, on records as of one moment, also while the
+// disk has no room for more.
+func (s *Store) Read(ctx context.Context, f func(concurrency.STM) error) error {
+	_, err := s.transact(ctx, f)
+	return err
+}
+
+func (s *Store) transact(ctx context.Context, f func(concurrency.STM) error) (int64, error) {
 	var own error
 	resp, err := concurrency.NewSTM(s.client, func(t concurrency.STM) error {
 		own = f(t)
@@ -188,6 +187,9 @@ func (s *Store) Update(ctx context.Context, f func(concurrency.STM) error) (int6
 	}
 	if err != nil {
 		return 0, fmt.Errorf("store: %w", err)
+	}
+	if len(resp.Responses) == 0 { // one for each write
+		return 0, nil
 	}
 	return resp.Header.Revision, nil
 }

@@ -2,13 +2,16 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
 )
 
 func open(t *testing.T, dir string) *Store {
@@ -107,7 +110,7 @@ func TestMirror(t *testing.T) {
 		put(fmt.Sprintf("m/%05d", i), "x")
 	}
 	got := make(map[string]string)
-	m, err := s.Mirror(t.Context(), "m/", func() { clear(got) }, func(k string, v []byte) {
+	m, err := s.Mirror(t.Context(), "m/", func(k string, v []byte) {
 		if v == nil {
 			delete(got, k)
 			return
@@ -134,5 +137,83 @@ func TestMirror(t *testing.T) {
 	cancel()
 	if m.Wait(ctx, r.Header.Revision+1) == nil {
 		t.Error("a change that is not there was applied")
+	}
+}
+
+// TestMirrorBehind: a mirror whose watch broke learns what differs and is told
+// of nothing else; never does it forget what is still there.
+func TestMirrorBehind(t *testing.T) {
+	s := open(t, t.TempDir())
+	put := func(k, v string) {
+		if _, err := s.Client().Put(t.Context(), k, v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("m/same", "1")
+	put("m/changed", "1")
+	put("m/removed", "1")
+	var told []string
+	m, err := s.Mirror(t.Context(), "m/", func(k string, v []byte) { told = append(told, fmt.Sprintf("%s=%s", k, v)) }, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Close()
+	told = nil
+	put("m/changed", "2")
+	put("m/new", "1")
+	if _, err := s.Client().Delete(t.Context(), "m/removed"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.load(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"changed=2", "new=1", "removed="}; !slices.Equal(told, want) {
+		t.Errorf("told %q, want %q", told, want)
+	}
+}
+
+// TestUpdate: the revision is that of the change, and none if nothing changed.
+func TestUpdate(t *testing.T) {
+	s := open(t, t.TempDir())
+	rev, err := s.Update(t.Context(), func(x concurrency.STM) error { x.Put("a", "1"); return nil })
+	if err != nil || rev == 0 {
+		t.Error(rev, err)
+	}
+	if rev, err := s.Update(t.Context(), func(x concurrency.STM) error { x.Get("a"); return nil }); err != nil || rev != 0 {
+		t.Error(rev, err)
+	}
+	var a string
+	if err := s.Read(t.Context(), func(x concurrency.STM) error { a = x.Get("a"); return nil }); err != nil || a != "1" {
+		t.Error(a, err)
+	}
+}
+
+// TestMoveInterrupted: a move that the power ended between its last two writes,
+// when neither store may be used, is done again.
+func TestMoveInterrupted(t *testing.T) {
+	from, to := open(t, t.TempDir()), open(t, t.TempDir())
+	put := func(s *Store, k string) {
+		if _, err := s.Client().Put(t.Context(), k, "x"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	move := func() (int, error) { return from.Move(t.Context(), to, "new", time.Unix(0, 0)) }
+	put(from, Root+"a")
+	if n, err := move(); err != nil || n != 1 {
+		t.Fatal(n, err)
+	}
+	if _, err := move(); !errors.Is(err, errMoved) {
+		t.Errorf("moved twice: %v", err)
+	}
+	put(to, restoringKey) // as before the last write
+	put(to, Root+"b")     // of an attempt before
+	if n, err := move(); err != nil || n != 1 {
+		t.Fatal(n, err)
+	}
+	if err := to.Usable(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if r, err := to.Client().Get(t.Context(), Root, clientv3.WithPrefix()); err != nil || r.Count != 1 {
+		t.Error(r, err)
 	}
 }
