@@ -82,11 +82,11 @@ func (n *Namespace) changes(want plan.Namespace) ([]change, error) {
 	add := func(what string, do func() error) { todo = append(todo, change{what, do}) }
 
 	held, err := n.holdsRules(want.Ruleset)
-	if err != nil {
-		return nil, fmt.Errorf("network namespace %s: %w", n.path, err)
-	}
-	if !held {
+	if err != nil || !held { // what cannot be read is not held
 		add("ruleset", func() error { return n.replaceRules(want.Ruleset) })
+	}
+	if err != nil {
+		return todo, fmt.Errorf("network namespace %s: %w", n.path, err)
 	}
 	if want.Alone {
 		others, err := n.otherChanges(want.Ruleset.Table)
