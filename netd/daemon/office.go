@@ -48,7 +48,7 @@ func (l *loop) path(affirming bool) office.Path {
 // proven returns the proof in force at now for the present path.
 func (l *loop) proven(affirming bool, now time.Time) (office.Proof, bool) {
 	p := l.in.office.Proof
-	ok := p.Site != "" && now.Before(p.Until) && p.Path == l.path(affirming)
+	ok := p.Site != "" && !office.Over(p.Until, now) && p.Path == l.path(affirming)
 	return p, ok
 }
 

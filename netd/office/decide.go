@@ -74,9 +74,16 @@ func (d *Decision) Open(now time.Time) (until time.Time, open bool) {
 	return d.until, true
 }
 
+// Over reports whether a moment has come by either clock: the monotonic one
+// stands still while the machine is suspended, and the other is set
+// (clock_gettime(2)). Whoever wakes up is in another LAN until it is proven.
+func Over(until, now time.Time) bool {
+	return !now.Before(until) || !now.Round(0).Before(until.Round(0))
+}
+
 // settle closes what has run out of time.
 func (d *Decision) settle(now time.Time) {
-	if !d.until.IsZero() && !now.Before(d.until) {
+	if !d.until.IsZero() && Over(d.until, now) {
 		if d.open {
 			d.lose(now)
 		}

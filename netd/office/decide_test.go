@@ -3,6 +3,7 @@ package office
 import (
 	"testing"
 	"time"
+	"unsafe"
 )
 
 // TestDecision plays rounds against a clock: g a good round, f a good but slow
@@ -45,6 +46,32 @@ func TestDecision(t *testing.T) {
 				t.Errorf("%s\ngot  %s\nwant %s", c.rounds, got, c.open)
 			}
 		})
+	}
+}
+
+// TestSuspended: the monotonic clock has stood still for eight hours, and the
+// laptop may be anywhere.
+func TestSuspended(t *testing.T) {
+	now := time.Now()
+	later := now.Add(Every)
+	// Wall clock seconds are above 30 bits of nanoseconds (time.Time).
+	*(*uint64)(unsafe.Pointer(&later)) += 8 * 3600 << 30
+	if later.Sub(now) != Every || later.Round(0).Sub(now.Round(0)) != 8*time.Hour+Every {
+		t.Fatalf("%s is not eight hours of suspend after %s", later, now)
+	}
+	d := Decision{Bound: time.Second}
+	for range enter {
+		d.Good(now, time.Millisecond, Life)
+	}
+	until, open := d.Open(now)
+	if !open || Over(until, now) {
+		t.Fatal("not open before")
+	}
+	if _, open := d.Open(later); open || !Over(until, later) {
+		t.Error("still open after a suspend")
+	}
+	if !Over(now.Add(Life), now.Add(Life)) {
+		t.Error("the end itself is not over")
 	}
 }
 

@@ -33,7 +33,7 @@ func (p *Pipe) Open(until time.Time) { p.until.Store(&until) }
 
 func (p *Pipe) open() bool {
 	until := p.until.Load()
-	return until != nil && time.Now().Before(*until)
+	return until != nil && !Over(*until, time.Now())
 }
 
 // Run carries packets until ctx is done or a device fails, and closes both.
