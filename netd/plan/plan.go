@@ -166,14 +166,19 @@ func (n *Namespace) open(up netd.Uplink, endpoints, quic []netip.AddrPort, metri
 		if (r.Via.IsValid() || up.Address.Contains(e.Addr())) && e.Addr() != up.Router && !slices.Contains(n.Routes, r) {
 			n.Routes = append(n.Routes, r)
 		}
-		for _, p := range []Protocol{TCP, UDP} {
-			if p == UDP && !slices.Contains(quic, e) {
-				continue
-			}
+		for _, p := range protocols(e, quic) {
 			output.Rules = append(output.Rules, Rule{Out: up.Name, Source: self, Destination: to, Protocol: p, DestinationPort: e.Port(), Verdict: Accept})
 			input.Rules = append(input.Rules, Rule{In: up.Name, Source: to, Destination: self, Protocol: p, SourcePort: e.Port(), Tracked: Established, Verdict: Accept})
 		}
 	}
+}
+
+// protocols are those that the host talks to e by.
+func protocols(e netip.AddrPort, quic []netip.AddrPort) []Protocol {
+	if slices.Contains(quic, e) {
+		return []Protocol{TCP, UDP}
+	}
+	return []Protocol{TCP}
 }
 
 // endpoints are all that the host may talk to on an uplink, in order: the
@@ -210,8 +215,10 @@ func officeOutside(in Situation, endpoints []netip.AddrPort, n *Namespace) {
 	up, pipe, inner, own := in.Uplink, netd.OfficeOuterLink, host(in.Inner), host(in.Uplink.Address.Addr())
 	pre, post, forward := Chain{Hook: Prerouting, Open: true}, Chain{Hook: Postrouting, Open: true}, &n.Ruleset.Chains[2]
 	for _, e := range endpoints {
-		pre.Rules = append(pre.Rules, Rule{In: up.Name, Source: host(e.Addr()), Protocol: TCP, SourcePort: e.Port(), Verdict: Accept})
-		forward.Rules = append(forward.Rules, Rule{In: pipe, Destination: host(e.Addr()), Protocol: TCP, DestinationPort: e.Port()})
+		for _, p := range protocols(e, in.QUIC) {
+			pre.Rules = append(pre.Rules, Rule{In: up.Name, Source: host(e.Addr()), Protocol: p, SourcePort: e.Port(), Verdict: Accept})
+			forward.Rules = append(forward.Rules, Rule{In: pipe, Destination: host(e.Addr()), Protocol: p, DestinationPort: e.Port()})
+		}
 	}
 	pre.Rules = append(pre.Rules, Rule{In: up.Name, Protocol: UDP, DestinationPort: 68, Verdict: Accept})
 	n.Routes = append(n.Routes, Route{Destination: inner, Link: pipe})

@@ -63,6 +63,22 @@ func TestGolden(t *testing.T) {
 	}
 }
 
+// TestOfficeLeavesTheHostsOwn: a gateway inside an office's networks speaks to
+// the host by TCP and UDP, and the work domain does not reach it.
+func TestOfficeLeavesTheHostsOwn(t *testing.T) {
+	s := situation(netd.Office)
+	gateway := netip.MustParseAddrPort("10.20.0.7:443")
+	s.Endpoints, s.QUIC = append([]netip.AddrPort{gateway}, ends...), []netip.AddrPort{gateway}
+	rules := Make(s).Outside.Ruleset.String()
+	for _, p := range []string{"tcp", "udp"} {
+		for _, want := range []string{"iif eth0 src 10.20.0.7/32 " + p + " sport 443 accept", "iif office1 dst 10.20.0.7/32 " + p + " dport 443 drop"} {
+			if !strings.Contains(rules, want) {
+				t.Errorf("no rule %q in:\n%s", want, rules)
+			}
+		}
+	}
+}
+
 // TestNothingOpensButTunnelAndOffice checks, over every state and every missing
 // piece, what must never be planned.
 func TestNothingOpensButTunnelAndOffice(t *testing.T) {
