@@ -3,9 +3,11 @@ package uplink
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -137,6 +139,39 @@ func TestBlackHole(t *testing.T) {
 		if n := r.tried["eth0"]; n < 15 || n > 40 {
 			t.Errorf("%d probes in ten minutes of silence", n)
 		}
+	})
+}
+
+// TestLeadsNowhere: a lease without a router. No probe ever leaves the laptop,
+// and an uplink behind it in the order has its turn.
+func TestLeadsNowhere(t *testing.T) {
+	runManager(t, nil, func(ctx context.Context, r *rig) {
+		inner := r.Probe
+		r.Probe = func(ctx context.Context, u netd.Uplink) error {
+			if err := inner(ctx, u); err != nil {
+				return &net.OpError{Op: "dial", Err: syscall.ENETUNREACH}
+			}
+			return nil
+		}
+		r.lose("eth0", true)
+		r.links <- []Link{{Index: 2, Name: "eth0", Kind: netd.KindWired, Carrier: true}}
+		<-time.After(2 * time.Second) // the rules may still be on their way
+		r.want("eth0", netd.HealthUnknown, true, 0)
+		<-time.After(8 * time.Second)
+		r.want("eth0", netd.HealthDead, true, 1)
+		r.mu.Lock()
+		before := r.tried["eth0"]
+		r.mu.Unlock()
+		<-time.After(10 * time.Minute)
+		synctest.Wait()
+		r.mu.Lock()
+		if n := r.tried["eth0"] - before; n > 40 {
+			t.Errorf("%d probes in ten minutes that went nowhere", n)
+		}
+		r.mu.Unlock()
+		r.lose("eth0", false)
+		<-time.After(2 * maxPause)
+		r.want("eth0", netd.HealthGood, true, 1)
 	})
 }
 

@@ -21,13 +21,14 @@ const (
 	firstPause   = time.Second     // after a failed probe; doubled up to maxPause
 	deadAfter    = 3               // probes in a row
 	// localPause follows a probe that never left the laptop: the rules for a
-	// new lease are not in force yet.
-	localPause = 100 * time.Millisecond
+	// new lease are not in force yet. After maxLocal of them it is a failure
+	// like any other: the lease leads nowhere, as one without a router.
+	localPause, maxLocal = 100 * time.Millisecond, 30
 )
 
 // watch probes again and again, at once when in doubt, until ctx is done.
 func watch(ctx context.Context, probe func(context.Context) error, doubt <-chan struct{}, set func(health string)) {
-	for failed, pause := 0, firstPause; ; {
+	for failed, unsent, pause := 0, 0, firstPause; ; {
 		err := func() error {
 			ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 			defer cancel()
@@ -39,8 +40,9 @@ func watch(ctx context.Context, probe func(context.Context) error, doubt <-chan 
 			return
 		case err == nil:
 			set(netd.HealthGood)
-			failed, pause, next = 0, firstPause, probeEvery/2+rand.N(probeEvery)
-		case local(err):
+			failed, unsent, pause, next = 0, 0, firstPause, probeEvery/2+rand.N(probeEvery)
+		case local(err) && unsent < maxLocal:
+			unsent++
 			next = localPause
 		default:
 			if failed++; failed >= deadAfter {
