@@ -290,6 +290,7 @@ func (d *Daemon) watch(ctx context.Context, ns Namespace) {
 // attestd is silent the last answer stands until the credential's end.
 func (d *Daemon) followAttestation(ctx context.Context) {
 	var version uint64
+	var device string // that the uplinks' keeper knows
 	for ctx.Err() == nil {
 		st, err := d.Attestation.Wait(ctx, version)
 		if err != nil {
@@ -303,8 +304,12 @@ func (d *Daemon) followAttestation(ctx context.Context) {
 			continue
 		}
 		version = st.Version
-		d.uplinks.SetDevice(ctx, st.DeviceID)
+		// First, for it may close; the uplinks' keeper may be busy.
 		d.update(func(r *reports) { r.gate, r.asked = st, true })
+		if st.DeviceID != device {
+			device = st.DeviceID
+			d.uplinks.SetDevice(ctx, device)
+		}
 	}
 }
 

@@ -111,6 +111,9 @@ func (c *Conn) Request(ctx context.Context, words ...string) (string, error) {
 	case <-c.answer:
 	default:
 	}
+	// A program that hangs reads nothing, and a datagram waits for room.
+	c.conn.SetWriteDeadline(time.Now().Add(answerTime))
+	defer context.AfterFunc(ctx, func() { c.conn.SetWriteDeadline(time.Unix(1, 0)) })()
 	if _, err := c.conn.Write([]byte(command)); err != nil {
 		return "", fmt.Errorf("wpa_supplicant: %s: %w", verb, err)
 	}

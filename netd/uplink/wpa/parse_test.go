@@ -4,12 +4,18 @@ package wpa
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"maps"
+	"net"
+	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"sekisho/netd"
 )
@@ -134,6 +140,37 @@ func TestSettings(t *testing.T) {
 	}
 	if s := fmt.Sprintf("%v %+v %s", Network{Passphrase: "hidden words"}, Network{Passphrase: "hidden words"}, Secret("hidden words")); strings.Contains(s, "hidden") {
 		t.Errorf("a passphrase shows itself: %s", s)
+	}
+}
+
+// TestHangs: wpa_supplicant has its socket and reads nothing. Whoever asks is
+// not held up for longer than he wants.
+func TestHangs(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "wlan0")
+	program, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram", Name: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer program.Close()
+	c, err := Dial(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	full := false
+	for range 2048 { // until its queue is full (net.unix.max_dgram_qlen)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		_, err := c.Request(ctx, "STATUS", strings.Repeat("x", 1024))
+		cancel()
+		if err == nil {
+			t.Fatal("an answer of nobody")
+		}
+		if full = errors.Is(err, os.ErrDeadlineExceeded); full {
+			break
+		}
+	}
+	if !full {
+		t.Error("no write has waited")
 	}
 }
 

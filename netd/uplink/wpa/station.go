@@ -212,7 +212,7 @@ func (f *Facts) event(name string, e Event) bool {
 		if r := e.Args["reason"]; r != "WRONG_KEY" && r != "AUTH_FAILED" {
 			return false
 		}
-		f.Reason, f.Detail = netd.ReasonWrongSecret, "the network "+e.Args["ssid"]+" did not let "+name+" in"
+		f.Reason, f.Detail = netd.ReasonWrongSecret, "the network did not let "+name+" in"
 	case "CTRL-EVENT-AUTH-REJECT":
 		// WPA3: the access point refuses the confirmation of a wrong passphrase,
 		// the second message of SAE (IEEE 802.11-2020, section 12.4.5).
