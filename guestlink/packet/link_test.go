@@ -293,6 +293,48 @@ func TestPowerTimeAndProbes(t *testing.T) {
 	}
 }
 
+// TestAnswersNobodyAskedFor: a guest cannot fill the host's log with answers.
+func TestAnswersNobodyAskedFor(t *testing.T) {
+	host, dial, links, answers := startPump(t, newMemDevice())
+	conn := dial()
+	frames := guestlink.NewReader(conn)
+	if _, err := conn.Write(guestlink.AppendHello(nil, guestlink.Hello{Version: guestlink.Version, Batch: guestlink.MaxBatch, Queues: 1, Capabilities: guestlink.CapPower})); err != nil {
+		t.Fatal(err)
+	}
+	if cause := <-links; cause != nil {
+		t.Fatal(cause)
+	}
+	id, err := host.RequestPower(guestlink.ActionSuspend)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		f, err := frames.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f.Type == guestlink.TypePower {
+			break
+		}
+	}
+	var out []byte
+	for i := range uint32(cap(answers)) {
+		if out, err = guestlink.AppendPower(out, guestlink.Power{ID: id + i%2, Action: guestlink.ActionSuspend, Answer: guestlink.AnswerAccepted}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := conn.Write(out); err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	if cause := <-links; cause == nil {
+		t.Error("the link has not ended")
+	}
+	if n := len(answers); n != 1 {
+		t.Errorf("%d answers to one question", n)
+	}
+}
+
 // TestDifferential sends random packets, good and bad, through two pumps: each
 // comes out byte for byte and in the order of its flow, or is counted.
 func TestDifferential(t *testing.T) {

@@ -60,6 +60,8 @@ type Pump struct {
 	pool    pool
 	rtt     atomic.Int64 // nanoseconds, of the last probe
 	powerID atomic.Uint32
+	// powerAsked is the last question that waits for its answer, 0: none.
+	powerAsked atomic.Uint32
 
 	handover atomic.Pointer[time.Time] // since when Listen waits for a link to end
 
@@ -165,6 +167,7 @@ func (p *Pump) RequestPower(a guestlink.Action) (id uint32, err error) {
 	if err != nil {
 		return 0, err
 	}
+	p.powerAsked.Store(id)
 	if !l.putControl(frame) {
 		return 0, ErrNoPower
 	}

@@ -349,7 +349,8 @@ func (r *reader) power(b []byte, order error) error {
 	case p.host == (m.Answer == "") || (!p.host && p.Power == nil):
 		return order
 	case p.host:
-		if p.PowerAnswer != nil {
+		// One answer for each question, or a guest could fill the log.
+		if m.ID != 0 && p.powerAsked.CompareAndSwap(m.ID, 0) && p.PowerAnswer != nil {
 			p.PowerAnswer(m)
 		}
 		return nil
