@@ -4,10 +4,13 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -16,6 +19,7 @@ import (
 	"github.com/quic-go/quic-go/http3"
 	"github.com/yosida95/uritemplate/v3"
 
+	"sekisho/attest"
 	"sekisho/attest/cryptrec"
 	"sekisho/netd/tunnel/connectip"
 )
@@ -80,6 +84,24 @@ func TestForeignClient(t *testing.T) {
 	}
 	if st := s.server.Status(); len(st.Sessions) != 1 || st.Sessions[0].Carriage != "connect-ip" {
 		t.Errorf("sessions %+v", st.Sessions)
+	}
+}
+
+// hasty revokes every device right after its admission, and tells nobody.
+type hasty struct{ asked atomic.Int32 }
+
+func (h *hasty) Heard() error               { return nil }
+func (h *hasty) Revoked(attest.Digest) bool { return h.asked.Add(1) > 1 }
+func (h *hasty) Changed() <-chan struct{}   { return nil }
+
+// TestRevokedWhileAdmitted: a session that nobody knew of yet when its device
+// was revoked.
+func TestRevokedWhileAdmitted(t *testing.T) {
+	s := newSite(t, nil, &hasty{})
+	c := s.open(s.device(1, time.Hour))
+	c.expect(t, first(2))
+	if _, err := io.Copy(io.Discard, c.br); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the session of a revoked device goes on")
 	}
 }
 

@@ -177,7 +177,8 @@ func (s *Server) each(f func(*session)) {
 	}
 }
 
-// tick ends sessions that are dead or whose certificate has lapsed.
+// tick ends sessions that are dead, whose certificate has lapsed, or whose device
+// was revoked between its admission and its first packet.
 func (s *Server) tick(ctx context.Context) {
 	beat := time.NewTicker(tickEvery)
 	defer beat.Stop()
@@ -186,7 +187,10 @@ func (s *Server) tick(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-beat.C:
-			s.each(func(sess *session) { sess.stream.Tick() })
+			s.each(func(sess *session) {
+				s.endRevoked(sess)
+				sess.stream.Tick()
+			})
 		}
 	}
 }
@@ -198,16 +202,18 @@ func (s *Server) followRevocations(ctx context.Context) {
 	}
 	for {
 		changed := s.Revocations.Changed()
-		s.each(func(sess *session) {
-			if s.Revocations.Revoked(sess.device) {
-				sess.stream.End(errRevoked)
-			}
-		})
+		s.each(s.endRevoked)
 		select {
 		case <-ctx.Done():
 			return
 		case <-changed:
 		}
+	}
+}
+
+func (s *Server) endRevoked(sess *session) {
+	if s.Revocations != nil && s.Revocations.Revoked(sess.device) {
+		sess.stream.End(errRevoked)
 	}
 }
 
