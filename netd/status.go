@@ -3,8 +3,28 @@ package netd
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
+	"unicode"
 )
+
+// maxPlain bounds Plain in characters.
+const maxPlain = 300
+
+// Plain makes one harmless line of text that may hold a stranger's words, such as
+// the names in a certificate that a portal showed: people read it on a terminal.
+func Plain(s string) string {
+	n := 0
+	return strings.Map(func(r rune) rune {
+		switch n++; {
+		case n > maxPlain:
+			return -1
+		case !unicode.IsPrint(r):
+			return '?'
+		}
+		return r
+	}, s)
+}
 
 // Reason codes of Status and of an uplink. Attestation's own codes (package
 // attest) appear in Status.Reason too while the state is Attesting.

@@ -45,3 +45,16 @@ func TestSay(t *testing.T) {
 		}
 	}
 }
+
+func TestPlain(t *testing.T) {
+	for s, want := range map[string]string{
+		"ホテルの証明書":                     "ホテルの証明書",
+		"a\nREADY=1\x1b[2J\u202eevil": "a?READY=1?[2J?evil",
+		"\xff":                        "\ufffd",
+		strings.Repeat("長", 1000):     strings.Repeat("長", maxPlain),
+	} {
+		if got := Plain(s); got != want {
+			t.Errorf("%q: %q, want %q", s, got, want)
+		}
+	}
+}

@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -160,7 +161,7 @@ func runRig(t *testing.T, script func(*rig)) {
 		r.d.probe = func(_ context.Context, _ path.Prober, e attest.Endpoint, clock bool) path.Result {
 			r.mu.Lock()
 			defer r.mu.Unlock()
-			a := path.Result{Endpoint: e.Address, Answer: r.answer}
+			a := path.Result{Endpoint: e.Address, Answer: r.answer, What: "certificate of \x1b[2J\nhotel"}
 			if clock {
 				a.Time = r.signed
 			}
@@ -469,8 +470,8 @@ func TestPortal(t *testing.T) {
 		r.lease("192.168.50.23/24")
 		sleep(askEvery)
 		r.want(netd.Portal, netd.ReasonPortal)
-		if s := r.d.Status(); s.Words.EN != "Sign in to this network" {
-			t.Errorf("words %+v", s.Words)
+		if s := r.d.Status(); s.Words.EN != "Sign in to this network" || !strings.HasSuffix(s.Detail, "certificate of ?[2J?hotel") {
+			t.Errorf("words %+v, detail %q", s.Words, s.Detail)
 		}
 		sleep(time.Hour - time.Minute) // a portal stays one for as long as it answers
 		r.want(netd.Portal, netd.ReasonPortal)

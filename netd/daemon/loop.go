@@ -260,6 +260,7 @@ func (l *loop) apply(p plan.Plan) error {
 func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 	d := l.d
 	reason, detail := explain(state, l.in, l.in.uplink, l.fault, affirming)
+	detail = netd.Plain(detail)
 	d.mu.Lock()
 	s := &d.status
 	if s.State != state || s.Reason != reason || s.Detail != detail {

@@ -3,12 +3,14 @@
 package wpa
 
 import (
+	"bytes"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"strconv"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -37,9 +39,10 @@ func (s Secret) Reveal() string { return string(s) }
 // SSID is a network's name, 1 to 32 bytes of any kind.
 type SSID []byte
 
-// String shows it as text if it is UTF-8, else in hexadecimal.
+// String shows it as text if it is UTF-8 that can be printed, else in
+// hexadecimal: whoever is in reach chooses the names that a terminal shows.
 func (s SSID) String() string {
-	if utf8.Valid(s) {
+	if utf8.Valid(s) && !bytes.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		return string(s)
 	}
 	return hex.EncodeToString(s)
