@@ -116,6 +116,14 @@ func (a *Attester) serveSign(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// patient gives an answer more time than writeTime: a TPM that is opened for it,
+// or makes an RSA key, may need most of a minute.
+func (a *Attester) patient(w http.ResponseWriter, limit time.Duration) {
+	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(limit)); err != nil {
+		a.Log.Warn("longer answer", "error", err)
+	}
+}
+
 func writeJSON(w http.ResponseWriter, v any) {
 	data, err := json.Marshal(v)
 	if err != nil {

@@ -87,6 +87,7 @@ type Attester struct {
 	away     time.Time // since when no verifier answers, zero if one does
 
 	opening sync.Mutex // held while the TPM is opened or closed, and taken before mu
+	volumes sync.Mutex // held while a volume is made or bound, and taken before opening
 
 	mu     sync.Mutex
 	step   time.Time // when Run began its present step, zero while it waits

@@ -255,6 +255,7 @@ func (a *Attester) logonRoutes(mux *http.ServeMux) {
 			http.Error(w, "only logind may do this", http.StatusForbidden)
 			return
 		}
+		a.patient(w, keyTime)
 		state, err := a.LoadLogonState()
 		if errors.Is(err, ErrNoRecord) {
 			http.Error(w, err.Error(), http.StatusNotFound)
@@ -278,6 +279,7 @@ func forLogind[T any](a *Attester, do func(http.ResponseWriter, T)) http.Handler
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
+		a.patient(w, keyTime)
 		do(w, req)
 	}
 }

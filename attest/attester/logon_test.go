@@ -175,3 +175,29 @@ func TestLogonState(t *testing.T) {
 		t.Error("a state over the bound was kept")
 	}
 }
+
+// patientRecorder notes how long an answer may take.
+type patientRecorder struct {
+	*httptest.ResponseRecorder
+	until time.Time
+}
+
+func (p *patientRecorder) SetWriteDeadline(t time.Time) error {
+	p.until = t
+	return nil
+}
+
+// TestLogonAnswersMayTakeLong: a discrete TPM takes up to a minute for an RSA
+// key, longer than attestd gives other answers.
+func TestLogonAnswersMayTakeLong(t *testing.T) {
+	a := newLogonAttester(t, &logonHardware{}, stateFile(t), time.Now().Add(time.Hour))
+	for _, call := range [][2]string{{"PUT", "/v1/logon/state"}, {"GET", "/v1/logon/state"}} {
+		r := httptest.NewRequest(call[0], call[1], bytes.NewReader([]byte("{}")))
+		r = r.WithContext(context.WithValue(r.Context(), peerKey{}, uint32(logindUID)))
+		w := &patientRecorder{ResponseRecorder: httptest.NewRecorder()}
+		a.handler().ServeHTTP(w, r)
+		if left := time.Until(w.until); left < time.Minute {
+			t.Errorf("%s: %v for the answer", call, left)
+		}
+	}
+}

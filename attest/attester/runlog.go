@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"os"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -182,10 +181,7 @@ func (a *Attester) serveEvent(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	// The server's own limit is too short for a TPM that is opened for this.
-	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(gate.MeasureTime)); err != nil {
-		a.Log.Warn("record event", "error", err)
-	}
+	a.patient(w, gate.MeasureTime)
 	err := a.Record(e)
 	switch {
 	case errors.Is(err, errNoRunLog):

@@ -16,7 +16,7 @@ import (
 	"sekisho/attest/tpm"
 )
 
-// keyTime bounds the answer to a request about a volume.
+// keyTime bounds the answer to a request about a volume or to logind.
 const keyTime = 2 * time.Minute
 
 // Sealer makes what Unsealer opens; *tpm.TPM has it.
@@ -45,6 +45,8 @@ func (a *Attester) volumeSealer() (Sealer, error) {
 // image, and the rollback counter with it. One volume is in the making at a
 // time; another call forgets the one before.
 func (a *Attester) MakeVolume(release []byte) (*seal.Unbound, error) {
+	a.volumes.Lock()
+	defer a.volumes.Unlock()
 	r, signer, err := seal.ReadRelease(release)
 	if err != nil {
 		return nil, err
@@ -90,6 +92,8 @@ func (a *Attester) MakeVolume(release []byte) (*seal.Unbound, error) {
 // error proves that a verifier has stored the recovery key in escrow and that
 // the use of the key is measured. gate.ErrNotEscrowed: not yet.
 func (a *Attester) BindVolume(ctx context.Context, id []byte, header attest.Digest) (*seal.Volume, error) {
+	a.volumes.Lock() // nobody wipes it meanwhile
+	defer a.volumes.Unlock()
 	a.mu.Lock()
 	u, device := a.making, a.device
 	a.mu.Unlock()
@@ -242,24 +246,20 @@ func (a *Attester) serveRollback(w http.ResponseWriter, r *http.Request) {
 
 // volumeRoutes are for root alone.
 func (a *Attester) volumeRoutes(mux *http.ServeMux) {
-	mux.HandleFunc("POST /v1/unlock", forRoot(a.serveUnlock))
-	mux.HandleFunc("POST /v1/volume", forRoot(a.serveMake))
-	mux.HandleFunc("POST /v1/volume/bind", forRoot(a.serveBind))
-	mux.HandleFunc("POST /v1/volume/recover", forRoot(a.serveRecover))
-	mux.HandleFunc("POST /v1/rollback", forRoot(a.serveRollback))
+	mux.HandleFunc("POST /v1/unlock", a.forRoot(a.serveUnlock))
+	mux.HandleFunc("POST /v1/volume", a.forRoot(a.serveMake))
+	mux.HandleFunc("POST /v1/volume/bind", a.forRoot(a.serveBind))
+	mux.HandleFunc("POST /v1/volume/recover", a.forRoot(a.serveRecover))
+	mux.HandleFunc("POST /v1/rollback", a.forRoot(a.serveRollback))
 }
 
-func forRoot(h http.HandlerFunc) http.HandlerFunc {
+func (a *Attester) forRoot(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if !isRoot(r) {
 			http.Error(w, "only root may have a key", http.StatusForbidden)
 			return
 		}
-		// Longer than other answers: see gate.Client.
-		if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(keyTime)); err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-			return
-		}
+		a.patient(w, keyTime)
 		h(w, r)
 	}
 }

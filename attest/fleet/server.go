@@ -88,7 +88,7 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 	return err
 }
 
-// Handler returns the API. What is not one of its five routes is refused.
+// Handler returns the API. What is not one of its routes is refused.
 func Handler(s *Service, log *slog.Logger) http.Handler {
 	a := &api{s, log, newLimiter(s.Now), make(chan struct{}, maxWork)}
 	mux := http.NewServeMux()
@@ -132,7 +132,7 @@ type api struct {
 func (a *api) limited(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		from, err := netip.ParseAddrPort(r.RemoteAddr)
-		if err != nil || !a.limits.allow(from.Addr().Unmap()) {
+		if err != nil || !a.limits.allow(network(from.Addr())) {
 			reply(w, http.StatusTooManyRequests, attest.Refuse(attest.ReasonBusy, "too many requests from this address; try again"))
 			return
 		}
@@ -247,6 +247,16 @@ type bucket struct {
 
 func newLimiter(now func() time.Time) *limiter {
 	return &limiter{now: now, buckets: make(map[netip.Addr]bucket)}
+}
+
+// network is what counts as one address: of IPv6, where a single host has as
+// many as it likes, the first 64 bits (RFC 4291, section 2.5.4).
+func network(a netip.Addr) netip.Addr {
+	a = a.Unmap()
+	if p, err := a.Prefix(64); a.Is6() && err == nil {
+		return p.Addr()
+	}
+	return a
 }
 
 func (l *limiter) allow(from netip.Addr) bool {

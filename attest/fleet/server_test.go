@@ -6,13 +6,14 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"testing"
 	"time"
 
 	"sekisho/attest"
 )
 
-// TestRoutes shows that nothing but the four routes answers, that admin routes
+// TestRoutes shows that nothing but the routes answers, that admin routes
 // are not among them, and that large bodies are cut.
 func TestRoutes(t *testing.T) {
 	b := newBench(t)
@@ -141,5 +142,23 @@ func TestAdmin(t *testing.T) {
 	}
 	if code := do("DELETE", AdminReferences+"?id=sekisho+2", nil, &none); code != http.StatusNotFound {
 		t.Errorf("remove again: %d", code)
+	}
+}
+
+// TestLimitByNetwork: one IPv6 host has as many addresses as it likes and is
+// one to the limit; IPv4 addresses each count by themselves.
+func TestLimitByNetwork(t *testing.T) {
+	for _, c := range []struct {
+		a, b string
+		same bool
+	}{
+		{"2001:db8::1", "2001:db8::ffff:2", true},
+		{"2001:db8::1", "2001:db8:0:1::1", false},
+		{"192.0.2.1", "192.0.2.2", false},
+		{"::ffff:192.0.2.1", "192.0.2.1", true},
+	} {
+		if same := network(netip.MustParseAddr(c.a)) == network(netip.MustParseAddr(c.b)); same != c.same {
+			t.Errorf("%s and %s: one network %v", c.a, c.b, same)
+		}
 	}
 }

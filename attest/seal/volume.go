@@ -173,8 +173,11 @@ func (v *Volume) OpenRecovery(r Recovery, header attest.Digest) (key, secret Sec
 		return Secret{}, Secret{}, fmt.Errorf("volume: %w: it belongs to another volume", ErrRecovery)
 	}
 	secret = Secret{bytes.Clone(plain)}
-	key, err = v.Open(Secret{plain}, header)
-	return key, secret, err
+	if key, err = v.Open(Secret{plain}, header); err != nil {
+		secret.Wipe()
+		return Secret{}, Secret{}, err
+	}
+	return key, secret, nil
 }
 
 // Measurement is what PCR 15 is extended with once the key was used:

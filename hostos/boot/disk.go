@@ -97,14 +97,18 @@ func (h *host) promptRecovery(ctx context.Context, wg *sync.WaitGroup) {
 // askRecovery passes the lines of in on until one is taken.
 func (h *host) askRecovery(in io.Reader, try func(string) error) {
 	h.console.line("init", "type the recovery key and press Enter / 回復キーを入力し、Enter を押してください")
-	lines := bufio.NewScanner(in)
-	lines.Buffer(nil, maxTyped)
-	for lines.Scan() {
-		typed := strings.TrimSpace(lines.Text())
-		if typed == "" {
-			continue
+	lines, tail := bufio.NewReaderSize(in, maxTyped), false
+	for {
+		line, more, err := lines.ReadLine()
+		if err != nil {
+			return
 		}
-		err := try(typed)
+		whole := !more && !tail
+		typed := strings.TrimSpace(string(line))
+		if tail = more; !whole || typed == "" {
+			continue // too long for a recovery key
+		}
+		err = try(typed)
 		if err == nil {
 			return
 		}

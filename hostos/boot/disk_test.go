@@ -42,7 +42,7 @@ func TestAskRecovery(t *testing.T) {
 	var console lockedBuffer
 	h := &host{console: newConsole(&console)}
 	var tried []string
-	h.askRecovery(strings.NewReader("\n wrong \nright\nnever\n"), func(typed string) error {
+	h.askRecovery(strings.NewReader("\n wrong \n"+strings.Repeat("noise ", maxTyped)+"\nright\nnever\n"), func(typed string) error {
 		tried = append(tried, typed)
 		if typed == "right" {
 			return nil

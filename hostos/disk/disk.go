@@ -96,7 +96,9 @@ type Status struct {
 // Disk is the work domain's disk. Its methods are safe for concurrent use.
 type Disk struct {
 	Config
-	busy sync.Mutex // held while the disk is opened, made or wiped
+	busy sync.Mutex         // held while the disk is opened, made or wiped
+	life context.Context    // ends with an order to wipe: nothing opens the disk after it
+	end  context.CancelFunc // of life
 
 	mu     sync.Mutex
 	status Status
@@ -105,6 +107,7 @@ type Disk struct {
 // New returns the disk, locked.
 func New(c Config) *Disk {
 	d := &Disk{Config: c}
+	d.life, d.end = context.WithCancel(context.Background())
 	d.set(Status{State: Locked})
 	return d
 }
@@ -157,7 +160,9 @@ func (d *Disk) load() (record, error) {
 }
 
 func (d *Disk) store(r record) error {
-	r.Since = d.Now().UTC()
+	if r.Since.IsZero() {
+		r.Since = d.Now().UTC()
+	}
 	data, err := json.Marshal(r)
 	if err != nil {
 		return err
@@ -169,7 +174,7 @@ func (d *Disk) store(r record) error {
 // attestd, and at the first boot for the verifier to take the recovery key. It
 // returns the block device for the work domain, or a *Fault.
 func (d *Disk) Open(ctx context.Context) (device string, err error) {
-	return d.work(func() (string, error) {
+	return d.work(ctx, func(ctx context.Context) (string, error) {
 		r, err := d.load()
 		if err != nil {
 			return "", fault(codeRecord, err)
@@ -186,7 +191,8 @@ func (d *Disk) Open(ctx context.Context) (device string, err error) {
 		case r.State == recordSealed:
 			return d.unlock(ctx, r, head, release)
 		case r.State == recordWiped:
-			return "", fault(codeWiped, fmt.Errorf("since %s", r.Since.Format(time.RFC3339)))
+			// The power may have cut the wipe short.
+			return "", fault(codeWiped, errors.Join(fmt.Errorf("since %s", r.Since.Format(time.RFC3339)), d.destroy(r.Since)))
 		case r.State == recordMaking, r.State == "" && len(bytes.Trim(head, "\x00")) == 0:
 			return d.make(ctx, release)
 		}
@@ -197,7 +203,7 @@ func (d *Disk) Open(ctx context.Context) (device string, err error) {
 // Recover opens the disk by its recovery key, and seals it anew to this TPM if
 // that is possible.
 func (d *Disk) Recover(ctx context.Context, typed string) (device string, err error) {
-	return d.work(func() (string, error) {
+	return d.work(ctx, func(ctx context.Context) (string, error) {
 		r, err := d.load()
 		if err != nil || r.State != recordSealed {
 			return "", fault(codeRecord, errors.Join(errors.New("no sealed record"), err))
@@ -225,14 +231,18 @@ func (d *Disk) Recover(ctx context.Context, typed string) (device string, err er
 	})
 }
 
-// work runs one change of the disk and publishes its outcome.
-func (d *Disk) work(do func() (string, error)) (string, error) {
+// work runs one change of the disk, which an order to wipe interrupts, and
+// publishes its outcome.
+func (d *Disk) work(ctx context.Context, do func(context.Context) (string, error)) (string, error) {
 	d.busy.Lock()
 	defer d.busy.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(d.life, cancel)()
 	if s := d.Status(); s.State == Open {
 		return d.device(), nil
 	}
-	device, err := do()
+	device, err := do(ctx)
 	if err != nil {
 		s := Status{State: Locked, Detail: err.Error()}
 		var f *Fault
@@ -372,51 +382,75 @@ func deviceSize(path string) (int64, error) {
 	return f.Seek(0, io.SeekEnd)
 }
 
+// maxMakes bounds how often a boot makes the volume.
+const maxMakes = 4
+
 // make makes the volume. Until its last step nothing of it lasts: a power cut
 // has the next boot begin again.
 func (d *Disk) make(ctx context.Context, release []byte) (string, error) {
-	d.set(Status{State: Making})
 	d.Say("making the work disk / 業務ディスクを作成しています")
 	if err := d.store(record{State: recordMaking}); err != nil {
 		return "", fault(codeRecord, err)
 	}
-	var v gate.NewVolume
-	err := d.again(ctx, func() (err error) {
-		v, err = d.Keys.NewVolume(ctx, gate.VolumeRequest{Release: release})
-		return err
-	})
+	volume, recovery, err := d.fill(ctx, release)
+	for n := 1; n < maxMakes && refusedForNow(err) && ctx.Err() == nil; n++ {
+		// attestd has been started anew and knows nothing of this volume.
+		if err = d.Run(ctx, nil, Cryptsetup, "close", workName); err != nil {
+			return "", fault(codeDevice, err)
+		}
+		volume, recovery, err = d.fill(ctx, release)
+	}
 	if err != nil {
-		return "", keyFault(err)
-	}
-	defer clear(v.Key)
-	d.set(Status{State: Making})
-	if err := d.Run(ctx, v.Key, formatArgs(d.Partition)...); err != nil {
-		return "", fault(codeDevice, err)
-	}
-	head, err := d.head()
-	if err != nil {
-		return "", fault(codeDevice, err)
-	}
-	if err := d.open(ctx, v.Key, false); err != nil {
 		return "", err
-	}
-	if err := copyImage(ctx, filepath.Join(d.Mapper, workName), d.Factory); err != nil {
-		return "", fault(codeDevice, fmt.Errorf("write the delivered work domain: %w", err))
-	}
-	volume, err := d.bind(ctx, v.ID, head)
-	if err != nil {
-		return "", keyFault(err)
 	}
 	if err := d.store(record{State: recordSealed, Volume: volume}); err != nil {
 		return "", fault(codeRecord, err)
 	}
-	d.Say("recovery key of the work disk, shown this once; the organisation has it in escrow: %s / 回復キー（表示は一度だけです。組織が保管しています）", v.Recovery)
+	d.Say("recovery key of the work disk, shown this once; the organisation has it in escrow: %s / 回復キー（表示は一度だけです。組織が保管しています）", recovery)
 	if d.Ephemeral {
 		if err := d.layer(ctx); err != nil {
 			return "", fault(codeDevice, err)
 		}
 	}
 	return d.device(), nil
+}
+
+// refusedForNow reports whether attestd gave no reason that lasts.
+func refusedForNow(err error) bool {
+	var no *gate.KeyRefused
+	return errors.As(err, &no) && len(no.Codes) == 0
+}
+
+// fill makes a volume, with the delivered work domain on it and its recovery
+// key in escrow, and leaves it open.
+func (d *Disk) fill(ctx context.Context, release []byte) (volume []byte, recovery string, err error) {
+	d.set(Status{State: Making})
+	var v gate.NewVolume
+	if err := d.again(ctx, func() (err error) {
+		v, err = d.Keys.NewVolume(ctx, gate.VolumeRequest{Release: release})
+		return err
+	}); err != nil {
+		return nil, "", keyFault(err)
+	}
+	defer clear(v.Key)
+	d.set(Status{State: Making})
+	if err := d.Run(ctx, v.Key, formatArgs(d.Partition)...); err != nil {
+		return nil, "", fault(codeDevice, err)
+	}
+	head, err := d.head()
+	if err != nil {
+		return nil, "", fault(codeDevice, err)
+	}
+	if err := d.open(ctx, v.Key, false); err != nil {
+		return nil, "", err
+	}
+	if err := copyImage(ctx, filepath.Join(d.Mapper, workName), d.Factory); err != nil {
+		return nil, "", fault(codeDevice, fmt.Errorf("write the delivered work domain: %w", err))
+	}
+	if volume, err = d.bind(ctx, v.ID, head); err != nil {
+		return nil, "", keyFault(err)
+	}
+	return volume, v.Recovery, nil
 }
 
 // formatArgs makes a LUKS2 volume with one key slot. The key is random, so
@@ -429,13 +463,15 @@ func formatArgs(partition string) []string {
 		"--offset", strconv.Itoa(HeaderSize / sector), partition}
 }
 
-// bind waits until the organisation has the recovery key in escrow.
+// bind waits until the organisation has the recovery key in escrow, or attestd
+// refuses.
 func (d *Disk) bind(ctx context.Context, id, head []byte) ([]byte, error) {
 	tick := time.NewTicker(bindGap)
 	defer tick.Stop()
 	for said := false; ; {
 		volume, err := d.Keys.BindVolume(ctx, gate.BindRequest{ID: id, Header: sha256.Sum256(head)})
-		if err == nil || !errors.Is(err, gate.ErrNotEscrowed) {
+		var no *gate.KeyRefused
+		if err == nil || errors.As(err, &no) {
 			return volume, err
 		}
 		d.set(Status{State: Making, Detail: err.Error()})
@@ -482,22 +518,29 @@ func (u *until) Read(p []byte) (int, error) {
 
 // Wipe destroys the key: the sealed record in both its places and the volume's
 // header. What is left on the partition opens for nobody, the recovery key
-// included.
+// included. It interrupts whoever is opening the disk; once it has begun, the
+// next boot ends what the power cuts short.
 func (d *Disk) Wipe() error {
+	d.end()
 	d.busy.Lock()
 	defer d.busy.Unlock()
-	err := errors.Join(d.store(record{State: recordWiped}), d.store(record{State: recordWiped}))
-	f, oerr := os.OpenFile(d.Partition, os.O_WRONLY, 0)
-	if oerr != nil {
-		return errors.Join(err, oerr)
-	}
-	noise := make([]byte, HeaderSize)
-	rand.Read(noise)
-	_, werr := f.WriteAt(noise, 0)
-	err = errors.Join(err, werr, f.Sync(), f.Close())
-	if err != nil {
+	if err := d.destroy(time.Time{}); err != nil {
 		return fmt.Errorf("wipe the work disk: %w", err)
 	}
 	d.set(Status{State: Wiped})
 	return nil
+}
+
+// destroy overwrites the record's one place, the header, and the other place.
+func (d *Disk) destroy(since time.Time) error {
+	gone := record{State: recordWiped, Since: since}
+	err := d.store(gone)
+	f, oerr := os.OpenFile(d.Partition, os.O_WRONLY, 0)
+	if oerr != nil {
+		return errors.Join(err, oerr, d.store(gone))
+	}
+	noise := make([]byte, HeaderSize)
+	rand.Read(noise)
+	_, werr := f.WriteAt(noise, 0)
+	return errors.Join(err, werr, f.Sync(), f.Close(), d.store(gone))
 }

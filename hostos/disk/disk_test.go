@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -26,6 +27,8 @@ type desk struct {
 	bound  attest.Digest
 	refuse *gate.KeyRefused
 	away   int // answers before the verifier takes the recovery key
+	lost   int // answers of an attestd that was started anew
+	binds  func()
 	cut    int // programs that run before the power goes; -1: it stays
 	ran    []string
 	said   []string
@@ -56,9 +59,18 @@ func (d daemon) NewVolume(context.Context, gate.VolumeRequest) (gate.NewVolume, 
 }
 
 func (d daemon) BindVolume(_ context.Context, r gate.BindRequest) ([]byte, error) {
+	if d.binds != nil {
+		d.binds()
+	}
 	if d.away > 0 {
 		d.away--
 		return nil, fmt.Errorf("%w: no verifier", gate.ErrNotEscrowed)
+	}
+	if d.lost > 0 {
+		if d.lost--; d.lost > 0 {
+			return nil, errors.New("connection refused")
+		}
+		return nil, &gate.KeyRefused{Detail: "none in the making"}
 	}
 	d.bound = r.Header
 	return []byte("volume"), nil
@@ -172,6 +184,20 @@ func TestFirstBootAndNext(t *testing.T) {
 	}
 }
 
+// TestAttestdStartedAnew: an attestd that lost the volume in the making has it
+// made again, in the same boot.
+func TestAttestdStartedAnew(t *testing.T) {
+	d := newDesk(t)
+	d.lost = 2
+	d.mustOpen()
+	if want := []string{"cryptsetup luksFormat", "cryptsetup open", "cryptsetup close", "cryptsetup luksFormat", "cryptsetup open"}; !slices.Equal(d.ran, want) {
+		t.Errorf("ran %q", d.ran)
+	}
+	if n := strings.Count(strings.Join(d.said, "\n"), theRecovery); n != 1 {
+		t.Errorf("the recovery key was shown %d times", n)
+	}
+}
+
 // TestPowerCuts: whatever the power interrupts, the next boot ends with a disk
 // and its recovery key shown.
 func TestPowerCuts(t *testing.T) {
@@ -259,6 +285,53 @@ func TestWipe(t *testing.T) {
 	if _, err := d.Recover(t.Context(), theRecovery); err == nil {
 		t.Error("the recovery key opened a wiped disk")
 	}
+}
+
+// TestWipeCutShort: an order to wipe that the power cut short after its first
+// write is carried out by the next boot.
+func TestWipeCutShort(t *testing.T) {
+	d := newDesk(t)
+	d.mustOpen()
+	if err := d.store(record{State: recordWiped}); err != nil {
+		t.Fatal(err)
+	}
+	ordered, err := d.load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.again()
+	d.mustNotOpen(codeWiped)
+	if head, err := d.head(); err != nil || sha256.Sum256(head) == d.bound {
+		t.Errorf("the header is still there, %v", err)
+	}
+	if host, err := os.ReadFile(d.Config.Record.Path); err != nil || bytes.Contains(host, []byte("dm9sdW1l")) {
+		t.Errorf("the sealed key is still there, %v", err)
+	}
+	if r, err := d.load(); err != nil || !r.Since.Equal(ordered.Since) {
+		t.Errorf("%+v, ordered at %v, %v", r, ordered.Since, err)
+	}
+}
+
+// TestWipeDoesNotWait: neither for a verifier that does not come nor for an
+// attestd that does not answer.
+func TestWipeDoesNotWait(t *testing.T) {
+	d := newDesk(t)
+	d.away = 1 << 30
+	waiting := make(chan struct{})
+	d.binds = sync.OnceFunc(func() { close(waiting) })
+	opened := make(chan error, 1)
+	go func() { _, err := d.Open(context.WithoutCancel(t.Context())); opened <- err }()
+	<-waiting
+	if err := d.Wipe(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-opened; err == nil {
+		t.Error("opened")
+	}
+	if s := d.Status(); s.State != Wiped {
+		t.Errorf("status %+v", s)
+	}
+	d.mustNotOpen(codeWiped)
 }
 
 func TestEphemeral(t *testing.T) {

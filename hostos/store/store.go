@@ -54,7 +54,8 @@ func (r Record) Load() ([]byte, error) {
 	return data, err
 }
 
-// Store writes data and returns when it is durable.
+// Store writes data and returns when it is durable. Of what its place held
+// before nothing is left.
 func (r Record) Store(data []byte) error {
 	if len(data) > MaxData {
 		return fmt.Errorf("host record: %d bytes, at most %d", len(data), MaxData)
@@ -67,7 +68,9 @@ func (r Record) Store(data []byte) error {
 	if err != nil && !errors.Is(err, ErrNone) {
 		return errors.Join(err, f.Close())
 	}
-	_, err = f.WriteAt(encode(seq+1, data), r.Place+int64(1-at)*copySize)
+	place := make([]byte, copySize)
+	copy(place, encode(seq+1, data))
+	_, err = f.WriteAt(place, r.Place+int64(1-at)*copySize)
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return fmt.Errorf("host record: %w", err)
 	}

@@ -77,3 +77,18 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+// TestNothingIsLeft: two short records leave nothing of a long one before them.
+func TestNothingIsLeft(t *testing.T) {
+	path := blank(t)
+	r := Record{path, VolumePlace}
+	long := append(bytes.Repeat([]byte{'.'}, 4096), "its end"...)
+	for _, data := range [][]byte{long, long, []byte("short"), []byte("short")} {
+		if err := r.Store(data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all, err := os.ReadFile(path); err != nil || bytes.Contains(all, []byte("its end")) {
+		t.Errorf("the end of the long record is still there, %v", err)
+	}
+}
