@@ -128,6 +128,11 @@ func (n *Namespace) changes(want plan.Namespace) ([]change, error) {
 		}
 		todo = append(todo, c...)
 	}
+	// The link of the lowest metric last: its routes take the place of those of
+	// the uplink in use before, which has others by then.
+	slices.SortStableFunc(present, func(a, b netlink.Link) int {
+		return highest(want.Routes, b.Attrs().Name) - highest(want.Routes, a.Attrs().Name)
+	})
 	var gone []change
 	for _, link := range present { // after every address: routes may need one
 		add, remove, err := n.routeChanges(link, want.Routes)
@@ -199,6 +204,16 @@ func (n *Namespace) addressChanges(link netlink.Link, want []plan.Address) ([]ch
 		todo = append(todo, change{fmt.Sprintf("add address %s to %s", a.Prefix, name), func() error { return n.link.AddrAdd(link, addr) }})
 	}
 	return todo, nil
+}
+
+// highest returns the highest metric of a link's routes.
+func highest(routes []plan.Route, link string) (metric int) {
+	for _, r := range routes {
+		if r.Link == link {
+			metric = max(metric, r.Metric)
+		}
+	}
+	return metric
 }
 
 // routeChanges returns the routes to add to a link and those to remove.

@@ -3,11 +3,16 @@
 package kernel_test
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	"sekisho/netd"
 	"sekisho/netd/internal/nstest"
@@ -184,6 +189,74 @@ func TestApplyReadBackAndRepair(t *testing.T) {
 	}
 	if a := outside.Run("ip", "-o", "address", "show", "dev", "eth0"); a != "" {
 		t.Errorf("addresses after closing: %s", a)
+	}
+}
+
+// TestChangeOfUplinkLeavesNoGap: while another uplink comes into use, each has
+// a route to the gateway all the time: sockets are bound to theirs.
+func TestChangeOfUplinkLeavesNoGap(t *testing.T) {
+	nstest.Require(t, "nft")
+	outside := nstest.New(t, "outside")
+	for _, name := range []string{"eth0", "eth1"} {
+		outside.Run("ip", "link", "add", name, "type", "veth", "peer", "name", "far"+name)
+		outside.Run("ip", "link", "set", "far"+name, "up")
+	}
+	o := open(t, outside)
+	other := netd.Uplink{Name: "eth1", Carrier: true, Address: netip.MustParsePrefix("192.168.60.23/24"), Router: netip.MustParseAddr("192.168.60.1"), MTU: 1400}
+	s := situation
+	s.Links = []string{"eth0", "eth1"}
+	for _, change := range [][2]netd.Uplink{{situation.Uplink, other}, {other, situation.Uplink}} {
+		s.Uplink, s.Standby = change[0], change[1:]
+		if err := o.Apply(plan.Make(s).Outside); err != nil {
+			t.Fatal(err)
+		}
+		links, err := o.Links()
+		if err != nil {
+			t.Fatal(err)
+		}
+		name := map[int]string{}
+		for _, l := range links {
+			name[l.Index] = l.Name
+		}
+		ns, err := netns.GetFromPath(outside.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		updates := make(chan netlink.RouteUpdate, 256)
+		if err := netlink.RouteSubscribeWithOptions(updates, t.Context().Done(), netlink.RouteSubscribeOptions{Namespace: &ns}); err != nil {
+			t.Fatal(err)
+		}
+		ns.Close()
+		by := map[int]string{} // the links of the routes to the gateway, by metric
+		for _, r := range plan.Make(s).Outside.Routes {
+			if r.Destination.Addr() == s.Endpoints[0].Addr() {
+				by[r.Metric] = r.Link
+			}
+		}
+		s.Uplink, s.Standby = change[1], change[:1]
+		if err := o.Apply(plan.Make(s).Outside); err != nil {
+			t.Fatal(err)
+		}
+		for end := time.After(10 * time.Second); len(by) != 2 || by[1] != change[1].Name; {
+			select {
+			case u := <-updates:
+				if u.Dst == nil || u.Dst.IP.String() != s.Endpoints[0].Addr().String() {
+					continue
+				}
+				if u.Type == unix.RTM_NEWROUTE {
+					by[u.Priority] = name[u.LinkIndex]
+				} else if by[u.Priority] == name[u.LinkIndex] {
+					delete(by, u.Priority)
+				}
+				for _, l := range s.Links {
+					if !slices.Contains(slices.Collect(maps.Values(by)), l) {
+						t.Errorf("from %s to %s: no route over %s in between: %v", change[0].Name, change[1].Name, l, by)
+					}
+				}
+			case <-end:
+				t.Fatalf("routes by metric %v", by)
+			}
+		}
 	}
 }
 
