@@ -334,6 +334,9 @@ func (w *world) readPage(limit time.Duration) {
 	})
 }
 
+// allowed is what tcpdump(1) may see of an uplink, of HTTP/3 to the gateway too.
+const allowed = "arp or (udp and (port 67 or port 68)) or (tcp port 443 and (host 203.0.113.20 or host 203.0.113.10)) or (udp port 443 and host 203.0.113.20) or (icmp[icmptype] == 3 and src host 203.0.113.20)"
+
 // checkUplink ends the capture and fails the test if it shows anything but
 // ARP, DHCP, TCP port 443 to the gateway's and verifier's addresses and UDP port
 // 443 to the gateway's with errors that come back, or
@@ -342,7 +345,6 @@ func (w *world) checkUplink() {
 	w.t.Helper()
 	w.capture.Process.Signal(os.Interrupt)
 	w.capture.Wait()
-	allowed := "arp or (udp and (port 67 or port 68)) or (tcp port 443 and (host 203.0.113.20 or host 203.0.113.10)) or (udp port 443 and host 203.0.113.20) or (icmp[icmptype] == 3 and src host 203.0.113.20)"
 	read := func(filter string) []string {
 		out, err := exec.Command("tcpdump", "-n", "-r", w.path("uplink.pcap"), filter).Output()
 		if err != nil {
