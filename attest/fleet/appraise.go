@@ -86,10 +86,7 @@ func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*at
 		if err := rec.seen.unused(nonce); err != nil {
 			return refused(id, err), nil
 		}
-		in, out, err := s.judge(e, rec, now)
-		if err != nil {
-			return nil, err
-		}
+		in, out := s.judge(e, rec, now)
 		if !fresh(out.Result) { // anyone can make such evidence: it leaves no trace
 			return &attest.AttestResponse{Result: out.Result}, nil
 		}
@@ -108,7 +105,7 @@ func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*at
 }
 
 // judge appraises evidence by what is in force now.
-func (s *Service) judge(e *attest.Evidence, rec record, now time.Time) (in verifier.Input, out verifier.Outcome, err error) {
+func (s *Service) judge(e *attest.Evidence, rec record, now time.Time) (in verifier.Input, out verifier.Outcome) {
 	id := e.DeviceID()
 	in = verifier.Input{Evidence: e, Verifier: s.Verifier, Now: now, Logs: &s.logs, References: s.unsigned()}
 	in.Policy, in.Shadow, in.PolicyNeeded = s.Policies.InForce(now)
@@ -118,13 +115,16 @@ func (s *Service) judge(e *attest.Evidence, rec record, now time.Time) (in verif
 	in.Firmware = s.Commons.Count(id, verifier.FirmwareOf(e))
 	out = verifier.Appraise(in)
 	if out.Result.Status != attest.StatusAffirming && fresh(out.Result) && s.Reports != nil {
-		// Once more, now with what changed since the last good boot.
+		// Once more, now with what changed since the last good boot. A report
+		// that cannot be read, such as one of a former report key, costs the
+		// refusal these words and not itself.
+		var err error
 		if in.LastGood, err = s.Reports.lastGood(rec.seen); err != nil {
-			return in, out, err
+			s.Log.Warn("the report of the last good boot cannot be read", "device", id, "error", err)
 		}
 		out = verifier.Appraise(in)
 	}
-	return in, out, nil
+	return in, out
 }
 
 // fresh reports whether a result is of evidence that the device's own TPM has

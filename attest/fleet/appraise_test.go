@@ -310,6 +310,30 @@ func TestReportOfEachAppraisal(t *testing.T) {
 }
 
 // TestOnlyAuthenticEvidenceCounts sends evidence that anyone could make.
+// TestRefusedAfterNewReportKey: the last good boot's report, of a former report
+// key, cannot be read. A bad boot is refused all the same, and a simulation
+// counts the device as unknown.
+func TestRefusedAfterNewReportKey(t *testing.T) {
+	b := newBench(t)
+	s := b.full(false)
+	d, id := b.enrolled()
+	if r := b.boot(d, id, image).Result; r.Status != attest.StatusAffirming {
+		t.Fatalf("%+v", r)
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.service.Reports.key = key
+	draft, _ := s.sign(t, 1, attest.Digest{}, nil, image)
+	if sim, err := b.service.Simulate(t.Context(), draft); err != nil || sim.Unknown != 1 {
+		t.Errorf("simulation: %+v, %v", sim, err)
+	}
+	if r := b.boot(d, id, image2).Result; r.Status == attest.StatusAffirming || r.Reason != attest.ReasonImageMismatch && r.Reason != attest.ReasonImageUnknown {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestOnlyAuthenticEvidenceCounts(t *testing.T) {
 	b := newBench(t)
 	b.full(false)

@@ -29,7 +29,7 @@ type Simulation struct {
 	Devices   int             `json:"devices"`
 	Affirming int             `json:"affirming"`
 	Refused   int             `json:"refused"` // affirming now, and not under the policy
-	Unknown   int             `json:"unknown"` // without a stored report
+	Unknown   int             `json:"unknown"` // without a stored report that can be read
 	Verdicts  []Verdict       `json:"verdicts"`
 }
 
@@ -87,8 +87,9 @@ func (s *Service) simulate(ctx context.Context, id attest.Digest, p *policy.Sign
 		return v, err
 	}
 	r, _, err := report.Parse(data, &s.Reports.key.PublicKey)
-	if err != nil {
-		return v, err
+	if err != nil { // such as one of a former report key
+		s.Log.Warn("the last report of a device cannot be read", "device", id, "error", err)
+		return v, nil
 	}
 	was, err := r.Input(nil)
 	if err != nil {
