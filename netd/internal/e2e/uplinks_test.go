@@ -83,9 +83,9 @@ func (w *world) startEcho(every time.Duration) *echo {
 			server.WriteTo(b[:n], from)
 		}
 	}()
-	if err := w.work.Do(func() (err error) { e.conn, err = net.Dial("udp", "10.1.0.80:7007"); return err }); err != nil {
-		w.t.Fatal(err)
-	}
+	nstest.Eventually(w.t, 10*time.Second, func() error { // the work domain may not know its address yet
+		return w.work.Do(func() (err error) { e.conn, err = net.Dial("udp", "10.1.0.80:7007"); return err })
+	})
 	e.all.Go(func() {
 		b := make([]byte, 64)
 		for {
