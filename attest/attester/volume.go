@@ -27,18 +27,32 @@ type Sealer interface {
 	OwnLockout(auth []byte) (set bool, err error)
 }
 
-// volumeSealer returns the open TPM as a Sealer.
-func (a *Attester) volumeSealer() (Sealer, error) {
+// volumeSealer returns the open TPM, with the rollback counter that goes with
+// the release of the running image, and what seals for a purpose under it.
+func (a *Attester) volumeSealer(release []byte) (Sealer, func(purpose string, secret seal.Secret) (seal.Sealed, error), error) {
+	r, signer, err := seal.ReadRelease(release)
+	if err != nil {
+		return nil, nil, err
+	}
 	if err := a.openTPM(); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	a.mu.Lock()
-	defer a.mu.Unlock()
 	s, ok := a.hw.(Sealer)
+	a.mu.Unlock()
 	if !ok {
-		return nil, errors.New("volume: the TPM was closed, or cannot seal; try again")
+		return nil, nil, errors.New("volume: the TPM was closed, or cannot seal; try again")
 	}
-	return s, nil
+	if err := s.CreateRollbackCounter(r, signer); err != nil {
+		return nil, nil, err
+	}
+	pinned, err := s.StorageName()
+	if err != nil {
+		return nil, nil, err
+	}
+	return s, func(purpose string, secret seal.Secret) (seal.Sealed, error) {
+		return s.Seal(signer, purpose, pinned, secret)
+	}, nil
 }
 
 // MakeVolume makes the key of a new disk under the release key of the running
@@ -47,27 +61,14 @@ func (a *Attester) volumeSealer() (Sealer, error) {
 func (a *Attester) MakeVolume(release []byte) (*seal.Unbound, error) {
 	a.volumes.Lock()
 	defer a.volumes.Unlock()
-	r, signer, err := seal.ReadRelease(release)
-	if err != nil {
-		return nil, err
-	}
 	if _, err := a.Organization.Escrow(); err != nil {
 		return nil, err
 	}
-	s, err := a.volumeSealer()
+	s, sealFor, err := a.volumeSealer(release)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.CreateRollbackCounter(r, signer); err != nil {
-		return nil, err
-	}
-	pinned, err := s.StorageName()
-	if err != nil {
-		return nil, err
-	}
-	u, err := seal.Make(seal.PurposeDisk, func(secret seal.Secret) (seal.Sealed, error) {
-		return s.Seal(signer, seal.PurposeDisk, pinned, secret)
-	})
+	u, err := seal.Make(seal.PurposeDisk, func(secret seal.Secret) (seal.Sealed, error) { return sealFor(seal.PurposeDisk, secret) })
 	if err != nil {
 		return nil, err
 	}
@@ -190,23 +191,12 @@ func (a *Attester) Recover(v *seal.Volume, header attest.Digest, release []byte,
 // running image. A release that this device may not run any more seals
 // nothing.
 func (a *Attester) reseal(v *seal.Volume, secret seal.Secret, release []byte) (*seal.Volume, error) {
-	r, signer, err := seal.ReadRelease(release)
-	if err != nil {
-		return nil, err
-	}
-	s, err := a.volumeSealer()
-	if err != nil {
-		return nil, err
-	}
-	if err := s.CreateRollbackCounter(r, signer); err != nil {
-		return nil, err
-	}
-	pinned, err := s.StorageName()
+	_, sealFor, err := a.volumeSealer(release)
 	if err != nil {
 		return nil, err
 	}
 	again := *v
-	again.Sealed, err = s.Seal(signer, v.Purpose, pinned, secret)
+	again.Sealed, err = sealFor(v.Purpose, secret)
 	return &again, err
 }
 

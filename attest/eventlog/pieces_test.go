@@ -4,7 +4,10 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 // TestPieces reads the files of the corpus that are one structure, no log.
@@ -53,5 +56,19 @@ func FuzzPieces(f *testing.F) {
 		checkSIPA(data, 0)
 		isHPEROM(data)
 		loadedFile(data)
+	})
+}
+
+// TestGuarded: a parser that panics or never ends costs an error.
+func TestGuarded(t *testing.T) {
+	if _, err := guarded(func() (int, error) { panic("out of range") }); err == nil || !strings.Contains(err.Error(), "out of range") {
+		t.Errorf("panic: %v", err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		begin, release := time.Now(), make(chan struct{})
+		defer close(release)
+		if _, err := guarded(func() (int, error) { <-release; return 1, nil }); err == nil || time.Since(begin) != maxTime {
+			t.Errorf("after %v: %v", time.Since(begin), err)
+		}
 	})
 }

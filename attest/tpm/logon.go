@@ -329,20 +329,7 @@ func (t *TPM) withChild(b Boot, s seal.Sealed, options []tpm2.AuthOption, use fu
 		return use(handle)
 	}, options...)
 	if err != nil {
-		return errors.Join(t.explainLogon(b.Release), err)
+		return errors.Join(t.explain(b.Release, seal.PurposeLogin), err)
 	}
 	return nil
-}
-
-// explainLogon is explain without PCR 15, which a logon key does not heed.
-func (t *TPM) explainLogon(release *seal.Release) error {
-	pcrs, err := t.readPCRs(seal.LoginPCRs[:])
-	if err != nil {
-		return err
-	}
-	var counter *uint64
-	if n, err := t.counter(); err == nil {
-		counter = &n
-	}
-	return release.Explain(pcrs, counter)
 }

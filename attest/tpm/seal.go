@@ -161,7 +161,7 @@ func (t *TPM) Unseal(s seal.Sealed, release *seal.Release, key seal.ReleaseKey, 
 		return err
 	}, salted(parent), encrypted())
 	if err != nil {
-		return fail(errors.Join(t.explain(release), fmt.Errorf("%w: %w", ErrUnseal, err)))
+		return fail(errors.Join(t.explain(release, purpose), fmt.Errorf("%w: %w", ErrUnseal, err)))
 	}
 	return seal.NewSecret(out), nil
 }
@@ -204,9 +204,10 @@ func (t *TPM) bootSteps(release *seal.Release, purpose string) func(tpm2.TPMISHP
 	}
 }
 
-// explain says what keeps a key shut, as far as can be seen. t.mu is held.
-func (t *TPM) explain(release *seal.Release) error {
-	pcrs, err := t.readPCRs(seal.PCRs[:])
+// explain says what keeps a key for a purpose shut, as far as can be seen. t.mu
+// is held.
+func (t *TPM) explain(release *seal.Release, purpose string) error {
+	pcrs, err := t.readPCRs(seal.PCRsOf(purpose))
 	if err != nil {
 		return err
 	}

@@ -27,7 +27,7 @@ func identityCommands() map[string]command {
 		"store backup":   {1, storeBackup, show(printBackup)},
 		"device history": {1, deviceHistory, show(printFormer)},
 		"device retire":  {1, retireDevice, show(printRetired)},
-		"permit new":     {0, newPermit, show(printSigned)},
+		"permit new":     {0, newPermit, show(printDocument[*approval.Signed])},
 		"permit add":     {1, addPermit, show(printPermit)},
 		"permit list":    {0, listPermits, show(printPermits)},
 		"purchase add":   {1, addPurchase, show(printAdded)},

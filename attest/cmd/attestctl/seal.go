@@ -42,11 +42,11 @@ func (o *sealOptions) flags(f *flag.FlagSet) {
 // sealCommands but one need no verifier: their keys are kept offline.
 func sealCommands() map[string]command {
 	return map[string]command{
-		"approval sign":    {1, signApproval, show(printSigned)},
+		"approval sign":    {1, signApproval, show(printDocument[*approval.Signed])},
 		"seal sign":        {1, sealSign, show(printRelease)},
 		"seal show":        {1, sealShow, show(explainRelease)},
-		"recovery escrow":  {1, lastEscrow, show(printEscrow)},
-		"recovery request": {0, recoveryRequest, show(printSigned)},
+		"recovery escrow":  {1, lastEscrow, show(printDocument[*seal.Escrow])},
+		"recovery request": {0, recoveryRequest, show(printDocument[*approval.Signed])},
 		"recovery release": {1, recoveryRelease, show(printRecovery)},
 		"recovery list":    {0, listRecoveries, show(printRecoveries)},
 	}
@@ -122,17 +122,11 @@ func lastEscrow(ctx context.Context, o *options, args []string) (any, error) {
 	return &list[len(list)-1], nil
 }
 
-func printEscrow(w io.Writer, e *seal.Escrow) error {
-	enc := json.NewEncoder(w)
-	enc.SetIndent("", "  ")
-	return enc.Encode(e)
-}
-
-// printSigned prints the document itself, to be passed on and signed.
-func printSigned(w io.Writer, s *approval.Signed) error {
+// printDocument prints the document itself, to be passed on.
+func printDocument[T any](w io.Writer, v T) error {
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
-	return e.Encode(s)
+	return e.Encode(v)
 }
 
 func sealSign(_ context.Context, o *options, args []string) (any, error) {
