@@ -35,6 +35,7 @@ type Status struct {
 type actions struct {
 	status   func() Status
 	powerOff func()
+	wake     func(context.Context) error
 	recover  func(ctx context.Context, typed string) error
 	wipe     func() error
 }
@@ -57,6 +58,11 @@ func handler(a actions) http.Handler {
 	mux.HandleFunc("POST /v1/poweroff", func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusAccepted)
 		a.powerOff()
+	})
+	mux.HandleFunc("POST /v1/wake", func(w http.ResponseWriter, r *http.Request) {
+		if err := a.wake(r.Context()); err != nil {
+			http.Error(w, err.Error(), http.StatusConflict)
+		}
 	})
 	mux.HandleFunc("POST /v1/disk/recover", func(w http.ResponseWriter, r *http.Request) {
 		var req RecoverRequest
@@ -150,6 +156,12 @@ func (c *Client) Status(ctx context.Context) (Status, json.RawMessage, error) {
 // PowerOff asks for an orderly power-off and does not wait for it.
 func (c *Client) PowerOff(ctx context.Context) error {
 	_, err := c.do(ctx, http.MethodPost, "/v1/poweroff", nil)
+	return err
+}
+
+// Wake ends the work domain's sleep.
+func (c *Client) Wake(ctx context.Context) error {
+	_, err := c.do(ctx, http.MethodPost, "/v1/wake", nil)
 	return err
 }
 

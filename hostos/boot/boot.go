@@ -503,7 +503,7 @@ func (h *host) serveAPI(ctx context.Context, wg *sync.WaitGroup) error {
 		return err
 	}
 	srv := newServer(handler(actions{
-		status: h.status, powerOff: h.powerOff,
+		status: h.status, powerOff: h.powerOff, wake: h.machine.Wake,
 		recover: func(r context.Context, typed string) error { return h.recoverDisk(r, ctx, wg, typed) },
 		wipe:    h.wipeDisk,
 	}))

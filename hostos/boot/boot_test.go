@@ -237,7 +237,8 @@ func TestAPI(t *testing.T) {
 		t.Fatal(err)
 	}
 	offs := 0
-	srv := newServer(handler(actions{status: func() Status { return Status{State: "running"} }, powerOff: func() { offs++ }}))
+	srv := newServer(handler(actions{status: func() Status { return Status{State: "running"} }, powerOff: func() { offs++ },
+		wake: func(context.Context) error { return errors.New("it does not sleep") }}))
 	done := make(chan struct{})
 	go func() { defer close(done); srv.Serve(l) }()
 	defer func() { srv.Close(); <-done }()
@@ -254,6 +255,9 @@ func TestAPI(t *testing.T) {
 	}
 	if err := c.PowerOff(context.Background()); err != nil || offs != 1 {
 		t.Fatalf("%v, %d power-offs", err, offs)
+	}
+	if err := c.Wake(context.Background()); err == nil || !strings.Contains(err.Error(), "does not sleep") {
+		t.Errorf("wake: %v, want what init says", err)
 	}
 }
 

@@ -17,11 +17,12 @@ type State uint8
 
 // States of the work domain; the words leave the process.
 const (
-	Absent   State = 0 // no QEMU, or it does not answer
-	Running  State = 1
-	Paused   State = 2
-	Shutdown State = 3 // it has switched itself off
-	Panicked State = 4 // its kernel reported that it cannot go on
+	Absent    State = 0 // no QEMU, or it does not answer
+	Running   State = 1
+	Paused    State = 2
+	Shutdown  State = 3 // it has switched itself off
+	Panicked  State = 4 // its kernel reported that it cannot go on
+	Suspended State = 5 // it sleeps (ACPI S3) until Wake
 )
 
 func (s State) String() string {
@@ -34,6 +35,8 @@ func (s State) String() string {
 		return "shutdown"
 	case Panicked:
 		return "panicked"
+	case Suspended:
+		return "suspended"
 	}
 	return "absent"
 }
@@ -43,7 +46,7 @@ func (s State) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
 // UnmarshalText implements encoding.TextUnmarshaler.
 func (s *State) UnmarshalText(b []byte) error {
-	for v := Absent; v <= Panicked; v++ {
+	for v := Absent; v <= Suspended; v++ {
 		if v.String() == string(b) {
 			*s = v
 			return nil
@@ -104,7 +107,7 @@ func (m *Machine) set(s State, detail string) {
 func (m *Machine) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if err := m.follow(ctx); err != nil && !errors.Is(err, os.ErrNotExist) {
-			if s := m.Status().State; s == Running || s == Paused {
+			if s := m.Status().State; s == Running || s == Paused || s == Suspended {
 				detail := "QEMU does not answer: " + err.Error()
 				if errors.Is(err, io.EOF) {
 					detail = "QEMU has ended"
@@ -160,6 +163,8 @@ func runState(s string) State {
 		return Shutdown
 	case "guest-panicked":
 		return Panicked
+	case "suspended":
+		return Suspended
 	}
 	return Paused
 }
@@ -193,7 +198,9 @@ func (m *Machine) event(e event) {
 		m.set(Panicked, "the work domain's kernel panicked")
 	case "STOP":
 		m.set(Paused, "")
-	case "RESUME":
+	case "SUSPEND":
+		m.set(Suspended, "the work domain sleeps")
+	case "RESUME", "WAKEUP":
 		m.set(Running, "")
 	}
 }
@@ -201,15 +208,28 @@ func (m *Machine) event(e event) {
 var errNoConnection = errors.New("qmp: no connection to QEMU")
 
 // PowerDown presses the work domain's power button (ACPI). The work domain
-// decides what to do about it.
+// decides what to do about it; one that sleeps is woken first, to hear it.
 func (m *Machine) PowerDown(ctx context.Context) error {
+	if m.Status().State == Suspended {
+		if err := m.Wake(ctx); err != nil {
+			return err
+		}
+	}
+	return m.press(ctx, "system_powerdown")
+}
+
+// Wake ends the work domain's sleep. It is an error if it does not sleep.
+func (m *Machine) Wake(ctx context.Context) error { return m.press(ctx, "system_wakeup") }
+
+// press executes a command without arguments or answer.
+func (m *Machine) press(ctx context.Context, command string) error {
 	m.mu.Lock()
 	q := m.conn
 	m.mu.Unlock()
 	if q == nil {
 		return errNoConnection
 	}
-	return q.execute(ctx, "system_powerdown", nil)
+	return q.execute(ctx, command, nil)
 }
 
 // Prepare makes dir, which belongs to uid alone, with a fresh copy of the

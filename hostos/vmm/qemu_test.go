@@ -81,6 +81,7 @@ func TestEvents(t *testing.T) {
 		"guest switches off": {[]string{`{"event":"SHUTDOWN","data":{"guest":true,"reason":"guest-shutdown"}}`}, []State{Running, Shutdown}},
 		"guest panics": {[]string{`{"event":"GUEST_PANICKED","data":{"action":"shutdown"}}`,
 			`{"event":"SHUTDOWN","data":{"guest":true,"reason":"guest-panic"}}`, `{"event":"RESUME"}`}, []State{Running, Panicked, Running}},
+		"sleeps":           {[]string{`{"event":"SUSPEND"}`, `{"event":"WAKEUP"}`}, []State{Running, Suspended, Running}},
 		"told to quit":     {[]string{`{"event":"SHUTDOWN","data":{"guest":false,"reason":"host-signal"}}`}, []State{Running, Absent}},
 		"paused":           {[]string{`{"event":"STOP"}`, `{"event":"RESUME"}`}, []State{Running, Paused, Running}},
 		"nonsense":         {[]string{`not json`}, []State{Running, Absent}},

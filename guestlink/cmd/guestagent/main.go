@@ -72,6 +72,9 @@ func run(ctx context.Context, log *slog.Logger, tun, resolv, link string, plain 
 	if err != nil {
 		return err
 	}
+	if err := guest.LongSegments(guest.ProcSys); err != nil {
+		log.Warn("the link works, but slower", "error", err)
+	}
 	notify := func(state string) {
 		if _, err := daemon.SdNotify(false, state); err != nil {
 			log.Warn("notify", "error", err)

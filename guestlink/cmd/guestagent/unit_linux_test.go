@@ -122,6 +122,9 @@ func TestUnit(t *testing.T) {
 	if out, err := inside("cat", "/etc/resolv.conf"); err != nil || out != "nameserver 10.1.0.53" {
 		t.Errorf("resolv.conf: %s, %v", out, err)
 	}
+	if out, err := inside("cat", "/proc/sys/net/ipv4/tcp_tso_rtt_log"); err != nil || out != "31" {
+		t.Errorf("tcp_tso_rtt_log: %s, %v", out, err)
+	}
 	old := show("MainPID")
 	if out, err := inside("kill", "-KILL", old); err != nil {
 		t.Fatalf("kill: %s, %v", out, err)

@@ -18,6 +18,7 @@ const usage = `init: PID 1 of the host domain
 
   init status [-json]   what init, its services and the work domain are doing
   init poweroff         orderly power-off: work domain, services, machine
+  init wake             end the sleep of a work domain that is suspended
   init recover          open the work domain's disk by the recovery key on standard
                         input, and start the work domain
   init wipe -yes        destroy the key of the work domain's disk, for ever and for
@@ -43,6 +44,8 @@ func main() {
 		fail(status(args[1:]))
 	case args[0] == "poweroff" && len(args) == 1:
 		fail(boot.NewClient(boot.InitSocket).PowerOff(context.Background()))
+	case args[0] == "wake" && len(args) == 1:
+		fail(boot.NewClient(boot.InitSocket).Wake(context.Background()))
 	case args[0] == "recover" && len(args) == 1:
 		fail(recoverDisk())
 	case args[0] == "wipe" && len(args) == 2 && args[1] == "-yes":

@@ -33,6 +33,7 @@ type Sample struct {
 	Sent, Lost  uint64        // outer packets
 	RTT, Jitter time.Duration // smoothed, and its mean deviation
 	Carried     uint64        // bytes of inner packets so far, both ways
+	Dropped     uint64        // inner packets that found no room so far
 }
 
 const (
@@ -47,6 +48,10 @@ const (
 	// than the delay of single packets: TCP's own repair keeps the inner flows
 	// fast where datagrams would hand each loss on to them.
 	bulk = 256 << 10
+	// So are crowded inner packets in a second that HTTP/3 has no room for,
+	// whatever the rate is: quic-go holds few datagrams, and their loss keeps the
+	// inner flows below bulk for ever.
+	crowded = 10
 	// A path counts as rough after roughFor such seconds of the last window, and
 	// as clean after cleanFor without one; cleanFor doubles up to cleanMost with
 	// each return, so that a path on the edge is not walked back and forth.
@@ -69,6 +74,7 @@ type chooser struct {
 	sent    uint64
 	lost    uint64
 	carried uint64
+	dropped uint64
 	rate    uint64 // bytes a second, smoothed
 	clean   time.Duration
 	need    time.Duration // clean that it takes to go back to TLS
@@ -93,7 +99,8 @@ func (c *chooser) step(s Sample) Carriage {
 	if c.carried != 0 && s.Carried >= c.carried {
 		c.rate = (3*c.rate + s.Carried - c.carried) / 4
 	}
-	c.carried = s.Carried
+	crowd := s.Dropped >= c.dropped+crowded
+	c.carried, c.dropped = s.Carried, s.Dropped
 	c.sent += s.Sent
 	c.lost += s.Lost
 	lossy := false
@@ -118,6 +125,9 @@ func (c *chooser) step(s Sample) Carriage {
 	case c.now == TLS && n >= roughFor && c.rate < bulk:
 		return HTTP3
 	case c.now == HTTP3 && c.rate >= bulk:
+		return TLS
+	case c.now == HTTP3 && crowd:
+		c.hold = retryFirst // what waits there has to show its rate first
 		return TLS
 	case c.now == HTTP3 && c.clean >= c.need:
 		c.need = min(2*c.need, cleanMost)

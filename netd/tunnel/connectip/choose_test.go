@@ -53,6 +53,29 @@ func TestChooser(t *testing.T) {
 	}
 }
 
+// TestChooserCrowd: a flow that HTTP/3 has no room for stays slow by its own
+// losses; it is moved to TLS and left there for a while.
+func TestChooserCrowd(t *testing.T) {
+	late := Sample{Sent: 200, RTT: 60 * time.Millisecond, Jitter: 40 * time.Millisecond}
+	c := &chooser{}
+	c.at(HTTP3)
+	if got := drive(c, 20, late, 150<<10); got != HTTP3 {
+		t.Fatalf("%s below bulk and without drops", got)
+	}
+	late.Dropped = crowded - 1
+	if got := drive(c, 1, late, 150<<10); got != HTTP3 {
+		t.Errorf("%s for a few drops", got)
+	}
+	late.Dropped += crowded
+	if got := drive(c, 1, late, 150<<10); got != TLS {
+		t.Fatalf("%s while packets find no room", got)
+	}
+	c.at(TLS)
+	if got := drive(c, int(retryFirst/sampleEvery)-1, late, 150<<10); got != TLS {
+		t.Errorf("%s again at once", got)
+	}
+}
+
 // TestChooserDoesNotFlap: what cannot be opened is left alone for a while, and
 // each return to TLS takes longer.
 func TestChooserDoesNotFlap(t *testing.T) {

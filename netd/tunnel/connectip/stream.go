@@ -188,6 +188,7 @@ func (s *Stream) Suspect() bool { return s.suspect.Load() }
 func (s *Stream) Sample() Sample {
 	p := s.by.sample()
 	p.Carried = s.sentBytes.Load() + s.receivedBytes.Load()
+	p.Dropped = s.dropped.Load()
 	return p
 }
 

@@ -156,13 +156,20 @@ func through(ctx context.Context, inner netip.Addr, to netip.AddrPort, count int
 	return json.NewEncoder(os.Stdout).Encode(r)
 }
 
-// link receives one stream that the work domain sends by TCP through the guest
-// link alone: it takes work0 out of the namespace inside into one of its own,
+// link receives a number of streams, one after the other, that the work domain
+// sends by TCP through the guest link alone: it takes work0 out of the namespace inside into one of its own,
 // where ADDRESS is, and sends nothing on. linkd keeps its device meanwhile; at
 // the end it goes and linkd with it, and linkd comes back by itself.
 func link(ctx context.Context, args []string) error {
-	if len(args) != 2 {
-		return errors.New("link: want INNER ADDRESS:PORT")
+	if len(args) != 2 && len(args) != 3 {
+		return errors.New("link: want INNER ADDRESS:PORT [STREAMS]")
+	}
+	streams := 1
+	if len(args) == 3 {
+		var err error
+		if streams, err = strconv.Atoi(args[2]); err != nil {
+			return fmt.Errorf("link: streams: %w", err)
+		}
 	}
 	inner, err := netip.ParseAddr(args[0])
 	if err != nil {
@@ -175,13 +182,13 @@ func link(ctx context.Context, args []string) error {
 	result := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // never unlocked: this thread has a namespace of its own
-		result <- endOfLink(ctx, inner, at)
+		result <- endOfLink(ctx, inner, at, streams)
 	}()
 	return <-result
 }
 
 // endOfLink does link's work on a thread that it may move.
-func endOfLink(ctx context.Context, inner netip.Addr, at netip.AddrPort) error {
+func endOfLink(ctx context.Context, inner netip.Addr, at netip.AddrPort, streams int) error {
 	inside, err := netns.GetFromPath("/run/netns/inside")
 	if err != nil {
 		return fmt.Errorf("link: %w", err)
@@ -229,13 +236,17 @@ func endOfLink(ctx context.Context, inner netip.Addr, at netip.AddrPort) error {
 	}
 	defer context.AfterFunc(ctx, func() { l.Close() })()
 	defer l.Close()
-	conn, err := l.Accept()
-	if err != nil {
-		return fmt.Errorf("link: %w", err)
+	for range streams {
+		conn, err := l.Accept()
+		if err != nil {
+			return fmt.Errorf("link: %w", err)
+		}
+		_, err = stream.Receive(conn, false)
+		if err := errors.Join(err, conn.Close()); err != nil {
+			return err
+		}
 	}
-	defer conn.Close()
-	_, err = stream.Receive(conn, false)
-	return err
+	return nil
 }
 
 // killLinkd ends linkd.

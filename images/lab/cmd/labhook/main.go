@@ -8,7 +8,7 @@
 //	labhook sink [-frames] PORT
 //	labhook air up|down
 //	labhook tunnel INNER ADDRESS:PORT BYTES
-//	labhook link INNER ADDRESS:PORT
+//	labhook link INNER ADDRESS:PORT [STREAMS]
 //
 // Description:
 //
