@@ -72,7 +72,7 @@ func run(ctx context.Context, log *slog.Logger, tun, resolv, link string, plain 
 	if err != nil {
 		return err
 	}
-	if err := guest.LongSegments(guest.ProcSys); err != nil {
+	if err := errors.Join(guest.LongSegments(guest.ProcSys), guest.Yield()); err != nil {
 		log.Warn("the link works, but slower", "error", err)
 	}
 	notify := func(state string) {

@@ -125,6 +125,10 @@ func TestUnit(t *testing.T) {
 	if out, err := inside("cat", "/proc/sys/net/ipv4/tcp_tso_rtt_log"); err != nil || out != "31" {
 		t.Errorf("tcp_tso_rtt_log: %s, %v", out, err)
 	}
+	// Field 41 is the policy (proc_pid_stat(5)); 3 is SCHED_BATCH.
+	if out, err := inside("bash", "-c", "cut -d' ' -f41 /proc/"+show("MainPID")+"/task/*/stat | sort -u"); err != nil || out[strings.LastIndex(out, "\n")+1:] != "3" || strings.Contains(out, "0\n") {
+		t.Errorf("scheduling policies of the agent's threads: %q, %v", out, err)
+	}
 	old := show("MainPID")
 	if out, err := inside("kill", "-KILL", old); err != nil {
 		t.Fatalf("kill: %s, %v", out, err)
