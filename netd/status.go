@@ -77,10 +77,13 @@ type Uplink struct {
 	Carrier bool         `json:"carrier"`
 	Address netip.Prefix `json:"address,omitzero"` // zero while there is no sound lease
 	Router  netip.Addr   `json:"router,omitzero"`
-	MTU     int          `json:"mtu,omitempty"`    // bytes
-	Expires time.Time    `json:"expires,omitzero"` // end of the lease
-	Reason  string       `json:"reason,omitempty"` // why it is unusable, empty when it is usable
-	Detail  string       `json:"detail,omitempty"`
+	MTU     int          `json:"mtu,omitempty"` // bytes
+	// PathMTU is less than MTU where the way to the servers swallows longer
+	// packets without a word, as a probe has found; else 0.
+	PathMTU int       `json:"path_mtu,omitempty"`
+	Expires time.Time `json:"expires,omitzero"` // end of the lease
+	Reason  string    `json:"reason,omitempty"` // why it is unusable, empty when it is usable
+	Detail  string    `json:"detail,omitempty"`
 }
 
 // Usable reports whether the uplink has carrier and a sound lease.

@@ -182,8 +182,8 @@ func New(c Config) *Daemon {
 }
 
 // dial is tunnel.DialTCP over an uplink.
-func dial(ctx context.Context, u netd.Uplink, to, proxy netip.AddrPort) (net.Conn, error) {
-	return tunnel.DialTCP(ctx, tunnel.Path{Link: u.Name, Source: u.Address.Addr()}, to, proxy)
+func dial(ctx context.Context, u netd.Uplink, mtu int, to, proxy netip.AddrPort) (net.Conn, error) {
+	return tunnel.DialTCP(ctx, tunnel.Path{Link: u.Name, Source: u.Address.Addr(), MTU: mtu}, to, proxy)
 }
 
 // Run keeps the kernel, the tunnel and linkd as the facts ask until ctx is

@@ -282,7 +282,7 @@ func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 	} else {
 		s.Office = nil
 	}
-	want := wanted{open: affirming && state >= netd.Portal, path: tunnel.Path{Link: l.in.uplink.Name, Source: l.in.uplink.Address.Addr()}, until: l.in.gate.NotAfter}
+	want := wanted{open: affirming && state >= netd.Portal, path: tunnel.Path{Link: l.in.uplink.Name, Source: l.in.uplink.Address.Addr(), MTU: l.in.uplink.PathMTU}, until: l.in.gate.NotAfter}
 	wish := want != d.want
 	d.want = want
 	first := !d.ready && l.sealed

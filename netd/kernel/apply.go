@@ -223,14 +223,26 @@ func (n *Namespace) routeChanges(link netlink.Link, want []plan.Route) (add, rem
 	if err != nil {
 		return nil, nil, fmt.Errorf("routes of %s: %w", name, err)
 	}
-	var kept []plan.Route
+	var kept, found []plan.Route
 	for _, h := range have {
-		r := plan.Route{Destination: prefix(h.Dst), Link: name, Metric: h.Priority}
+		r := plan.Route{Destination: prefix(h.Dst), Link: name, Metric: h.Priority, MTU: h.MTU}
 		if via, ok := netip.AddrFromSlice(h.Gw); ok {
 			r.Via = via.Unmap()
 		}
+		found = append(found, r)
 		if h.Protocol == protocol && slices.Contains(want, r) {
 			kept = append(kept, r)
+		}
+	}
+	for i, h := range have {
+		r := found[i]
+		if h.Protocol == protocol && slices.Contains(want, r) {
+			continue
+		}
+		// One that differs in its router or MTU alone is replaced below.
+		if slices.ContainsFunc(want, func(w plan.Route) bool {
+			return w.Link == name && w.Destination == r.Destination && w.Metric == r.Metric && !slices.Contains(kept, w)
+		}) {
 			continue
 		}
 		remove = append(remove, change{"remove " + r.String(), func() error {
@@ -244,7 +256,7 @@ func (n *Namespace) routeChanges(link netlink.Link, want []plan.Route) (add, rem
 		if r.Link != name || slices.Contains(kept, r) {
 			continue
 		}
-		route := &netlink.Route{LinkIndex: index, Dst: ipNet(r.Destination), Protocol: protocol, Scope: netlink.SCOPE_LINK, Table: unix.RT_TABLE_MAIN, Priority: r.Metric}
+		route := &netlink.Route{LinkIndex: index, Dst: ipNet(r.Destination), Protocol: protocol, Scope: netlink.SCOPE_LINK, Table: unix.RT_TABLE_MAIN, Priority: r.Metric, MTU: r.MTU}
 		if r.Via.IsValid() {
 			route.Gw, route.Scope = r.Via.AsSlice(), netlink.SCOPE_UNIVERSE
 		}

@@ -59,6 +59,7 @@ type Route struct {
 	Via         netip.Addr
 	Link        string
 	Metric      int // the lower is taken, by whoever is not bound to a link
+	MTU         int // bytes, for a way that is narrower than its link; 0 if it is not
 }
 
 // Ruleset is one nftables table of family inet, replaced as a whole.
@@ -177,6 +178,9 @@ func (r Route) String() string {
 	s += " dev " + r.Link
 	if r.Metric != 0 {
 		s += fmt.Sprintf(" metric %d", r.Metric)
+	}
+	if r.MTU != 0 {
+		s += fmt.Sprintf(" mtu %d", r.MTU)
 	}
 	return s
 }

@@ -159,7 +159,7 @@ func (n *Namespace) open(up netd.Uplink, endpoints, quic []netip.AddrPort, metri
 	input.Rules = append(input.Rules, Rule{In: up.Name, Destination: self, Protocol: ICMP, Tracked: Related, Verdict: Accept})
 	for _, e := range endpoints {
 		to := host(e.Addr())
-		r := Route{Destination: to, Via: up.Router, Link: up.Name, Metric: metric}
+		r := Route{Destination: to, Via: up.Router, Link: up.Name, Metric: metric, MTU: up.PathMTU}
 		if up.Address.Contains(e.Addr()) {
 			r.Via = netip.Addr{}
 		}

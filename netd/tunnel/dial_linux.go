@@ -8,7 +8,10 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxProxyAnswer bounds a proxy's response header in bytes.
@@ -33,7 +36,7 @@ func (e *ProxyError) Unwrap() error { return e.Err }
 // DialTCP connects to an address over the path, by the HTTP proxy if that is
 // valid. Who dials has signs of life of its own: TCP keepalive is off.
 func DialTCP(ctx context.Context, path Path, to, proxy netip.AddrPort) (*net.TCPConn, error) {
-	dialer := net.Dialer{KeepAlive: -1, Control: BindToLink(path.Link)}
+	dialer := net.Dialer{KeepAlive: -1, Control: path.control}
 	if path.Source.IsValid() {
 		dialer.LocalAddr = &net.TCPAddr{IP: path.Source.AsSlice()}
 	}
@@ -54,6 +57,34 @@ func DialTCP(ctx context.Context, path Path, to, proxy netip.AddrPort) (*net.TCP
 		}
 	}
 	return tcp, nil
+}
+
+// control binds a TCP socket to the path's link and has it announce, and keep
+// to, segments that fit the path (tcp(7), TCP_MAXSEG): a way that swallows longer
+// packets without a word is so none for it, in either direction.
+func (p Path) control(network, address string, c syscall.RawConn) error {
+	if bind := BindToLink(p.Link); bind != nil {
+		if err := bind(network, address, c); err != nil {
+			return err
+		}
+	}
+	if p.MTU == 0 {
+		return nil
+	}
+	headers := 40 // IPv4 and TCP without options
+	if network == "tcp6" {
+		headers = 60
+	}
+	var err error
+	if cerr := c.Control(func(fd uintptr) {
+		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_MAXSEG, p.MTU-headers)
+	}); cerr != nil {
+		return cerr
+	}
+	if err != nil {
+		return fmt.Errorf("segments for an mtu of %d: %w", p.MTU, err)
+	}
+	return nil
 }
 
 // connect asks an HTTP proxy for a TCP connection (RFC 9110, section 9.3.6) and

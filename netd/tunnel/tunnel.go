@@ -21,6 +21,7 @@ import (
 type Path struct {
 	Link   string     // the uplink
 	Source netip.Addr // its address
+	MTU    int        // of outer packets, in bytes, if the way is known to swallow longer ones; 0 if not
 }
 
 // Target is what a session is opened to and with.

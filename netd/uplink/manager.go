@@ -37,7 +37,8 @@ type Config struct {
 	// change. It must not block; it is called by one goroutine at a time.
 	Report func([]Candidate)
 	// Probe tries to reach a gateway over an uplink. Nil counts every lease as good.
-	Probe func(context.Context, netd.Uplink) error
+	// It returns the MTU that packets must keep to, or 0 for the uplink's own.
+	Probe func(context.Context, netd.Uplink) (int, error)
 	// Claims are addresses that no local network may claim as its own: those of the organisation's servers on the
 	// Internet. A lease whose prefix holds one is bad.
 	Claims []netip.Addr
@@ -64,9 +65,11 @@ type record struct {
 	link   Link
 	uplink netd.Uplink // the lease's part of it
 	health string
-	since  time.Time // since when it is sound; zero while it is not
-	losses int
-	last   netip.Addr // the last address had, to ask for again
+	// pathMTU is what the last probe that got through had to keep to; 0 if nothing.
+	pathMTU int
+	since   time.Time // since when it is sound; zero while it is not
+	losses  int
+	last    netip.Addr // the last address had, to ask for again
 
 	facts wpa.Facts // of the network that it has joined
 
@@ -255,7 +258,7 @@ func (m *Manager) leased(ctx context.Context, r *record, u netd.Uplink) {
 		m.setHealth(r, netd.HealthUnknown)
 		return
 	}
-	r.last = u.Address.Addr()
+	r.last, r.pathMTU = u.Address.Addr(), 0
 	if m.Probe == nil {
 		m.setHealth(r, netd.HealthGood)
 		return
@@ -267,9 +270,12 @@ func (m *Manager) leased(ctx context.Context, r *record, u netd.Uplink) {
 	doubt := r.doubt
 	go func() {
 		defer close(done)
-		watch(ctx, func(ctx context.Context) error { return m.Probe(ctx, u) }, doubt, func(health string) {
+		watch(ctx, func(ctx context.Context) (int, error) { return m.Probe(ctx, u) }, doubt, func(health string, pathMTU int) {
 			m.post(ctx, func() {
 				if ctx.Err() == nil {
+					if health == netd.HealthGood {
+						r.pathMTU = pathMTU
+					}
 					m.setHealth(r, health)
 				}
 			})
@@ -302,7 +308,7 @@ func (m *Manager) report() {
 	for _, r := range slices.SortedFunc(maps.Values(m.known), func(a, b *record) int { return cmp.Compare(a.link.Index, b.link.Index) }) {
 		u := r.uplink
 		u.Carrier, u.Kind, u.Driver = r.link.Carrier, r.link.Kind, r.link.Driver
-		u.Health, u.Losses, u.Since = r.health, r.losses, r.since
+		u.Health, u.Losses, u.Since, u.PathMTU = r.health, r.losses, r.since, r.pathMTU
 		u.Network, u.Signal = r.facts.Network, r.facts.Signal
 		if r.facts.Reason != "" && !u.Usable() {
 			u.Reason, u.Detail = r.facts.Reason, r.facts.Detail

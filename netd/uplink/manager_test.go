@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -32,14 +33,14 @@ func runManager(t *testing.T, claims []netip.Addr, script func(context.Context, 
 		r.Manager = New(Config{
 			Claims: claims,
 			Report: func(c []Candidate) { r.mu.Lock(); r.last = c; r.mu.Unlock() },
-			Probe: func(_ context.Context, u netd.Uplink) error {
+			Probe: func(_ context.Context, u netd.Uplink) (int, error) {
 				r.mu.Lock()
 				defer r.mu.Unlock()
 				r.tried[u.Name]++
 				if r.lost[u.Name] {
-					return errors.New("no answer")
+					return 0, errors.New("no answer")
 				}
-				return nil
+				return 0, nil
 			},
 		})
 		r.lease = func(ctx context.Context, l Link, _ netip.Addr, report func(netd.Uplink)) {
@@ -147,11 +148,11 @@ func TestBlackHole(t *testing.T) {
 func TestLeadsNowhere(t *testing.T) {
 	runManager(t, nil, func(ctx context.Context, r *rig) {
 		inner := r.Probe
-		r.Probe = func(ctx context.Context, u netd.Uplink) error {
-			if err := inner(ctx, u); err != nil {
-				return &net.OpError{Op: "dial", Err: syscall.ENETUNREACH}
+		r.Probe = func(ctx context.Context, u netd.Uplink) (int, error) {
+			if _, err := inner(ctx, u); err != nil {
+				return 0, &net.OpError{Op: "dial", Err: syscall.ENETUNREACH}
 			}
-			return nil
+			return 0, nil
 		}
 		r.lose("eth0", true)
 		r.links <- []Link{{Index: 2, Name: "eth0", Kind: netd.KindWired, Carrier: true}}
@@ -187,4 +188,56 @@ func TestClaims(t *testing.T) {
 			t.Error("probed although it is bad")
 		}
 	})
+}
+
+// TestWidth: the widest packets that get through count, shorter ones are tried
+// only when the path's own are stalled, and a refusal is taken at its word.
+func TestWidth(t *testing.T) {
+	refused := errors.New("refused")
+	for _, c := range []struct {
+		name   string
+		passes int // the longest packet that gets through
+		takes  time.Duration
+		err    error
+		want   int
+		tried  int
+	}{
+		{name: "wide", passes: 1500, takes: 20 * time.Millisecond, want: 0, tried: 1},
+		{name: "wide and slow", passes: 1500, takes: 800 * time.Millisecond, want: 0, tried: 4},
+		{name: "1492", passes: 1492, takes: 20 * time.Millisecond, want: 1400, tried: 4},
+		{name: "1300", passes: 1300, takes: 20 * time.Millisecond, want: 1280, tried: 4},
+		{name: "1000", passes: 1000, takes: 20 * time.Millisecond, want: 1000, tried: 4},
+		{name: "black hole", passes: 0, err: context.DeadlineExceeded, tried: 4},
+		{name: "refused", passes: 1500, err: refused, tried: 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), probeTimeout)
+				defer cancel()
+				var tried atomic.Int64
+				mtu, err := width(ctx, func(ctx context.Context, mtu int) error {
+					tried.Add(1)
+					if c.err == refused {
+						return refused
+					}
+					if mtu == 0 {
+						mtu = 1500
+					}
+					if mtu > c.passes {
+						<-ctx.Done()
+						return ctx.Err()
+					}
+					select {
+					case <-time.After(c.takes):
+						return nil
+					case <-ctx.Done():
+						return ctx.Err()
+					}
+				})
+				if mtu != c.want || !errors.Is(err, c.err) || int(tried.Load()) != c.tried {
+					t.Errorf("width %d, %v after %d tries; want %d, %v after %d", mtu, err, tried.Load(), c.want, c.err, c.tried)
+				}
+			})
+		})
+	}
 }

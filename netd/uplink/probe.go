@@ -27,9 +27,9 @@ const (
 )
 
 // watch probes again and again, at once when in doubt, until ctx is done.
-func watch(ctx context.Context, probe func(context.Context) error, doubt <-chan struct{}, set func(health string)) {
+func watch(ctx context.Context, probe func(context.Context) (int, error), doubt <-chan struct{}, set func(health string, pathMTU int)) {
 	for failed, unsent, pause := 0, 0, firstPause; ; {
-		err := func() error {
+		mtu, err := func() (int, error) {
 			ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 			defer cancel()
 			return probe(ctx)
@@ -39,14 +39,14 @@ func watch(ctx context.Context, probe func(context.Context) error, doubt <-chan 
 		case ctx.Err() != nil:
 			return
 		case err == nil:
-			set(netd.HealthGood)
+			set(netd.HealthGood, mtu)
 			failed, unsent, pause, next = 0, 0, firstPause, probeEvery/2+rand.N(probeEvery)
 		case local(err) && unsent < maxLocal:
 			unsent++
 			next = localPause
 		default:
 			if failed++; failed >= deadAfter {
-				set(netd.HealthDead)
+				set(netd.HealthDead, 0)
 			}
 			pause = min(2*pause, maxPause)
 		}
@@ -67,23 +67,95 @@ func local(err error) bool {
 }
 
 // dialer connects over one uplink alone, by the HTTP proxy if that is valid.
-type dialer = func(ctx context.Context, u netd.Uplink, to, proxy netip.AddrPort) (net.Conn, error)
+// mtu, unless 0, is that of the packets that it sends and takes.
+type dialer = func(ctx context.Context, u netd.Uplink, mtu int, to, proxy netip.AddrPort) (net.Conn, error)
+
+const (
+	// stalled is how long a handshake may take before shorter packets are tried
+	// beside it. Both ends' first flights are longer than any Ethernet packet,
+	// for the sake of ML-KEM, so one that goes through has shown the path's width.
+	stalled = 500 * time.Millisecond
+	// grace is how long longer packets have when shorter ones came through.
+	grace = 250 * time.Millisecond
+)
+
+// widths are the MTUs tried on a path that swallows Ethernet's 1500: of tunnels
+// and mobile networks, of IPv6 (RFC 8200, section 5), and the least that the
+// tunnel is of any use on. 0 is the uplink's own.
+func widths() []int { return []int{0, 1400, 1280, 1000} }
+
+// width calls reach with each of widths, the shorter ones only when the first
+// is stalled, and returns the widest that succeeds.
+func width(ctx context.Context, reach func(ctx context.Context, mtu int) error) (int, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	list := widths()
+	errs := make([]error, len(list))
+	type result struct {
+		i   int
+		err error
+	}
+	results := make(chan result)
+	running, best := 0, -1
+	try := func(i int) {
+		running++
+		go func() { results <- result{i, reach(ctx, list[i])} }()
+	}
+	try(0)
+	later, enough := time.NewTimer(stalled), time.NewTimer(time.Hour)
+	defer later.Stop()
+	defer enough.Stop()
+	for running > 0 {
+		select {
+		case <-later.C:
+			for i := range list[1:] {
+				try(i + 1)
+			}
+		case <-enough.C:
+			cancel()
+		case r := <-results:
+			running--
+			errs[r.i] = r.err
+			switch {
+			case r.err != nil:
+			case r.i == 0:
+				best = 0
+				cancel()
+			case best < 0 || r.i < best:
+				best = r.i
+				enough.Reset(grace)
+			}
+			if r.i == 0 {
+				later.Stop()
+			}
+		}
+	}
+	cancel()
+	if best < 0 {
+		return 0, errs[0]
+	}
+	return list[best], nil
+}
 
 // Prober returns a Probe that reaches one of the organisation's servers: a TLS
 // handshake, over the uplink alone, with a server whose certificate the
 // organisation's CA signed. No captive portal and no local network can answer
 // it. A laptop whose attestation is in force (admitted) asks the gateways, by the
 // organisation's proxy if it has one, any other the verifiers: it has no
-// business with a gateway.
-func Prober(org *attest.Organization, dial dialer, admitted func() bool) (func(context.Context, netd.Uplink) error, error) {
+// business with a gateway. The number is the MTU that packets must keep to, if the
+// path swallows longer ones without a word.
+func Prober(org *attest.Organization, dial dialer, admitted func() bool) (func(context.Context, netd.Uplink) (int, error), error) {
 	roots, err := org.Roots()
 	if err != nil {
 		return nil, err
 	}
-	return func(ctx context.Context, u netd.Uplink) error {
+	return func(ctx context.Context, u netd.Uplink) (int, error) {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		results, n := make(chan error), 0
+		type result struct {
+			mtu int
+			err error
+		}
+		results, n := make(chan result), 0
 		servers, proxy := org.Verifiers, netip.AddrPort{}
 		if admitted() {
 			servers, proxy = org.Gateways, org.Proxy
@@ -98,30 +170,34 @@ func Prober(org *attest.Organization, dial dialer, admitted func() bool) (func(c
 			}
 			n++
 			go func() {
-				conn, err := dial(ctx, u, g.Address, proxy)
-				if err == nil {
+				mtu, err := width(ctx, func(ctx context.Context, mtu int) error {
+					conn, err := dial(ctx, u, mtu, g.Address, proxy)
+					if err != nil {
+						return err
+					}
+					defer conn.Close()
 					config := org.KeyAgreement.Config()
 					config.ServerName, config.RootCAs = g.ServerName, roots
-					err = tls.Client(conn, config).HandshakeContext(ctx)
-					conn.Close()
-				}
-				results <- err
+					return tls.Client(conn, config).HandshakeContext(ctx)
+				})
+				results <- result{mtu, err}
 			}()
 		}
 		err := fmt.Errorf("no server has an address of the family of %s", u.Address)
-		reached := false
+		reached, mtu := false, 0
 		for i := range n { // the goroutines end with this function
-			e := <-results
-			if reached = reached || e == nil; reached {
+			r := <-results
+			if r.err == nil && !reached {
+				reached, mtu = true, r.mtu
 				cancel()
 			}
 			if i == 0 || local(err) {
-				err = e
+				err = r.err
 			}
 		}
 		if reached {
-			return nil
+			return mtu, nil
 		}
-		return err
+		return 0, err
 	}, nil
 }

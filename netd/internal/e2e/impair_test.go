@@ -25,6 +25,7 @@ type impairment struct {
 	blocked atomic.Bool   // a black hole
 	noUDP   atomic.Bool   // a network that lets no UDP through
 	noTCP   atomic.Bool   // or no TCP
+	narrow  atomic.Int64  // packets of more bytes vanish; 0: of none
 	ends    [2]*tunnel.Device
 }
 
@@ -82,6 +83,9 @@ func (l *impairment) take(from *tunnel.Device, way chan<- parcel) {
 		}
 		due := time.Now().Add(l.delay)
 		f.Split(room, func(p []byte) {
+			if n := l.narrow.Load(); n > 0 && int64(len(p)) > n {
+				return
+			}
 			if l.blocked.Load() || rand.Uint64N(1e6) < l.loss.Load() || l.noUDP.Load() && carries(p, 17) || l.noTCP.Load() && carries(p, 6) {
 				return
 			}

@@ -29,6 +29,9 @@ func QUICConfig() *quic.Config {
 		EnableDatagrams:      true,
 		HandshakeIdleTimeout: openTimeout / 2,
 		MaxIdleTimeout:       gatewayDead,
+		// The least that QUIC works on (RFC 9000, section 14): a path may be narrow.
+		// The true size is found by probing.
+		InitialPacketSize: 1200,
 		// One request, and the three streams of HTTP/3's own (RFC 9114, section 6.2).
 		MaxIncomingStreams:             4,
 		MaxIncomingUniStreams:          8,
