@@ -32,7 +32,7 @@ bench: packages build
 	@echo "== whole verifications over TLS"; $(GO) test ./attest/fleet -run '^$$' -bench Load -benchtime 1x -count 3
 	@echo "== guest link against its yardsticks"; set -o pipefail; $(GO) test ./guestlink/packet -run '^$$' -bench Ratio -benchtime 1x -v | grep -v '^goos\|^goarch\|^pkg' && \
 	 SEKISHO_TEST=all $(GO) test ./guestlink/guest -run '^$$' -bench Ratio -benchtime 1x -v | grep -v '^goos\|^goarch\|^pkg'
-	@echo "== the tunnel against wireguard-go and OpenVPN"; SEKISHO_TEST=all $(GO) test ./netd/internal/e2e -run '^$$' -bench Tunnel -benchtime 5x
+	@echo "== the tunnel against wireguard-go and OpenVPN"; SEKISHO_TEST=all $(GO) test ./netd/internal/e2e -run '^$$' -bench 'Tunnel|GatewayMemory' -benchtime 5x
 	@bin/lab bench
 
 FUZZTIME ?= 10m

@@ -71,12 +71,17 @@ func newPaper(t testing.TB) paper {
 	return paper{newAuthority(t, "City CA"), newAuthority(t, "Verifier CA")}
 }
 
-// laptop makes a laptop's certificate and key in PEM.
+// laptop makes a laptop's certificate and key in PEM; id is a byte of its device's.
 func (p paper) laptop(t testing.TB, id string, life time.Duration) (chain, key string) {
+	return p.device(t, strings.Repeat(id, 32), life)
+}
+
+// device is laptop with the whole device id.
+func (p paper) device(t testing.TB, id string, life time.Duration) (chain, key string) {
 	k := newKey(t)
 	cert := issue(t, &x509.Certificate{
 		SerialNumber: big.NewInt(3), Subject: pkix.Name{CommonName: "laptop"}, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(life),
-		URIs: []*url.URL{{Scheme: "urn", Opaque: "sekisho:device:" + strings.Repeat(id, 32)}}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		URIs: []*url.URL{{Scheme: "urn", Opaque: "sekisho:device:" + id}}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}, p.verifier.cert, k.Public(), p.verifier.key)
 	der, err := x509.MarshalECPrivateKey(k)
 	if err != nil {

@@ -270,6 +270,7 @@ func (w *world) linkd() {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		if c.Address != w.config.Address {
+			w.work.Try("ip", "address", "flush", "dev", "guest0")
 			w.work.Try("ip", "link", "set", "guest0", "up", "mtu", strconv.Itoa(c.MTU))
 			w.work.Try("ip", "address", "add", c.Address.String(), "dev", "guest0")
 			w.work.Try("ip", "route", "add", "default", "dev", "guest0")
