@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.etcd.io/etcd/server/v3/embed"
@@ -178,10 +179,24 @@ func (s *Store) Read(ctx context.Context, f func(concurrency.STM) error) error {
 
 func (s *Store) transact(ctx context.Context, f func(concurrency.STM) error) (int64, error) {
 	var own error
-	resp, err := concurrency.NewSTM(s.client, func(t concurrency.STM) error {
-		own = f(t)
-		return own
-	}, concurrency.WithAbortContext(ctx))
+	var resp *clientv3.TxnResponse
+	var err error
+	for {
+		resp, err = concurrency.NewSTM(s.client, func(t concurrency.STM) error {
+			own = f(t)
+			return own
+		}, concurrency.WithAbortContext(ctx))
+		// A member that lags behind the one asked before knows the revision soon.
+		// Only reads fail so: nothing has been written.
+		if own != nil || !errors.Is(rpctypes.Error(err), rpctypes.ErrFutureRev) {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return 0, fmt.Errorf("store: %w", ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 	if own != nil {
 		return 0, own
 	}

@@ -249,7 +249,8 @@ func TestActivationSurvivesKill(t *testing.T) {
 func TestWatchdogKills(t *testing.T) {
 	v, dir, _ := testSupervisor(t)
 	svc := testService(v, dir, "mute")
-	svc.Notify, svc.Watchdog = true, 200*time.Millisecond
+	// Long enough for the service's runtime to be up: before that, SIGABRT leaves no trace.
+	svc.Notify, svc.Watchdog = true, 2*time.Second
 	s, err := v.add(t.Context(), svc)
 	if err != nil {
 		t.Fatal(err)
@@ -258,9 +259,10 @@ func TestWatchdogKills(t *testing.T) {
 	if got := s.now().LastExit; !strings.HasPrefix(got, "watchdog, ") {
 		t.Errorf("last exit %q", got)
 	}
-	if b, _ := os.ReadFile(svc.Log); !bytes.Contains(b, []byte("SIGABRT")) {
-		t.Error("the hung service left no trace in its log")
-	}
+	until(t, "the hung service's trace in its log", func() bool {
+		b, _ := os.ReadFile(svc.Log)
+		return bytes.Contains(b, []byte("SIGABRT"))
+	})
 }
 
 func TestServiceDeafToSIGTERMIsKilledAtStop(t *testing.T) {
