@@ -145,7 +145,7 @@ func TestEscrowIsTheDevicesOwn(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r := attest.EscrowRequest{Chain: [][]byte{cert.Raw}}
+		r := attest.EscrowRequest{Chain: [][]byte{cert}}
 		if r.Escrow, err = json.Marshal(e); err != nil {
 			t.Fatal(err)
 		}

@@ -73,11 +73,7 @@ func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*at
 	if err != nil {
 		return refused(id, err), nil
 	}
-	encoded, err := e.Encode()
-	if err != nil {
-		return nil, err
-	}
-	reportID := report.ID(encoded)
+	reportID := report.ID(data) // equal evidence has equal bytes, see ParseEvidence
 	for try := range attempts {
 		rec, err := s.record(ctx, id, try == 0)
 		if err != nil {
@@ -98,7 +94,7 @@ func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*at
 		case err != nil:
 			return nil, err
 		case ok:
-			return s.conclude(ctx, encoded, in, out, rec.device, reportID)
+			return s.conclude(ctx, data, in, out, rec.device, reportID)
 		}
 	}
 	return nil, attest.Refuse(attest.ReasonBusy, "the record of device %s changes all the time; try again", id)
@@ -181,7 +177,7 @@ func (s *Service) conclude(ctx context.Context, evidence []byte, in verifier.Inp
 		if err != nil {
 			return nil, err
 		}
-		resp.Chain = [][]byte{cert.Raw}
+		resp.Chain = [][]byte{cert}
 		if ca := s.Issuer.CA(); !bytes.Equal(ca.RawSubject, ca.RawIssuer) {
 			resp.Chain = append(resp.Chain, ca.Raw)
 		}

@@ -178,7 +178,7 @@ func (p *process) dial() (*client, error) {
 		return nil, err
 	}
 	t := tls.Client(conn, p.tls)
-	return &client{t, bufio.NewReader(t)}, t.SetDeadline(time.Now().Add(time.Minute))
+	return &client{Conn: t, r: bufio.NewReader(t)}, t.SetDeadline(time.Now().Add(time.Minute))
 }
 
 func (p *process) post(path, kind string, body []byte, answer any) error {
@@ -187,7 +187,11 @@ func (p *process) post(path, kind string, body []byte, answer any) error {
 		return err
 	}
 	defer c.Close()
-	return c.post(path, kind, body, answer)
+	data, err := c.post(httpRequest(path, kind, body))
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(data, answer)
 }
 
 func (p *process) postJSON(path string, question, answer any) error {

@@ -90,7 +90,7 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 
 // Handler returns the API. What is not one of its routes is refused.
 func Handler(s *Service, log *slog.Logger) http.Handler {
-	a := &api{s, log, newLimiter(s.Now), make(chan struct{}, maxWork)}
+	a := &api{service: s, log: log, limits: newLimiter(s.Now), work: make(chan struct{}, maxWork)}
 	mux := http.NewServeMux()
 	for _, r := range a.routes() {
 		if !r.stream {
@@ -126,6 +126,7 @@ type api struct {
 	log     *slog.Logger
 	limits  *limiter
 	work    chan struct{}
+	bodies  sync.Pool // *bytes.Buffer: evidence, of which nothing is kept
 }
 
 // limited applies the limits by address and of work at once.
@@ -175,8 +176,15 @@ func (a *api) challenge(w http.ResponseWriter, r *http.Request) {
 }
 
 func (a *api) attest(w http.ResponseWriter, r *http.Request) {
+	body, ok := a.bodies.Get().(*bytes.Buffer)
+	if !ok {
+		body = new(bytes.Buffer)
+	}
+	defer func() {
+		body.Reset()
+		a.bodies.Put(body)
+	}()
 	// One byte over the limit is enough for the appraisal to say so.
-	var body bytes.Buffer
 	if n := r.ContentLength; n > 0 && n <= attest.MaxEvidence {
 		body.Grow(int(n) + bytes.MinRead)
 	}

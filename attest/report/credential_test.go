@@ -1,12 +1,16 @@
 package report
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/x509"
 	"math/big"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/veraison/go-cose"
 
 	"sekisho/attest"
 	"sekisho/attest/verifier"
@@ -52,18 +56,11 @@ func TestAttackCertificateOfAnotherResult(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		cert, err := city.Issue(s.in.Device.ID, out.Key, ID(evidence), start)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return credential{token, cert}
+		return credential{token, certify(t, city, s.in.Device.ID, out.Key, ID(evidence))}
 	}
 	s := newSample(t, image)
 	mine, other := issue(s), issue(newSample(t, image))
-	older, err := city.Issue(s.in.Device.ID, mine.cert.PublicKey.(*ecdsa.PublicKey), ID([]byte("older")), start)
-	if err != nil {
-		t.Fatal(err)
-	}
+	older := certify(t, city, s.in.Device.ID, mine.cert.PublicKey.(*ecdsa.PublicKey), ID([]byte("older")))
 	for _, c := range []struct {
 		name  string
 		token []byte
@@ -96,5 +93,49 @@ func TestAttackCertificateOfAnotherResult(t *testing.T) {
 	}
 	if _, err := city.Issue(attest.Digest{1}, &key.PublicKey, "not an id", start); err == nil {
 		t.Error("a certificate for no result")
+	}
+}
+
+func certify(t *testing.T, by *verifier.Issuer, device attest.Digest, key *ecdsa.PublicKey, result string) *x509.Certificate {
+	t.Helper()
+	der, err := by.Issue(device, key, result, start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
+// TestSign: what we sign is to go-cose a message of its own making.
+func TestSign(t *testing.T) {
+	key := newKey(t)
+	v, err := cose.NewVerifier(cose.AlgorithmES256, &key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, external := range []string{"", reportExternal, strings.Repeat("x", 300)} {
+		for _, n := range []int{1, 23, 24, 255, 256, 65535, 65536, 100000} {
+			data, err := sign(bytes.Repeat([]byte{7}, n), reportType, external, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			m := cose.NewSign1Message()
+			if err := m.UnmarshalCBOR(data); err != nil {
+				t.Fatal(err)
+			}
+			if err := m.Verify([]byte(external), v); err != nil {
+				t.Error(n, err)
+			}
+			if m.Payload[0]++; m.Verify([]byte(external), v) == nil {
+				t.Errorf("%d bytes: another payload passes", n)
+			}
+			m.Payload[0]--
+			if again, err := m.MarshalCBOR(); err != nil || !bytes.Equal(again, data) {
+				t.Errorf("%d bytes: another encoding than go-cose's, %v", n, err)
+			}
+		}
 	}
 }

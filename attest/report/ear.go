@@ -12,8 +12,10 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
@@ -213,17 +215,46 @@ func sign(payload []byte, kind, external string, key crypto.Signer) ([]byte, err
 	if err != nil {
 		return nil, fmt.Errorf("sign: %w", err)
 	}
-	m := cose.NewSign1Message()
-	m.Payload = payload
-	m.Headers.Protected.SetAlgorithm(cose.AlgorithmES256)
-	m.Headers.Protected[cose.HeaderLabelKeyID] = id[:]
-	if _, err := m.Headers.Protected.SetType(kind); err != nil {
+	headers := cose.NewSign1Message().Headers
+	headers.Protected.SetAlgorithm(cose.AlgorithmES256)
+	headers.Protected[cose.HeaderLabelKeyID] = id[:]
+	if _, err := headers.Protected.SetType(kind); err != nil {
 		return nil, fmt.Errorf("sign: %w", err)
 	}
-	if err := m.Sign(rand.Reader, []byte(external), signer); err != nil {
+	protected, err := headers.MarshalProtected()
+	if err != nil {
 		return nil, fmt.Errorf("sign: %w", err)
 	}
-	return m.MarshalCBOR()
+	// The Sig_structure (RFC 9052, section 4.4) is hashed as it stands: go-cose
+	// would first make a copy with the payload in it, and another one behind.
+	h := sha256.New()
+	h.Write([]byte("\x84\x6aSignature1"))
+	h.Write(protected)
+	h.Write(append(byteString(nil, len(external)), external...))
+	h.Write(byteString(nil, len(payload)))
+	h.Write(payload)
+	sig, err := signer.(cose.DigestSigner).SignDigest(rand.Reader, h.Sum(nil))
+	if err != nil {
+		return nil, fmt.Errorf("sign: %w", err)
+	}
+	m := append(make([]byte, 0, len(payload)+len(protected)+128), 0xd2, 0x84) // COSE_Sign1, tagged (section 4.2)
+	m = append(append(m, protected...), 0xa0)                                 // no unprotected header
+	m = append(byteString(m, len(payload)), payload...)
+	return append(byteString(m, len(sig)), sig...), nil
+}
+
+// byteString appends the head of a CBOR byte string of n bytes (RFC 8949,
+// section 3).
+func byteString(b []byte, n int) []byte {
+	switch {
+	case n < 24:
+		return append(b, 0x40|byte(n))
+	case n <= math.MaxUint8:
+		return append(b, 0x58, byte(n))
+	case n <= math.MaxUint16:
+		return binary.BigEndian.AppendUint16(append(b, 0x59), uint16(n))
+	}
+	return binary.BigEndian.AppendUint32(append(b, 0x5a), uint32(n))
 }
 
 // open reads a COSE_Sign1 and, if key is given, verifies it. It returns the

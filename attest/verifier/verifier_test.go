@@ -7,9 +7,11 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/binary"
 	"errors"
 	"math/big"
+	"strings"
 	"testing"
 	"time"
 
@@ -311,40 +313,80 @@ func FuzzNonce(f *testing.F) {
 	})
 }
 
+// TestIssue: a certificate is, byte for byte, what crypto/x509 makes of the
+// template, and its signature is good, for CA keys of each curve.
 func TestIssue(t *testing.T) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign, NotBefore: start.Add(-time.Hour), NotAfter: start.Add(time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ca, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	issuer, err := NewIssuer(ca, key, "Test City", 10*time.Minute)
-	if err != nil {
-		t.Fatal(err)
-	}
 	device := attest.Digest{0xab}
-	cert, err := issuer.Issue(device, &key.PublicKey, ResultID([]byte("evidence")), start)
+	leaf, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cert.Subject.CommonName != device.String() || cert.Subject.Organization[0] != "Test City" || cert.IsCA ||
-		len(cert.URIs) != 1 || cert.URIs[0].String() != "urn:sekisho:device:"+device.String() ||
-		len(cert.ExtKeyUsage) != 1 || cert.ExtKeyUsage[0] != x509.ExtKeyUsageClientAuth {
-		t.Errorf("certificate: %+v", cert)
-	}
-	if !cert.NotBefore.Equal(start.Add(-time.Minute)) || !cert.NotAfter.Equal(start.Add(10*time.Minute)) {
-		t.Errorf("in force from %v to %v", cert.NotBefore, cert.NotAfter)
-	}
-	for _, life := range []time.Duration{0, time.Second, 48 * time.Hour} {
-		if _, err := NewIssuer(ca, key, "Test City", life); err == nil {
-			t.Errorf("a lifetime of %v was accepted", life)
+	for _, c := range []struct {
+		curve        elliptic.Curve
+		organization string
+		result       string
+		now          time.Time
+	}{
+		{elliptic.P256(), "Test City", ResultID([]byte("evidence")), start},
+		{elliptic.P384(), "Test City", "ff000000000000000000000000000001", start},
+		{elliptic.P521(), "Test City", "00000000000000000000000000000001", start},
+		{elliptic.P256(), "試験市", "7fffffffffffffffffffffffffffffff", start},
+		{elliptic.P256(), strings.Repeat("long ", 40), "80ffffffffffffffffffffffffffffff", time.Date(2049, 12, 31, 23, 55, 0, 0, time.UTC)},
+	} {
+		key, err := ecdsa.GenerateKey(c.curve, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		template := &x509.Certificate{
+			SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "devices"}, IsCA: true, BasicConstraintsValid: true,
+			KeyUsage: x509.KeyUsageCertSign, NotBefore: c.now.Add(-time.Hour), NotAfter: c.now.Add(time.Hour),
+		}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ca, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		issuer, err := NewIssuer(ca, key, c.organization, 10*time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if der, err = issuer.Issue(device, &leaf.PublicKey, c.result, c.now); err != nil {
+			t.Fatal(err)
+		}
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cert.CheckSignatureFrom(ca); err != nil {
+			t.Error(c, err)
+		}
+		if cert.Subject.CommonName != device.String() || cert.Subject.Organization[0] != c.organization || cert.IsCA ||
+			len(cert.URIs) != 1 || cert.URIs[0].String() != "urn:sekisho:device:"+device.String() ||
+			len(cert.ExtKeyUsage) != 1 || cert.ExtKeyUsage[0] != x509.ExtKeyUsageClientAuth || !leaf.PublicKey.Equal(cert.PublicKey) {
+			t.Errorf("certificate: %+v", cert)
+		}
+		if !cert.NotBefore.Equal(c.now.Add(-time.Minute)) || !cert.NotAfter.Equal(c.now.Add(10*time.Minute)) {
+			t.Errorf("in force from %v to %v", cert.NotBefore, cert.NotAfter)
+		}
+		serial, _ := new(big.Int).SetString(c.result, 16)
+		want, err := x509.CreateCertificate(rand.Reader, issuer.template(device, serial, c.now), ca, &leaf.PublicKey, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs, err := x509.ParseCertificate(want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(cert.RawTBSCertificate, theirs.RawTBSCertificate) || cert.SignatureAlgorithm != theirs.SignatureAlgorithm {
+			t.Errorf("%s, %s:\n%x\nwant\n%x", c.organization, c.result, cert.RawTBSCertificate, theirs.RawTBSCertificate)
+		}
+		for _, life := range []time.Duration{0, time.Second, 48 * time.Hour} {
+			if _, err := NewIssuer(ca, key, c.organization, life); err == nil {
+				t.Errorf("a lifetime of %v was accepted", life)
+			}
 		}
 	}
 }
