@@ -31,6 +31,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -107,6 +108,7 @@ func serve(ctx context.Context, path string, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
+	debug.SetGCPercent(fleet.GCPercent)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return fleet.Serve(ctx, l, server.Certificate, server.Service, log) })
 	if config.AdminSocket != "" {
