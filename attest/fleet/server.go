@@ -36,8 +36,8 @@ const (
 )
 
 // GCPercent is for debug.SetGCPercent in a process that serves: evidence comes
-// and goes 45 KB at a time beside a small heap, and by Go's default of 100 one
-// sixth of the processor time goes into collecting it.
+// and goes 45 KB at a time beside a small heap, and by Go's default of 100 an
+// eighth of the processor time goes into collecting it.
 const GCPercent = 400
 
 // Serve serves the API on l over TLS with cert until ctx ends. It uses only
