@@ -76,6 +76,16 @@ const (
 	ReasonState       Reason = 84 // state partition
 )
 
+// Reasons against a certificate request for a card (attestctl card check).
+const (
+	ReasonCardSigner     Reason = 100 // the certification is by another attestation key
+	ReasonCardAttributes Reason = 101 // kind, attributes or scheme
+	ReasonCardPolicy     Reason = 102
+	ReasonCardStatement  Reason = 103 // the certification is of another key or place
+	ReasonCardCSR        Reason = 104 // PKCS #10 or its signature
+	ReasonCardOtherKey   Reason = 105 // the request asks for another key
+)
+
 var reasonNames = map[Reason]string{
 	ReasonNone:              "",
 	ReasonEvidenceMalformed: "evidence-malformed",
@@ -134,6 +144,12 @@ var reasonNames = map[Reason]string{
 	ReasonNoTicket:          "no-ticket",
 	ReasonUnreachable:       "verifier-unreachable",
 	ReasonState:             "state-partition",
+	ReasonCardSigner:        "card-attestation-key",
+	ReasonCardAttributes:    "card-key-attributes",
+	ReasonCardPolicy:        "card-key-policy",
+	ReasonCardStatement:     "card-key-not-certified",
+	ReasonCardCSR:           "card-request-signature",
+	ReasonCardOtherKey:      "card-request-other-key",
 }
 
 func (r Reason) String() string {

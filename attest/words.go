@@ -83,6 +83,7 @@ const (
 	retryJA, retryEN   = "端末が自動でやり直します。続く場合は通信経路と時刻を確認してください。", "The device tries again by itself; if this goes on, check the clock and the path to the verifier."
 	attackJA, attackEN = "通常の利用では起こりません。端末を隔離し、報告書を保存して調査してください。", "This does not happen in normal use; isolate the device, keep the report and investigate."
 	ticketJA, ticketEN = "新しい登録チケットを発行してください（attestctl enroll create）。", "Make a new enrolment ticket (attestctl enroll create)."
+	cardJA, cardEN     = "証明書を発行しないでください。端末で logind request -json をやり直し、続く場合は端末を調査してください。", "Issue no certificate; run logind request -json on the device again, and investigate the device if this goes on."
 	firmJA, firmEN     = "ファームウェアを更新してから再起動してください。続く場合はイベントログを添えて機器メーカーに連絡してください。", "Update the firmware and start again; if this goes on, send the event log to the maker."
 )
 
@@ -144,4 +145,10 @@ var reasonWords = map[Reason]Words{
 	ReasonNoTicket:          words("端末が登録されておらず、登録チケットもありません。", "The device is not enrolled and has no ticket.", ticketJA, ticketEN),
 	ReasonUnreachable:       words("検証サーバーに接続できません。", "No verifier answers.", retryJA, retryEN),
 	ReasonState:             words("状態パーティションを使用できません。", "The state partition cannot be used.", "ディスクを点検するか、再インストールしてください。", "Check the disk or install the device again."),
+	ReasonCardSigner:        words("鍵の証明が、この端末の証明鍵によるものではありません。", "The key's certification is not by this device's attestation key.", cardJA, cardEN),
+	ReasonCardAttributes:    words("カードの鍵の種類または属性が規定と異なります。", "The card's key is not of the required kind and attributes.", cardJA, cardEN),
+	ReasonCardPolicy:        words("カードの鍵のポリシーが、このリリースのログオン用ポリシーではありません。", "The card's key opens under another policy than the release's for logon.", "この端末のリリース鍵の文書か確認し、正しければ logind setup で鍵を作り直してください。", "Check that the release document is by this device's release key; if it is, make the key anew with logind setup."),
+	ReasonCardStatement:     words("TPM の証明が、この鍵のものではありません。", "The TPM's certification is not of this key in its place.", cardJA, cardEN),
+	ReasonCardCSR:           words("証明書要求が読めないか、その鍵による署名がありません。", "The certificate request cannot be read or is not signed by its own key.", cardJA, cardEN),
+	ReasonCardOtherKey:      words("証明書要求は、証明された鍵とは別の鍵のものです。", "The certificate request is for another key than the certified one.", cardJA, cardEN),
 }

@@ -128,7 +128,10 @@ func (a *Attester) CreateLogonKey(kind string, agreement bool) (gate.LogonKey, e
 		return gate.LogonKey{}, err
 	}
 	wrapped, err := json.Marshal(k.Sealed)
-	return gate.LogonKey{Key: wrapped, Public: k.SPKI, AK: hw.Identity().AK, Certify: k.Certify, CertifySig: k.CertifySig, Bound: a.Logon.Boot.Release != nil}, err
+	return gate.LogonKey{
+		Key: wrapped, Public: k.SPKI, Area: k.Sealed.Public, Storage: k.Sealed.Storage,
+		AK: hw.Identity().AK, Certify: k.Certify, CertifySig: k.CertifySig, Bound: a.Logon.Boot.Release != nil,
+	}, err
 }
 
 // UseLogonKey does one operation with a key of the card, if the gate for logon

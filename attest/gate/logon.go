@@ -31,7 +31,42 @@ type LogonKey struct {
 	AK         []byte          `json:"ak"`          // attestation key, TPMT_PUBLIC
 	Certify    []byte          `json:"certify"`     // TPM2_Certify of the key
 	CertifySig []byte          `json:"certify_sig"` // by AK
+	Area       []byte          `json:"area"`        // TPMT_PUBLIC
+	Storage    []byte          `json:"storage"`     // TPM Name of the storage key above it
 	Bound      bool            `json:"bound"`       // to the release's signed policy, not to the TPM alone
+}
+
+// CardRequest is a certificate request for the card's key, with the proof that
+// the key is in the laptop's TPM: what logind prints and attestctl checks.
+type CardRequest struct {
+	CSR        []byte `json:"csr"`         // PEM, PKCS #10
+	Key        []byte `json:"key"`         // TPMT_PUBLIC
+	Storage    []byte `json:"storage"`     // TPM Name of the storage key above it
+	AK         []byte `json:"ak"`          // attestation key, TPMT_PUBLIC
+	Certify    []byte `json:"certify"`     // TPM2_Certify of the key by AK
+	CertifySig []byte `json:"certify_sig"` // its signature
+	Bound      bool   `json:"bound"`       // the key is bound to the release's policy
+}
+
+// MaxCardRequest bounds a CardRequest's JSON in bytes.
+const MaxCardRequest = 64 << 10
+
+// ParseCardRequest reads a CardRequest of which no part is missing. It judges
+// none of them.
+func ParseCardRequest(data []byte) (*CardRequest, error) {
+	if len(data) > MaxCardRequest {
+		return nil, fmt.Errorf("card request: %d bytes, at most %d", len(data), MaxCardRequest)
+	}
+	var r CardRequest
+	if err := json.Unmarshal(data, &r); err != nil {
+		return nil, fmt.Errorf("card request: %w; print it with: logind request -json", err)
+	}
+	for name, field := range map[string][]byte{"csr": r.CSR, "key": r.Key, "storage": r.Storage, "certify": r.Certify, "certify_sig": r.CertifySig} {
+		if len(field) == 0 {
+			return nil, fmt.Errorf("card request: no %s; print it with: logind request -json", name)
+		}
+	}
+	return &r, nil
 }
 
 // UseLogonKey is the body of POST /v1/logon/use.

@@ -58,6 +58,10 @@ func (k CardKey) Certified() Certified {
 // not, but is not of the template.
 var ErrTemplate = errors.New("not of its template")
 
+// ErrPolicy is the case of ErrTemplate in which the key's attributes are right
+// and its policy is another.
+var ErrPolicy = errors.New("another policy")
+
 // CheckCertified judges a key that a device presents. A nil error proves, for
 // an attestation key that a genuine TPM holds:
 //

@@ -173,8 +173,11 @@ func (p *Public) like(template tpm2.TPMTPublic) error {
 	if p.signing && reflect.DeepEqual(same, template) {
 		return nil // as every attestation does; encoding takes as long as a signature
 	}
+	if !bytes.Equal(same.AuthPolicy.Buffer, template.AuthPolicy.Buffer) {
+		return fmt.Errorf("%w: %x, want %x", ErrPolicy, same.AuthPolicy.Buffer, template.AuthPolicy.Buffer)
+	}
 	if !bytes.Equal(tpm2.Marshal(same), tpm2.Marshal(template)) {
-		return errors.New("policy, algorithm or scheme is not the template's")
+		return errors.New("algorithm or scheme is not the template's")
 	}
 	return nil
 }

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"sekisho/attest/gate"
 )
 
 // Socket is where logind is asked.
@@ -175,7 +177,7 @@ func show(what string, answer []byte, out io.Writer) (err error) {
 			}
 		}
 	case "setup", "request":
-		var r Request
+		var r gate.CardRequest
 		if err := json.Unmarshal(answer, &r); err != nil {
 			return err
 		}

@@ -73,7 +73,7 @@ func (w *world) Wait(ctx context.Context, after uint64) (gate.Status, error) {
 
 func (w *world) CreateLogonKey(context.Context, gate.CreateLogonKey) (gate.LogonKey, error) {
 	spki, err := x509.MarshalPKIXPublicKey(w.key.Public())
-	return gate.LogonKey{Key: json.RawMessage(`{}`), Public: spki}, err
+	return gate.LogonKey{Key: json.RawMessage(`{}`), Public: spki, Area: []byte("area"), Storage: []byte("storage"), Certify: []byte("certify"), CertifySig: []byte("signature")}, err
 }
 
 func (w *world) UseLogonKey(_ context.Context, r gate.UseLogonKey) ([]byte, error) {
@@ -127,6 +127,12 @@ func issue(t *testing.T, w *world, p attest.Logon) *Engine {
 	r, err := e.Request(t.Context())
 	if err != nil {
 		t.Fatal(err)
+	}
+	// It carries what attestctl card check needs.
+	if data, err := json.Marshal(r); err != nil {
+		t.Fatal(err)
+	} else if got, err := gate.ParseCardRequest(data); err != nil || string(got.Key)+string(got.Storage) != "areastorage" {
+		t.Fatalf("%+v, %v", got, err)
 	}
 	block, _ := pem.Decode(r.CSR)
 	csr, err := x509.ParseCertificateRequest(block.Bytes)

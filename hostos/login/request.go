@@ -17,32 +17,23 @@ import (
 	"sekisho/attest/gate"
 )
 
-// Request is a certificate request for the card's key, with the proof that the
-// key is in the laptop's TPM.
-type Request struct {
-	CSR        []byte `json:"csr"`         // PEM, PKCS #10
-	AK         []byte `json:"ak"`          // attestation key, TPMT_PUBLIC
-	Certify    []byte `json:"certify"`     // TPM2_Certify of the key by AK
-	CertifySig []byte `json:"certify_sig"` // its signature
-	Bound      bool   `json:"bound"`       // the key is bound to the release's policy
-}
-
 // Request makes a certificate request, signed by the card's key.
-func (e *Engine) Request(ctx context.Context) (Request, error) {
+func (e *Engine) Request(ctx context.Context) (gate.CardRequest, error) {
 	st := e.store.get()
 	public, err := st.public()
 	if err != nil {
-		return Request{}, errors.New("the card is not set up yet")
+		return gate.CardRequest{}, errors.New("the card is not set up yet")
 	}
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
 		Subject: pkix.Name{CommonName: st.User, Organization: []string{e.Agency}},
 	}, signer{ctx, e.Attestd, st.Key, public})
 	if err != nil {
-		return Request{}, fmt.Errorf("certificate request: %w", err)
+		return gate.CardRequest{}, fmt.Errorf("certificate request: %w", err)
 	}
-	return Request{
+	return gate.CardRequest{
 		CSR: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}),
-		AK:  st.Key.AK, Certify: st.Key.Certify, CertifySig: st.Key.CertifySig, Bound: st.Key.Bound,
+		Key: st.Key.Area, Storage: st.Key.Storage,
+		AK: st.Key.AK, Certify: st.Key.Certify, CertifySig: st.Key.CertifySig, Bound: st.Key.Bound,
 	}, nil
 }
 

@@ -31,6 +31,7 @@ func administer(ctx context.Context, args []string, stdout, stderr io.Writer) in
 	o.policy.flags(f)
 	f.Int64Var(&o.offset, "offset", 0, "first byte of the state partition in the file")
 	o.sealOptions.flags(f)
+	o.card.flags(f)
 	f.Usage = func() {
 		fmt.Fprint(f.Output(), usage)
 		f.PrintDefaults()
@@ -66,6 +67,8 @@ func exitOf(result any) int {
 		bad = r.Status != attest.StatusAffirming
 	case fleet.Simulation:
 		bad = r.Refused > 0
+	case *cardReport:
+		bad = len(r.Findings) > 0
 	case fleet.PolicyStatus:
 		bad = r.Hold != nil
 	}

@@ -28,6 +28,7 @@ type options struct {
 	offset   int64
 	sealOptions
 	policy policyOptions
+	card   cardOptions
 }
 
 // command is one of attestctl's: run does it, print shows what run returned.
@@ -51,6 +52,7 @@ func commands() map[string]command {
 	maps.Copy(all, identityCommands())
 	maps.Copy(all, sealCommands())
 	maps.Copy(all, policyCommands())
+	all["card check"] = command{1, checkCard, show(printCard)}
 	return all
 }
 

@@ -57,6 +57,12 @@ commands
   report list DEVICE | get ID [-out FILE] | key
   firmware export | import FILE           how common firmware is, between organisations
 
+  card check REQUEST -release FILE -device ID
+  card check REQUEST -release FILE -ak FILE | -report FILE -verifier-key FILE
+                                          is this certificate request for a smart card by a key in that
+                                          device's TPM? REQUEST is of "logind request -json", FILE of
+                                          "seal sign"; a device of the verifier, or offline
+
   verify REPORT | explain REPORT | diff A B   check reports offline: attestctl verify -h
   eventlog LOG | ek CERT | quote          judge anyone's samples without a verifier: attestctl eventlog -h
 
@@ -64,7 +70,8 @@ Flags may stand anywhere. -json prints JSON. "ticket write" needs no verifier.
 "enroll" is another word for "ticket".
 
 exit status: 0 done, or affirming; 1 not affirming (result last, device show,
-policy simulate: somebody would be refused; policy status: held), or not signed
+policy simulate: somebody would be refused; policy status: held; card check:
+issue no certificate), or not signed
 by enough (policy verify, recovery release); 2 it could not be done or judged
 
 flags

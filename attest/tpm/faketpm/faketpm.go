@@ -182,7 +182,7 @@ func (t *TPM) Quote(extra attest.Digest, change func(*Quote)) (quote, sig []byte
 	if change != nil {
 		change(&q)
 	}
-	b := t.head(q.Magic, tpm.TypeQuote, q.Signer, extra)
+	b := t.head(q.Magic, tpm.TypeQuote, q.Signer, extra[:])
 	b = binary.BigEndian.AppendUint32(b, uint32(len(q.Selections)))
 	for _, s := range q.Selections {
 		b = binary.BigEndian.AppendUint16(b, s.Bank)
@@ -195,7 +195,7 @@ func (t *TPM) Quote(extra attest.Digest, change func(*Quote)) (quote, sig []byte
 // Attest is as of a real TPM.
 func (t *TPM) Attest(extra attest.Digest) (*tpm.Proof, error) {
 	id := t.Identity()
-	c := t.head(tpm.Generated, tpm.TypeCertify, t.qualified(tpm2.TPMRHEndorsement, id.AK), extra)
+	c := t.head(tpm.Generated, tpm.TypeCertify, t.qualified(tpm2.TPMRHEndorsement, id.AK), extra[:])
 	c = sized(sized(c, t.name(id.Key)), t.qualified(tpm2.TPMRHOwner, id.Key))
 	p := &tpm.Proof{PCRs: make(map[int]attest.Digest), Certify: c, CertifySig: t.sign(c)}
 	p.Quote, p.QuoteSig = t.Quote(extra, nil)
@@ -205,12 +205,39 @@ func (t *TPM) Attest(extra attest.Digest) (*tpm.Proof, error) {
 	return p, nil
 }
 
+// LogonKey makes a key of the card under policy, as a real TPM would, and
+// certifies it; change may alter it before.
+func (t *TPM) LogonKey(policy attest.Digest, change func(*tpm2.TPMTPublic)) (*ecdsa.PrivateKey, tpm.Certified) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err) // rand.Reader does not fail
+	}
+	area := tpm2.TPMTPublic{
+		Type: tpm2.TPMAlgECC, NameAlg: tpm2.TPMAlgSHA256, AuthPolicy: tpm2.TPM2BDigest{Buffer: policy[:]},
+		ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, NoDA: true, SignEncrypt: true},
+		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{CurveID: tpm2.TPMECCNistP256, Scheme: tpm2.TPMTECCScheme{
+			Scheme:  tpm2.TPMAlgECDSA,
+			Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256}),
+		}}),
+		Unique: point(&key.PublicKey),
+	}
+	if change != nil {
+		change(&area)
+	}
+	c := tpm.Certified{Key: tpm2.Marshal(area), Storage: t.name([]byte("storage key"))}
+	parent := t.name(append(binary.BigEndian.AppendUint32(nil, uint32(tpm2.TPMRHOwner)), c.Storage...))
+	s := t.head(tpm.Generated, tpm.TypeCertify, t.qualified(tpm2.TPMRHEndorsement, t.Identity().AK), nil)
+	c.Statement = sized(sized(s, t.name(c.Key)), t.name(append(parent, t.name(c.Key)...)))
+	c.Signature = t.sign(c.Statement)
+	return key, c
+}
+
 // head is a TPMS_ATTEST up to what it attests.
-func (t *TPM) head(magic uint32, kind uint16, signer []byte, extra attest.Digest) []byte {
+func (t *TPM) head(magic uint32, kind uint16, signer, extra []byte) []byte {
 	t.Clock.Clock++
 	b := binary.BigEndian.AppendUint32(nil, magic)
 	b = binary.BigEndian.AppendUint16(b, kind)
-	b = sized(sized(b, signer), extra[:])
+	b = sized(sized(b, signer), extra)
 	b = binary.BigEndian.AppendUint64(b, t.Clock.Clock)
 	b = binary.BigEndian.AppendUint32(b, t.Clock.ResetCount)
 	b = binary.BigEndian.AppendUint32(b, t.Clock.RestartCount)
