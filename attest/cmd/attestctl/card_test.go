@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"sekisho/attest"
+	"sekisho/attest/attester"
 	"sekisho/attest/eventlog/logtest"
 	"sekisho/attest/gate"
 	"sekisho/attest/seal"
@@ -260,5 +261,51 @@ func TestCardCheckTPM(t *testing.T) {
 				t.Errorf("TPM %d, %s, unbound for a release: %v", i, kind, found)
 			}
 		}
+	}
+}
+
+// TestCardCheckDevice takes the attestation key from where it is known
+// beforehand: a verifier that runs, and a report that it signed.
+func TestCardCheckDevice(t *testing.T) {
+	o, d := newOrganisation(t, setup{}), newDesk(t, "release", "verifier")
+	policy := d.release("release")
+	image := logtest.Image{Kernel: "kernel", Initramfs: "initramfs", Cmdline: "quiet"}
+	reported := writeReport(t, d.path("report"), d.keys["verifier"], image, image)
+	spki, err := x509.MarshalPKIXPublicKey(d.keys["verifier"].Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.write("verifier.pub", pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki}))
+	enrolled := faketpm.New()
+	enrolled.PCRs = image.Boot().PCRs()
+	if err := enrolled.Certify(o.maker, o.key, nil); err != nil {
+		t.Fatal(err)
+	}
+	o.laptop(image.Boot(), strings.Fields(o.ctl(0, "ticket", "create"))[0], func() (attester.Hardware, error) { return enrolled, nil })
+	endorsement, err := tpm.ParsePublic(enrolled.Identity().EK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := attest.DeviceID(endorsement.Name()).String()
+	o.until("the device", func(s string) bool { return strings.Contains(s, id) }, "device", "list")
+	sources := map[*faketpm.TPM][]string{
+		enrolled: {"-socket", o.socket, "-device", id},
+		reported: {"-report", d.path("report"), "-verifier-key", d.path("verifier.pub")},
+	}
+	for dev := range sources {
+		key, c := dev.LogonKey(policy, nil)
+		d.json("r", cardRequest(c, csr(t, key)))
+		for of, source := range sources {
+			want := exitRefuse
+			if of == dev {
+				want = exitPass
+			}
+			if exit, found := d.card(append([]string{d.path("r"), "-release", d.path("release.json")}, source...)...); exit != want {
+				t.Errorf("%s: exit %d, %v", source[0], exit, found)
+			}
+		}
+	}
+	if exit, said := d.card(d.path("r"), "-release", d.path("release.json"), "-socket", o.socket, "-device", attest.Digest{1}.String()); exit != exitNone {
+		t.Errorf("a device that is not enrolled: exit %d, %v", exit, said)
 	}
 }

@@ -22,8 +22,8 @@ import (
 )
 
 // writeReport writes the report of a device that booted boot where good is
-// accepted.
-func writeReport(t *testing.T, file string, key *ecdsa.PrivateKey, boot, good logtest.Image) {
+// accepted, and returns the device.
+func writeReport(t *testing.T, file string, key *ecdsa.PrivateKey, boot, good logtest.Image) *faketpm.TPM {
 	t.Helper()
 	check := func(err error) {
 		t.Helper()
@@ -64,6 +64,7 @@ func writeReport(t *testing.T, file string, key *ecdsa.PrivateKey, boot, good lo
 	data, _, err := report.Make(encoded, in, verifier.Appraise(in), report.Record{ID: id[:], EK: who.EK, AK: who.AK}, "Test City", time.Minute, key)
 	check(err)
 	check(os.WriteFile(file, data, 0o600))
+	return d
 }
 
 func TestReportCommands(t *testing.T) {
