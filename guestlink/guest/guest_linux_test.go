@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -154,8 +155,9 @@ func TestRealTUNs(t *testing.T) {
 	for len(statuses) > 0 {
 		seen = append(seen, <-statuses)
 	}
-	if got := strings.Join(seen, ", "); got != "waiting, linked cid 3, waiting, linked cid 3" {
-		t.Errorf("status lines: %s", got)
+	const alone, joined = "waiting for the work domain / 業務領域の接続待ち", "linked cid 3 / 業務領域と接続中"
+	if want := []string{alone, joined, alone, joined}; !slices.Equal(seen, want) {
+		t.Errorf("status lines: %q", seen)
 	}
 }
 

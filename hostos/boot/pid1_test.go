@@ -73,7 +73,7 @@ func TestAsPID1(t *testing.T) {
 	if v.Error != "" {
 		t.Fatal(v.Error)
 	}
-	if v.About.UID != 102 || fmt.Sprint(v.About.Groups) != "[101 103 105]" {
+	if v.About.UID != 102 || fmt.Sprint(v.About.Groups) != "[101 103 105 110]" {
 		t.Errorf("uid %d, groups %v, want netd's", v.About.UID, v.About.Groups)
 	}
 	if v.About.Net != v.Inside || v.Inside == v.Outside {
