@@ -13,7 +13,7 @@ PACKAGES := ca-certificates iproute2 nftables procps kmod qemu-system-x86 ovmf s
 # Real clients of the smart card, and the fingerprint reader (hostos/login).
 bench: PACKAGES += openvpn
 test: PACKAGES += pcscd opensc vsmartcard-vpcd dbus-daemon fprintd krb5-kdc krb5-admin-server krb5-user krb5-pkinit openssh-client openssh-server
-test: PACKAGES += wine wine64 systemd
+test: PACKAGES += wine wine64 systemd hostapd wpasupplicant
 
 .PHONY: run test bench fuzz build packages vet clean
 run: packages build
