@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -315,6 +316,33 @@ func TestRefusals(t *testing.T) {
 		}
 	}
 	s.open(good) // the same device again takes its own place
+}
+
+// TestPlacesAtOnce: of laptops that come in one moment, as many are admitted as
+// there are places.
+func TestPlacesAtOnce(t *testing.T) {
+	const places, laptops = 3, 12
+	s := newSite(t, func(c *Config) { c.MaxSessions = places })
+	var wg sync.WaitGroup
+	var admitted atomic.Int32
+	for id := range byte(laptops) {
+		cert := s.device(id+1, time.Hour)
+		wg.Go(func() {
+			resp, _, _, err := s.request(&cert, upgrade)
+			switch {
+			case err != nil:
+				t.Error(err)
+			case resp.StatusCode == http.StatusSwitchingProtocols:
+				admitted.Add(1)
+			case resp.StatusCode != http.StatusServiceUnavailable:
+				t.Errorf("status %d, want 101 or 503", resp.StatusCode)
+			}
+		})
+	}
+	wg.Wait()
+	if n := admitted.Load(); n != places {
+		t.Errorf("%d laptops admitted, want %d", n, places)
+	}
 }
 
 func TestNewConnectionReplacesTheOld(t *testing.T) {

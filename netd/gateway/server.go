@@ -74,6 +74,7 @@ type Server struct {
 	since  time.Time
 
 	mu      sync.RWMutex
+	places  map[attest.Digest]int // requests and sessions of each admitted laptop, MaxSessions laptops at most
 	devices map[attest.Digest]*laptop
 	byInner map[[16]byte]*laptop
 	ended   netd.Counters // of sessions that are over
@@ -86,7 +87,7 @@ type Server struct {
 func New(config *Config, t *tls.Config, leases *Leases, dev Device, log *slog.Logger) *Server {
 	return &Server{
 		config: config, tls: t, leases: leases, dev: dev, log: log, since: time.Now(),
-		devices: map[attest.Digest]*laptop{}, byInner: map[[16]byte]*laptop{},
+		places: map[attest.Digest]int{}, devices: map[attest.Digest]*laptop{}, byInner: map[[16]byte]*laptop{},
 	}
 }
 
@@ -175,6 +176,7 @@ type sourceKey struct{}
 func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 	sess, err := s.admit(r)
 	if err == nil {
+		defer s.leave(sess.device)
 		err = connectip.Granted(w.Header(), r.ProtoMajor, tunnel.Assignment{MTU: s.config.MTU, DNS: s.config.DNS})
 	}
 	if err != nil {
@@ -258,7 +260,8 @@ func (r *refusal) Error() string { return r.err.Error() }
 // admit decides about a request. A nil error proves: only algorithms in force
 // were used; the client showed a certificate in force, of the verifier's CA,
 // that names one device; the request is for CONNECT-IP; the device is not
-// revoked and has an inner address; there is room.
+// revoked and has an inner address; there is room, and the laptop's place in it
+// is taken until leave.
 func (s *Server) admit(r *http.Request) (*session, error) {
 	if r.TLS == nil || len(r.TLS.VerifiedChains) == 0 {
 		return nil, &refusal{http.StatusForbidden, errors.New("no verified certificate")}
@@ -281,17 +284,30 @@ func (s *Server) admit(r *http.Request) (*session, error) {
 			return nil, &refusal{http.StatusForbidden, fmt.Errorf("device %s is revoked", device)}
 		}
 	}
-	s.mu.RLock()
-	n, known := len(s.devices), s.devices[device] != nil
-	s.mu.RUnlock()
-	if n >= s.config.MaxSessions && !known {
-		return nil, &refusal{http.StatusServiceUnavailable, fmt.Errorf("%d sessions are open", n)}
-	}
 	inner, err := s.leases.Get(device)
 	if err != nil {
 		return nil, &refusal{http.StatusServiceUnavailable, err}
 	}
+	s.mu.Lock()
+	n, known := len(s.places), s.places[device] > 0
+	full := n >= s.config.MaxSessions && !known
+	if !full {
+		s.places[device]++
+	}
+	s.mu.Unlock()
+	if full {
+		return nil, &refusal{http.StatusServiceUnavailable, fmt.Errorf("%d laptops are admitted", n)}
+	}
 	return &session{device: device, inner: s.config.inner(inner), remote: r.RemoteAddr, carriage: r.Proto, since: time.Now(), until: lapse(r.TLS.VerifiedChains[0])}, nil
+}
+
+// leave gives back a place that admit took.
+func (s *Server) leave(device attest.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.places[device]--; s.places[device] == 0 {
+		delete(s.places, device)
+	}
 }
 
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
