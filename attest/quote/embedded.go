@@ -9,8 +9,9 @@ import (
 )
 
 // JudgeEmbedded judges the quotes that Windows wrote into its own log, by the
-// key that must have signed at least one of them. Pass proves: the events
-// before such a quote are those that the TPM had measured when it was made.
+// key that must have signed at least one of them. Pass proves: the events of
+// the quoted PCRs before such a quote are those that the TPM had measured when
+// it was made. Of other PCRs, and Windows leaves out 7, it proves nothing.
 func JudgeEmbedded(l *eventlog.Log, key *tpm.Signer) *Report {
 	var last *Report
 	for _, q := range l.Quotes() {

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -228,14 +229,20 @@ func TestBothLanguages(t *testing.T) {
 	}
 }
 
-// FuzzJudgeEmbedded judges the quotes in logs of anyone: none but the one that
-// the key has signed passes.
+// FuzzJudgeEmbedded judges the quotes in logs of anyone: one passes only behind
+// events that give the quoted PCRs the values they had in the log of its TPM.
 func FuzzJudgeEmbedded(f *testing.F) {
 	const name = "eventlog-with-pcrs/guard-win-supermicro-wbclquote"
 	var key *tpm.Signer
+	var genuine map[int][]byte
 	if data, err := os.ReadFile(filepath.Join(corpus, name+".pcpkey-bla.bin")); err == nil {
 		key = signer(f, data)
 		log := readFile(f, name+".eventlog")
+		l, err := eventlog.Read(log)
+		if err != nil {
+			f.Fatal(err)
+		}
+		genuine = l.Before(eventlog.SHA256, l.Quotes()[0].Event)
 		f.Add(log)
 		f.Add(readFile(f, "eventlog-golden/guard-windows_event_log"))
 	} else {
@@ -247,7 +254,18 @@ func FuzzJudgeEmbedded(f *testing.F) {
 			return
 		}
 		r := quote.JudgeEmbedded(l, key)
-		if r.Verdict == eventlog.VerdictPass && len(l.Events) != 37 {
+		if r.Verdict != eventlog.VerdictPass {
+			return
+		}
+		if !slices.ContainsFunc(l.Quotes(), func(q eventlog.EmbeddedQuote) bool {
+			values := l.Before(eventlog.SHA256, q.Event)
+			for _, pcr := range r.Selection[0].PCRs {
+				if !bytes.Equal(values[pcr], genuine[pcr]) {
+					return false
+				}
+			}
+			return true
+		}) {
 			t.Error("a quote of other events passes")
 		}
 	})
