@@ -285,7 +285,6 @@ func (h *host) awaitLate(ctx context.Context, wg *sync.WaitGroup, d *devices) {
 
 // appeared takes note of devices that have come late.
 func (h *host) appeared(came, missing []node) {
-	h.lack(missing)
 	for _, n := range came {
 		h.console.line("init", "appeared: %s", n.path)
 		if n.path != TPMDevice {
@@ -297,6 +296,7 @@ func (h *host) appeared(came, missing []node) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.missing = slices.Clone(missing)
 	if h.state.Reason != deviceMissing {
 		return
 	}
