@@ -135,6 +135,7 @@ func workSpec(o Options) spec {
 		commands: append([]string{
 			"sekisho/images/work/cmd/workinit",
 			"sekisho/images/work/cmd/fetch",
+			"sekisho/images/work/cmd/poweroff",
 			"sekisho/guestlink/cmd/guestagent",
 		}, urootCommands("cat date df dmesg echo find free gosh grep head hexdump id ip kill ls lsmod mkdir mount ping ps rm sleep tail time uname wc")...),
 		tags: tags(o.Lab),

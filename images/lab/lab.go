@@ -64,6 +64,7 @@ const (
 type Lab struct {
 	Root  string    // absolute path of the checkout
 	Accel string    // "auto", "kvm" or "tcg"
+	Link  string    // work_domain.link of the organisation; empty: vsock
 	Log   io.Writer // progress in words
 
 	mu sync.Mutex // state.json

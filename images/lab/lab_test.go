@@ -38,7 +38,7 @@ type bench struct {
 }
 
 // realLab builds what is missing and takes the lab down at the end.
-func realLab(t *testing.T) *bench {
+func realLab(t *testing.T, options ...func(*Lab)) *bench {
 	t.Helper()
 	if os.Getenv("SEKISHO_TEST") != "all" {
 		t.Skip("boots a virtual laptop, which takes minutes and root: set SEKISHO_TEST=all")
@@ -49,6 +49,9 @@ func realLab(t *testing.T) *bench {
 	l, err := New(".", testLog{t})
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, set := range options {
+		set(l)
 	}
 	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", l.out("..", "bin")+"/",
 		"./images/lab/cmd/lab", "./attest/cmd/verifier", "./attest/cmd/attestctl", "./netd/cmd/gateway", "./netd/cmd/beacon")

@@ -100,7 +100,7 @@ func (l *Lab) writeOrganization() error {
 		Name: "Sekisho Lab", CA: string(ca),
 		Verifiers:  []attest.Endpoint{{Address: verifierAddress, ServerName: verifierName}},
 		Gateways:   []attest.Endpoint{{Address: gatewayAddress, ServerName: gatewayName}},
-		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareBIOS, Disk: attest.DiskPersistent},
+		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareBIOS, Disk: attest.DiskPersistent, Link: l.Link},
 	}
 	if o.EscrowKey, err = l.publicKey("escrow"); err != nil {
 		return err

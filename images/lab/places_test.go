@@ -5,24 +5,34 @@ import (
 	"encoding/json"
 	"errors"
 	"net"
+	"net/http"
 	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"sekisho/attest"
 	"sekisho/images/lab/hook"
 	"sekisho/netd"
 )
 
 // TestPlaces is one boot of a laptop whose clock says 1970, and takes it from
-// home to the office, home, and to a hotel.
+// home to the office, home, and to a hotel. Its guest link is the virtio-serial
+// port.
 func TestPlaces(t *testing.T) {
-	b := realLab(t)
+	b := realLab(t, func(l *Lab) { l.Link = attest.LinkSerial })
 	// Without the right time no certificate is good, so the page proves that
 	// the clock was set.
 	if _, err := b.Up(t.Context(), Boot{Clock: "1970-01-02T00:00:00"}); err != nil {
 		t.Fatal(err)
+	}
+	var l struct {
+		Transport string `json:"transport"`
+	}
+	must(t, json.Unmarshal(b.untilState(t, "linkd", "linked", "").Body, &l))
+	if l.Transport != "serial" {
+		t.Errorf("the guest link runs over %q, want serial", l.Transport)
 	}
 	a, err := b.Exec(t.Context(), hook.Host, "/bbin/netd", "journal")
 	must(t, err)
@@ -72,6 +82,26 @@ func TestPlaces(t *testing.T) {
 			b.netd(t, "Tunnel")
 		})
 	}
+	// Last: the work domain is asked to switch itself off, and with it goes the
+	// laptop.
+	t.Run("shutdown by the link", func(t *testing.T) {
+		a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Timeout: 30 * time.Second, Socket: "/run/sekisho/linkd.sock",
+			Method: http.MethodPost, Path: "/v1/power", Stdin: []byte(`{"action":"shutdown"}`)})
+		must(t, err)
+		if a.Exit != http.StatusAccepted {
+			t.Fatalf("http status %d: %s", a.Exit, a.Stdout)
+		}
+		qemu, err := b.find("qemu")
+		must(t, err)
+		b.until(t, "the laptop to be off", func(ctx context.Context) bool {
+			ctx, cancel := context.WithTimeout(ctx, time.Second)
+			defer cancel()
+			return qemu.wait(ctx) == nil
+		})
+		if s := b.console(t); !strings.Contains(s, "init: power off") {
+			t.Error("the laptop did not go off by itself: the console does not say so")
+		}
+	})
 }
 
 // netd waits until netd is in a state and returns its status.
