@@ -98,7 +98,7 @@ func tamper(parts *uki.Parts, c Component) error {
 // domain must not hold: the lab's hooks, and what answers on the network. A
 // shell is for whoever sits at the desk.
 func forbiddenWork() []string {
-	return []string{"labhook", "labguest", "sshd", "telnetd", "dropbear", "gdbserver"}
+	return []string{"labhook", "labguest", "cardcheck", "sshd", "telnetd", "dropbear", "gdbserver"}
 }
 
 // forbiddenHost are those of the host domain, which nobody sits at: also

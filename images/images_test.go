@@ -64,7 +64,7 @@ func TestReleaseOfTheWorkDomain(t *testing.T) {
 	if err := checkRelease(&m, compressed(t, "clean"+hookMark), forbiddenWork()); err == nil {
 		t.Error("the code of labguest was not found")
 	}
-	for _, path := range []string{"/bbin/labguest", "/usr/sbin/sshd"} {
+	for _, path := range []string{"/bbin/labguest", "/bbin/cardcheck", "/usr/sbin/sshd"} {
 		bad := initramfs.Manifest{Files: append(m.Files[:3:3], initramfs.File{Path: path, Link: "bb"})}
 		if err := checkRelease(&bad, compressed(t, "clean"), forbiddenWork()); err == nil || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s in a release: %v", path, err)

@@ -31,13 +31,11 @@ type Options struct {
 	Cache string
 	// Version is recorded in the manifest as the version of our own files.
 	Version string
-	// Lab adds the hooks of the virtual lab (build tag lab) and tools for
-	// debugging. A release image is built with Lab false.
+	// Lab adds the hooks of the virtual lab (build tag lab), tools for debugging
+	// and, to the work domain, clients of the smart card. A release image is built with Lab false.
 	Lab bool
 	// Organization is the content of /etc/sekisho/organization.json.
 	Organization []byte
-	// Card adds to the stand-in work domain what signs in with a smart card.
-	Card bool
 	// Modules names the kernel modules wanted in the host domain, without
 	// their dependencies: those of hostos/boot. The work domain has its own.
 	Modules []string
@@ -119,7 +117,7 @@ const ours = "sekisho"
 
 // debianPackages is what both images are made from, one set so that both have
 // the same kernel.
-var debianPackages = []string{"cryptsetup-bin", "dbus-daemon", "dmsetup", "fprintd", "hostapd", "libccid", "linux-image-amd64", "opensc", "opensc-pkcs11", "ovmf", "pcscd", "qemu-system-x86", "seabios", "systemd-boot-efi", "wireless-regdb", "wpasupplicant"}
+var debianPackages = []string{"cryptsetup-bin", "dbus-daemon", "dmsetup", "fprintd", "hostapd", "krb5-pkinit", "krb5-user", "libccid", "linux-image-amd64", "opensc", "opensc-pkcs11", "ovmf", "pcscd", "qemu-system-x86", "seabios", "systemd-boot-efi", "wireless-regdb", "wpasupplicant"}
 
 // stubPath is where systemd-boot-efi installs the EFI stub.
 const stubPath = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub"

@@ -151,24 +151,23 @@ func workSpec(o Options) spec {
 	s.files["/etc/passwd"] = textFile("root:x:0:0:root:/:/bbin/gosh\n")
 	s.files["/etc/group"] = textFile("root:x:0:\n")
 	s.addShell()
-	if o.Card {
-		s.addCardClients()
-	}
 	if o.Lab {
 		s.commands = append(s.commands, "sekisho/images/lab/cmd/labguest")
+		s.addCardClients()
 	}
 	return s
 }
 
-// addCardClients adds what a desk needs that signs in with a smart card: the
-// driver of the card reader, pcscd and OpenSC.
+// addCardClients adds, in the lab, what a desk needs that signs in with a smart
+// card: the driver of the card reader, pcscd, OpenSC, and MIT Kerberos with
+// PKINIT.
 func (s *spec) addCardClients() {
 	const libraries = "/usr/lib/x86_64-linux-gnu/"
 	const bundle = "/usr/lib/pcsc/drivers/ifd-ccid.bundle/Contents/"
 	s.commands = append(s.commands, "sekisho/images/lab/cmd/cardcheck")
 	s.modules = append(s.modules, "xhci_pci")
-	s.programs = append(s.programs, "/usr/sbin/pcscd", "/usr/bin/opensc-tool", "/usr/bin/pkcs11-tool", "/usr/bin/pkcs15-tool",
-		bundle+"Linux/libccid.so", libraries+"opensc-pkcs11.so", libraries+"libpcsclite.so.1", libraries+"libpcsclite_real.so.1",
+	s.programs = append(s.programs, "/usr/sbin/pcscd", "/usr/bin/opensc-tool", "/usr/bin/pkcs11-tool", "/usr/bin/pkcs15-tool", "/usr/bin/kinit.mit", "/usr/bin/klist.mit",
+		libraries+"krb5/plugins/preauth/pkinit.so", bundle+"Linux/libccid.so", libraries+"opensc-pkcs11.so", libraries+"libpcsclite.so.1", libraries+"libpcsclite_real.so.1",
 		libraries+"libgcc_s.so.1") // opened by pthread_exit
 	s.firmware = append(s.firmware, bundle+"Info.plist")
 	// QEMU's reader says that it has a PIN pad, and has none.

@@ -1,6 +1,8 @@
+//go:build lab
+
 // cardcheck is PID 1 of a work domain that has nothing but a card reader: it
 // starts pcscd, uses the card with OpenSC, prints what these say and switches
-// off.
+// off. It exists in lab images only.
 //
 // Synopsis:
 //
@@ -15,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -44,9 +47,9 @@ func check() error {
 		return err
 	}
 	// There is no udev to tell pcscd of a reader that comes later.
-	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		if readers, _ := filepath.Glob("/sys/bus/usb/devices/*-*:1.0"); len(readers) > 0 {
-			break
+	for end := time.Now().Add(limit); !readerThere(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			return fmt.Errorf("no card reader on USB in %v", limit)
 		}
 	}
 	if err := start("/usr/sbin/pcscd", "--foreground", "--disable-polkit"); err != nil {
@@ -69,6 +72,16 @@ func check() error {
 	return await("No ")
 }
 
+// readerThere reports whether the kernel has set up a USB interface of class
+// smart card (CCID 1.1, section 4.3); a root hub has interfaces too.
+func readerThere() bool {
+	classes, _ := filepath.Glob("/sys/bus/usb/devices/*/bInterfaceClass")
+	return slices.ContainsFunc(classes, func(file string) bool {
+		class, _ := os.ReadFile(file)
+		return strings.TrimSpace(string(class)) == "0b"
+	})
+}
+
 func command(name string, args ...string) *exec.Cmd {
 	cmd := exec.Command(name, args...)
 	cmd.Env = []string{"PATH=/usr/bin", "HOME=/"}
@@ -88,11 +101,12 @@ func run(name string, args ...string) string {
 
 // await asks for the readers until their list holds want.
 func await(want string) error {
+	var out []byte
 	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
-		out, _ := command("/usr/bin/opensc-tool", "--list-readers").CombinedOutput()
+		out, _ = command("/usr/bin/opensc-tool", "--list-readers").CombinedOutput()
 		if strings.Contains(string(out), want) {
 			return nil
 		}
 	}
-	return fmt.Errorf("no reader says %q in %v", want, limit)
+	return fmt.Errorf("no reader says %q in %v, but: %s", want, limit, out)
 }
