@@ -31,18 +31,39 @@ const (
 // no configuration: nothing is carried.
 type Config struct {
 	Address netip.Prefix `json:"address"` // inner address, /32 or /128
-	MTU     int          `json:"mtu"`     // bytes
-	DNS     []netip.Addr `json:"dns"`     // may be empty
+	// Address6 is the IPv6 inner address beside an IPv4 one, /128; zero if there
+	// is none. A guest without CapAddress6 is not told of it.
+	Address6 netip.Prefix `json:"address6,omitzero"`
+	MTU      int          `json:"mtu"` // bytes
+	DNS      []netip.Addr `json:"dns"` // may be empty
+}
+
+// Addresses are the inner addresses.
+func (c Config) Addresses() []netip.Prefix {
+	if !c.Address6.IsValid() {
+		return []netip.Prefix{c.Address}
+	}
+	return []netip.Prefix{c.Address, c.Address6}
+}
+
+// Holds reports whether a is an inner address.
+func (c Config) Holds(a netip.Addr) bool {
+	return a.IsValid() && (a == c.Address.Addr() || a == c.Address6.Addr())
 }
 
 // Validate reports the first fault of c.
 func (c Config) Validate() error {
-	a := c.Address.Addr()
+	for _, p := range c.Addresses() {
+		switch a := p.Addr(); {
+		case !p.IsValid() || !p.IsSingleIP():
+			return fmt.Errorf("config: address %q is not a single address (/32 or /128)", p)
+		case a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() || a.Is4In6() || a.Zone() != "":
+			return fmt.Errorf("config: address %s is not a unicast address", p)
+		}
+	}
 	switch {
-	case !c.Address.IsValid() || !c.Address.IsSingleIP():
-		return fmt.Errorf("config: address %q is not a single address (/32 or /128)", c.Address)
-	case a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a.Is4In6() || a.Zone() != "":
-		return fmt.Errorf("config: address %s is not a unicast address", c.Address)
+	case c.Address6.IsValid() && (!c.Address6.Addr().Is6() || !c.Address.Addr().Is4()):
+		return fmt.Errorf("config: address %s and address6 %s: want an IPv4 and an IPv6 one", c.Address, c.Address6)
 	case c.MTU < MinMTU || c.MTU > MaxMTU:
 		return fmt.Errorf("config: mtu %d, want %d to %d", c.MTU, MinMTU, MaxMTU)
 	case len(c.DNS) > MaxDNS:
@@ -58,7 +79,7 @@ func (c Config) Validate() error {
 
 // Equal reports whether c and d set a device to the same.
 func (c Config) Equal(d Config) bool {
-	if c.Address != d.Address || c.MTU != d.MTU || len(c.DNS) != len(d.DNS) {
+	if c.Address != d.Address || c.Address6 != d.Address6 || c.MTU != d.MTU || len(c.DNS) != len(d.DNS) {
 		return false
 	}
 	for i := range c.DNS {

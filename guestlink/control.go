@@ -26,6 +26,8 @@ const (
 	CapTime    Capabilities = 1 << 1 // the guest takes the time from the host
 	CapPower   Capabilities = 1 << 2 // the guest shuts down and suspends on request
 	CapProbe   Capabilities = 1 << 3 // probes are answered
+	// CapAddress6: the guest takes a Config with an IPv6 address beside the IPv4 one.
+	CapAddress6 Capabilities = 1 << 4
 )
 
 // Has reports whether all bits of b are in c.
@@ -34,7 +36,7 @@ func (c Capabilities) Has(b Capabilities) bool { return c&b == b }
 // Words returns the capabilities that this version knows.
 func (c Capabilities) Words() []string {
 	words := []string{}
-	for i, w := range []string{"offload", "time", "power", "probe"} {
+	for i, w := range []string{"offload", "time", "power", "probe", "address6"} {
 		if c.Has(1 << i) {
 			words = append(words, w)
 		}

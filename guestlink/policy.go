@@ -55,13 +55,16 @@ const (
 	VerdictOptions   Verdict = 1 // IPv4 options
 	VerdictExtension Verdict = 2 // an IPv6 header chain that is not carried
 	VerdictCarry     Verdict = 3
+	VerdictNeighbour Verdict = 4 // ICMPv6 for neighbours on one link
 )
 
 // Judge applies p to a packet that ParseIP has accepted. Whatever p says, these
 // are never carried: an IPv4 fragment at offset 1, which overwrites the TCP
 // flags (RFC 1858, section 3), a fragment that ends behind 65,535 bytes, one
 // that is not the last and not a multiple of 8 bytes (RFC 791, section 3.2), a
-// packet with IPv6's jumbo length, and IPv6 routing headers (RFC 5095).
+// packet with IPv6's jumbo length, IPv6 routing headers (RFC 5095), and ICMPv6
+// but errors and echo: the guest link has no neighbours, and neither end learns
+// routers, prefixes or resolvers by it.
 func (p Policy) Judge(packet []byte) Verdict {
 	if packet[0]>>4 == 4 {
 		return p.judge4(packet)
@@ -93,7 +96,12 @@ func (p Policy) judge6(b []byte) Verdict {
 	next, rest := b[6], b[40:]
 	for range 8 { // no honest chain is longer (RFC 8200, section 4.1)
 		switch next {
-		case protoTCP, protoUDP, protoICMPv6, protoESP, protoSCTP:
+		case protoICMPv6:
+			if len(rest) == 0 || !farther(rest[0]) {
+				return VerdictNeighbour
+			}
+			return VerdictCarry
+		case protoTCP, protoUDP, protoESP, protoSCTP:
 			return VerdictCarry
 		case protoFragment:
 			if len(rest) < 8 {
@@ -116,6 +124,11 @@ func (p Policy) judge6(b []byte) Verdict {
 	}
 	return VerdictExtension
 }
+
+// farther reports whether an ICMPv6 type goes beyond one link: the errors of
+// RFC 4443 (1 to 4) and echo (128, 129). What is left is neighbour discovery,
+// multicast listeners and the like (IANA, ICMPv6 parameters).
+func farther(icmp byte) bool { return icmp >= 1 && icmp <= 4 || icmp == 128 || icmp == 129 }
 
 // FlowKey appends to dst what tells one flow from another: addresses, protocol
 // and ports (not of fragments). Packet was accepted by ParseIP.

@@ -116,6 +116,7 @@ type Counters struct {
 type TunnelStatus struct {
 	Gateway  netip.AddrPort `json:"gateway"`
 	Inner    netip.Addr     `json:"inner"`
+	Inner6   netip.Addr     `json:"inner6,omitzero"`
 	MTU      int            `json:"mtu"`      // bytes, of inner packets
 	DNS      []netip.Addr   `json:"dns"`      // resolvers behind the tunnel
 	Carriage string         `json:"carriage"` // what carries the session: "TLS on TCP" or "HTTP/3"

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,9 +17,10 @@ import (
 	"sekisho/guestlink"
 )
 
-// Apply sets the TUN device name to c: its one address, its MTU, and the
-// default route, by netlink; and the name servers in resolvConf. Addresses of
-// an earlier Config are removed.
+// Apply sets the TUN device name to c: its address of each family, its MTU, and
+// the default routes, by netlink; and the name servers in resolvConf. What an
+// earlier Config set is removed. The device makes no IPv6 address of its own and
+// asks for no router.
 func Apply(name, resolvConf string, c guestlink.Config) error {
 	l, err := netlink.LinkByName(name)
 	if err != nil {
@@ -27,45 +29,66 @@ func Apply(name, resolvConf string, c guestlink.Config) error {
 	if err := netlink.LinkSetMTU(l, c.MTU); err != nil {
 		return fmt.Errorf("set mtu %d of %s: %w", c.MTU, name, err)
 	}
+	if err := quiet(name); err != nil {
+		return err
+	}
 	if err := netlink.LinkSetUp(l); err != nil {
 		return fmt.Errorf("set %s up: %w", name, err)
 	}
-	if err := setAddress(l, c); err != nil {
+	if err := setAddresses(l, c); err != nil {
 		return err
 	}
-	any, bits := net.IPv4zero, 32
-	if c.Address.Addr().Is6() {
-		any, bits = net.IPv6zero, 128
-	}
-	route := &netlink.Route{
-		LinkIndex: l.Attrs().Index,
-		Dst:       &net.IPNet{IP: any, Mask: net.CIDRMask(0, bits)},
-		Src:       c.Address.Addr().AsSlice(),
-		Scope:     netlink.SCOPE_LINK,
-	}
-	if err := netlink.RouteReplace(route); err != nil {
-		return fmt.Errorf("set default route by %s: %w", name, err)
+	for _, p := range c.Addresses() {
+		any := net.IPv4zero
+		if p.Addr().Is6() {
+			any = net.IPv6zero
+		}
+		route := &netlink.Route{
+			LinkIndex: l.Attrs().Index,
+			Dst:       &net.IPNet{IP: any, Mask: net.CIDRMask(0, p.Addr().BitLen())},
+			Src:       p.Addr().AsSlice(),
+			Scope:     netlink.SCOPE_LINK,
+		}
+		if err := netlink.RouteReplace(route); err != nil {
+			return fmt.Errorf("set default route by %s: %w", name, err)
+		}
 	}
 	return writeResolvConf(resolvConf, c)
 }
 
-func setAddress(l netlink.Link, c guestlink.Config) error {
-	want := &netlink.Addr{IPNet: &net.IPNet{
-		IP: c.Address.Addr().AsSlice(), Mask: net.CIDRMask(c.Address.Bits(), c.Address.Addr().BitLen()),
-	}}
+// quiet switches off what IPv6 would do on the device by itself (kernel
+// Documentation/networking/ip-sysctl.rst). A kernel without IPv6 does nothing,
+// and where these cannot be written, the link carries none of it.
+func quiet(name string) error {
+	for key, value := range map[string]string{"accept_ra": "0", "autoconf": "0", "addr_gen_mode": "1"} {
+		err := os.WriteFile(filepath.Join(ProcSys, "net/ipv6/conf", name, key), []byte(value), 0)
+		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EROFS) && !errors.Is(err, os.ErrPermission) {
+			return fmt.Errorf("set %s of %s: %w", key, name, err)
+		}
+	}
+	return nil
+}
+
+func setAddresses(l netlink.Link, c guestlink.Config) error {
 	old, err := netlink.AddrList(l, netlink.FAMILY_ALL)
 	if err != nil {
 		return fmt.Errorf("list addresses of %s: %w", l.Attrs().Name, err)
 	}
 	for _, a := range old {
-		if !a.IP.Equal(want.IP) && a.Scope != unix.RT_SCOPE_LINK {
+		if ip, _ := netip.AddrFromSlice(a.IP); !c.Holds(ip.Unmap()) && a.Scope != unix.RT_SCOPE_LINK {
 			if err := netlink.AddrDel(l, &a); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 				return fmt.Errorf("remove address %s: %w", a.IPNet, err)
 			}
 		}
 	}
-	if err := netlink.AddrReplace(l, want); err != nil {
-		return fmt.Errorf("set address %s: %w", c.Address, err)
+	for _, p := range c.Addresses() {
+		want := &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}
+		if p.Addr().Is6() {
+			want.Flags = unix.IFA_F_NODAD // nobody else is on this link
+		}
+		if err := netlink.AddrReplace(l, want); err != nil {
+			return fmt.Errorf("set address %s: %w", p, err)
+		}
 	}
 	return nil
 }

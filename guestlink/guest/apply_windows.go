@@ -11,50 +11,66 @@ import (
 	"sekisho/guestlink"
 )
 
-// Apply sets the network adapter of that name to c: its one address, its MTU,
-// the default route and the name servers, by the IP Helper API (winipcfg).
-// What an earlier Config set is replaced.
+// Apply sets the network adapter of that name to c: its address of each family,
+// its MTU, the default routes and the name servers, by the IP Helper API
+// (winipcfg). What an earlier Config set is replaced.
 func Apply(adapter string, c guestlink.Config) error {
 	luid, err := find(adapter)
 	if err != nil {
 		return err
 	}
-	addr := c.Address.Addr()
-	family, other := winipcfg.AddressFamily(windows.AF_INET), winipcfg.AddressFamily(windows.AF_INET6)
+	for _, family := range []winipcfg.AddressFamily{windows.AF_INET, windows.AF_INET6} {
+		if err := applyFamily(luid, family, adapter, c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// applyFamily sets what c says of one address family; without an address of it,
+// the adapter has none.
+func applyFamily(luid winipcfg.LUID, family winipcfg.AddressFamily, adapter string, c guestlink.Config) error {
+	six := family == windows.AF_INET6
 	everything, nobody := netip.MustParsePrefix("0.0.0.0/0"), netip.IPv4Unspecified()
-	if addr.Is6() {
-		family, other = other, family
+	if six {
 		everything, nobody = netip.MustParsePrefix("::/0"), netip.IPv6Unspecified()
 	}
-	row, err := luid.IPInterface(family)
-	if err != nil {
-		return fmt.Errorf("interface of adapter %s: %w", adapter, err)
-	}
-	row.NLMTU, row.UseAutomaticMetric, row.Metric = uint32(c.MTU), false, 1
-	row.DadTransmits, row.RouterDiscoveryBehavior = 0, winipcfg.RouterDiscoveryDisabled
-	if err := row.Set(); err != nil {
-		return fmt.Errorf("set mtu %d of %s: %w", c.MTU, adapter, err)
-	}
-	if err := luid.FlushIPAddresses(other); err != nil {
-		return fmt.Errorf("remove addresses of %s: %w", adapter, err)
-	}
-	if err := luid.SetIPAddressesForFamily(family, []netip.Prefix{c.Address}); err != nil {
-		return fmt.Errorf("set address %s of %s: %w", c.Address, adapter, err)
-	}
-	route := &winipcfg.RouteData{Destination: everything, NextHop: nobody}
-	if err := luid.SetRoutesForFamily(family, []*winipcfg.RouteData{route}); err != nil {
-		return fmt.Errorf("set default route by %s: %w", adapter, err)
-	}
-	for _, f := range []winipcfg.AddressFamily{family, other} {
-		var servers []netip.Addr
-		for _, d := range c.DNS {
-			if d.Is4() == (f == windows.AF_INET) {
-				servers = append(servers, d)
-			}
+	var servers []netip.Addr
+	for _, d := range c.DNS {
+		if d.Is6() == six {
+			servers = append(servers, d)
 		}
-		if err := luid.SetDNS(f, servers, nil); err != nil {
-			return fmt.Errorf("set name servers of %s: %w", adapter, err)
+	}
+	var addresses []netip.Prefix
+	for _, p := range c.Addresses() {
+		if p.Addr().Is6() == six {
+			addresses = append(addresses, p)
 		}
+	}
+	if len(addresses) == 0 {
+		if err := luid.FlushIPAddresses(family); err != nil {
+			return fmt.Errorf("remove addresses of %s: %w", adapter, err)
+		}
+	} else {
+		row, err := luid.IPInterface(family)
+		if err != nil {
+			return fmt.Errorf("interface of adapter %s: %w", adapter, err)
+		}
+		row.NLMTU, row.UseAutomaticMetric, row.Metric = uint32(c.MTU), false, 1
+		row.DadTransmits, row.RouterDiscoveryBehavior = 0, winipcfg.RouterDiscoveryDisabled
+		if err := row.Set(); err != nil {
+			return fmt.Errorf("set mtu %d of %s: %w", c.MTU, adapter, err)
+		}
+		if err := luid.SetIPAddressesForFamily(family, addresses); err != nil {
+			return fmt.Errorf("set address %s of %s: %w", addresses[0], adapter, err)
+		}
+		route := &winipcfg.RouteData{Destination: everything, NextHop: nobody}
+		if err := luid.SetRoutesForFamily(family, []*winipcfg.RouteData{route}); err != nil {
+			return fmt.Errorf("set default route by %s: %w", adapter, err)
+		}
+	}
+	if err := luid.SetDNS(family, servers, nil); err != nil {
+		return fmt.Errorf("set name servers of %s: %w", adapter, err)
 	}
 	return nil
 }

@@ -104,12 +104,12 @@ func TestRealTUNs(t *testing.T) {
 	wg.Go(func() { server.Run(ctx, links, api) })
 	wg.Go(func() { agent.Run(ctx) })
 
-	put(t, api.Addr().String(), `{"address":"10.80.0.2/32","mtu":1400,"dns":["10.1.0.53"]}`)
+	put(t, api.Addr().String(), `{"address":"10.80.0.2/32","address6":"fd00:80::2/128","mtu":1400,"dns":["10.1.0.53","fd00:1::53"]}`)
 	if err := <-applied; err != nil {
 		t.Fatal(err)
 	}
 	exchange(t, hostNS, guestNS)
-	if b, _ := os.ReadFile(resolv); string(b) != "nameserver 10.1.0.53\n" {
+	if b, _ := os.ReadFile(resolv); string(b) != "nameserver 10.1.0.53\nnameserver fd00:1::53\n" {
 		t.Errorf("resolv.conf: %q", b)
 	}
 
@@ -126,6 +126,9 @@ func TestRealTUNs(t *testing.T) {
 		l, err := netlink.LinkByName("sekisho0")
 		if err != nil {
 			return err
+		}
+		if six, err := netlink.AddrList(l, netlink.FAMILY_V6); err != nil || len(six) != 1 {
+			t.Errorf("IPv6 addresses %v, %v: want the inner one alone", six, err)
 		}
 		a, err := netlink.ParseAddr("10.80.0.66/32")
 		if err != nil {
@@ -169,33 +172,45 @@ func setUpHost() error {
 	if err != nil {
 		return err
 	}
-	a, err := netlink.ParseAddr("10.80.0.1/32")
-	if err != nil {
-		return err
+	for own, guest := range map[string]string{"10.80.0.1/32": "10.80.0.2/32", "fd00:80::1/128": "fd00:80::2/128"} {
+		a, err := netlink.ParseAddr(own)
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrAdd(l, a); err != nil {
+			return err
+		}
+		_, to, err := net.ParseCIDR(guest)
+		if err != nil {
+			return err
+		}
+		if err := netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: to, Scope: netlink.SCOPE_LINK}); err != nil {
+			return err
+		}
 	}
-	if err := netlink.AddrAdd(l, a); err != nil {
-		return err
-	}
-	_, guest, err := net.ParseCIDR("10.80.0.2/32")
-	if err != nil {
-		return err
-	}
-	return netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: guest, Scope: netlink.SCOPE_LINK})
+	return nil
 }
 
-// exchange sends a datagram of 1,300 bytes from the guest and one back.
+// exchange sends a datagram of 1,300 bytes from the guest and one back, by each
+// address family.
 func exchange(t *testing.T, hostNS, guestNS namespace) {
+	t.Helper()
+	exchangeBy(t, hostNS, guestNS, "10.80.0.1", "10.80.0.2")
+	exchangeBy(t, hostNS, guestNS, "fd00:80::1", "fd00:80::2")
+}
+
+func exchangeBy(t *testing.T, hostNS, guestNS namespace, hostAddr, guestAddr string) {
 	t.Helper()
 	var server *net.UDPConn
 	var client net.Conn
 	if err := hostNS.do(func() (err error) {
-		server, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(10, 80, 0, 1), Port: 7000})
+		server, err = net.ListenUDP("udp", &net.UDPAddr{IP: net.ParseIP(hostAddr), Port: 7000})
 		return err
 	}); err != nil {
 		t.Fatal(err)
 	}
 	defer server.Close()
-	if err := guestNS.do(func() (err error) { client, err = net.Dial("udp4", "10.80.0.1:7000"); return err }); err != nil {
+	if err := guestNS.do(func() (err error) { client, err = net.Dial("udp", net.JoinHostPort(hostAddr, "7000")); return err }); err != nil {
 		t.Fatal(err)
 	}
 	defer client.Close()
@@ -206,7 +221,7 @@ func exchange(t *testing.T, hostNS, guestNS namespace) {
 		t.Fatal(err)
 	}
 	n, from, err := server.ReadFromUDPAddrPort(buf)
-	if err != nil || n != 1300 || from.Addr() != netip.MustParseAddr("10.80.0.2") {
+	if err != nil || n != 1300 || from.Addr() != netip.MustParseAddr(guestAddr) {
 		t.Fatalf("up: %d bytes from %s, %v", n, from, err)
 	}
 	if _, err := server.WriteToUDPAddrPort(buf[:n], from); err != nil {

@@ -23,12 +23,13 @@ const (
 	DropFragment    Drop = 8  // by guestlink.Policy
 	DropOptions     Drop = 9  // likewise
 	DropExtension   Drop = 10 // likewise
-	drops                = 11
+	DropNeighbour   Drop = 11 // likewise
+	drops                = 12
 )
 
 func (d Drop) String() string {
 	names := [drops]string{"no-config", "malformed", "source", "destination", "no-link", "device",
-		"queue", "offload", "fragment", "options", "extension"}
+		"queue", "offload", "fragment", "options", "extension", "neighbour"}
 	if int(d) < len(names) {
 		return names[d]
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -82,7 +83,7 @@ func newPump(dev PacketDevice) *Pump {
 	p.batch, _ = dev.(BatchDevice)
 	p.offload, _ = dev.(OffloadDevice)
 	p.offer = guestlink.Hello{
-		Version: guestlink.Version, Batch: guestlink.MaxBatch, Queues: 1, Capabilities: guestlink.CapProbe,
+		Version: guestlink.Version, Batch: guestlink.MaxBatch, Queues: 1, Capabilities: guestlink.CapProbe | guestlink.CapAddress6,
 	}
 	if p.offload != nil {
 		p.offer.Capabilities |= guestlink.CapOffload
@@ -138,8 +139,7 @@ func (p *Pump) current() *link {
 
 // SetConfig puts c in force at the host end and tells the guest.
 func (p *Pump) SetConfig(c guestlink.Config) error {
-	frame, err := guestlink.AppendConfig(nil, c)
-	if err != nil {
+	if err := c.Validate(); err != nil {
 		return err
 	}
 	if old := p.config.Swap(&c); old != nil && old.Equal(c) {
@@ -147,10 +147,25 @@ func (p *Pump) SetConfig(c guestlink.Config) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.link != nil && !p.link.putControl(frame) {
+	if p.link == nil {
+		return nil
+	}
+	frame, err := p.link.config(nil, c)
+	if err != nil {
+		return err
+	}
+	if !p.link.putControl(frame) {
 		p.link.close() // a guest that reads nothing is reset, and gets it then
 	}
 	return nil
+}
+
+// config appends a config frame with what the guest understands of c.
+func (l *link) config(dst []byte, c guestlink.Config) ([]byte, error) {
+	if !l.has(guestlink.CapAddress6) {
+		c.Address6 = netip.Prefix{}
+	}
+	return guestlink.AppendConfig(dst, c)
 }
 
 // ErrNoPower is a guest that is not linked, or does not take power requests.
@@ -247,7 +262,7 @@ func (p *Pump) attach(agreed guestlink.Hello, direct *directWriter) (*link, erro
 	if c := p.config.Load(); !p.host {
 		frames, err = guestlink.AppendStatus(nil, guestlink.Status{})
 	} else if c != nil {
-		frames, err = guestlink.AppendConfig(nil, *c)
+		frames, err = l.config(nil, *c)
 	}
 	if err == nil && p.host && l.has(guestlink.CapTime) {
 		frames, err = guestlink.AppendTime(frames, p.Now())

@@ -308,3 +308,49 @@ func TestNothingStaleWaitsForALink(t *testing.T) {
 		t.Errorf("%d dropped for want of a link, want 10", n)
 	}
 }
+
+// TestTwoAddresses: a guest that can take an IPv6 address beside the other is
+// told of it and carries both; one that cannot is told of the other alone.
+func TestTwoAddresses(t *testing.T) {
+	host, dev, dial, links, _ := startHost(t)
+	both := testConfig()
+	both.Address6 = netip.MustParsePrefix("fd00:80::2/128")
+	if err := host.SetConfig(both); err != nil {
+		t.Fatal(err)
+	}
+	ipv6 := func(src, dst string) []byte {
+		b := make([]byte, 48)
+		b[0], b[5], b[6], b[7] = 0x60, 8, 17, 64
+		copy(b[8:], netip.MustParseAddr(src).AsSlice())
+		copy(b[24:], netip.MustParseAddr(dst).AsSlice())
+		return b
+	}
+	for _, c := range []struct {
+		offer guestlink.Capabilities
+		want  guestlink.Config
+	}{{0, testConfig()}, {guestlink.CapAddress6, both}} {
+		conn := dial()
+		conn.Write(guestlink.AppendHello(nil, guestlink.Hello{Version: guestlink.Version, Capabilities: c.offer, Batch: guestlink.MaxBatch, Queues: 1}))
+		g := &rawGuest{Conn: conn, frames: guestlink.NewReader(conn)}
+		var f guestlink.Frame
+		for f.Type != guestlink.TypeConfig {
+			var err error
+			if f, err = g.frames.Next(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got, err := guestlink.ParseConfig(f.Payload); err != nil || !got.Equal(c.want) {
+			t.Fatalf("capabilities %d: told %+v, %v", c.offer, got, err)
+		}
+		g.send(t, guestlink.TypePacket, ipv6("fd00:80::3", "fd00:1::1"))
+		g.send(t, guestlink.TypePacket, ipv6("fe80::1", "fd00:1::1"))
+		g.send(t, guestlink.TypePacket, ipv6("fd00:80::2", "fd00:1::1"))
+		if p := <-dev.out; netip.AddrFrom16([16]byte(p[8:24])) != both.Address6.Addr() {
+			t.Fatalf("carried %x", p)
+		}
+	}
+	if n := host.Counters().Dropped["source"]; n != 4 {
+		t.Errorf("%d packets dropped for their source, want 4", n)
+	}
+	<-links
+}

@@ -118,7 +118,7 @@ func (p *Pump) send(buf *[]byte, typ guestlink.Type, packet []byte, n int, more 
 }
 
 // check says whether a packet may be carried. It is the same at both ends:
-// what leaves the guest has its inner address as source, what enters it has it
+// what leaves the guest has an inner address as source, what enters it has one
 // as destination.
 func (p *Pump) check(packet []byte, fromGuest bool) (Drop, bool) {
 	c := p.config.Load()
@@ -129,9 +129,9 @@ func (p *Pump) check(packet []byte, fromGuest bool) (Drop, bool) {
 	switch {
 	case err != nil:
 		return DropMalformed, false
-	case fromGuest && src != c.Address.Addr():
+	case fromGuest && !c.Holds(src):
 		return DropSource, false
-	case !fromGuest && dst != c.Address.Addr():
+	case !fromGuest && !c.Holds(dst):
 		return DropDestination, false
 	}
 	switch p.Policy.Judge(packet) {
@@ -141,6 +141,8 @@ func (p *Pump) check(packet []byte, fromGuest bool) (Drop, bool) {
 		return DropOptions, false
 	case guestlink.VerdictExtension:
 		return DropExtension, false
+	case guestlink.VerdictNeighbour:
+		return DropNeighbour, false
 	}
 	return DropFragment, false
 }

@@ -238,7 +238,7 @@ func (d *Daemon) tunnelStatus() *netd.TunnelStatus {
 		return nil
 	}
 	return &netd.TunnelStatus{
-		Gateway: t.Gateway, Inner: t.Assignment.Inner, MTU: t.Assignment.MTU, DNS: t.Assignment.DNS,
+		Gateway: t.Gateway, Inner: t.Assignment.Inner, Inner6: t.Assignment.Inner6, MTU: t.Assignment.MTU, DNS: t.Assignment.DNS,
 		Carriage: t.Carriage, Since: t.Since, Until: t.Until, Cipher: t.Cipher, Counters: t.Counters,
 	}
 }

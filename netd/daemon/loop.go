@@ -26,6 +26,7 @@ type loop struct {
 	chosen  string // the uplink in use
 	tunnel  tunnel.Status
 	inner   netip.Addr // assigned last: it stays while the tunnel is away
+	inner6  netip.Addr // beside it; zero if the gateway assigned none
 	mtu     int        // of inner packets
 	sent    office.Path
 	ask     asked
@@ -49,7 +50,7 @@ type loop struct {
 type push struct {
 	state netd.State
 	work  bool // work0 has a carrier: a linkd is there, a new one after each change
-	inner netip.Addr
+	inner [2]netip.Addr
 }
 
 // step goes once from facts to kernel.
@@ -122,7 +123,7 @@ func (l *loop) observe(now time.Time) {
 	d.mu.Unlock()
 	l.tunnel = d.Driver.Status()
 	if a := l.tunnel.Assignment; a.Inner.IsValid() {
-		l.inner, l.mtu = a.Inner, a.MTU
+		l.inner, l.inner6, l.mtu = a.Inner, a.Inner6, a.MTU
 	}
 	var err1, err2 error
 	l.outside, err1 = d.Outside.Links()
@@ -223,7 +224,7 @@ func (l *loop) next(now time.Time) time.Duration {
 func (l *loop) situation(state netd.State) plan.Situation {
 	s := plan.Situation{
 		State: state, Uplink: l.in.uplink, Endpoints: l.d.endpoints, QUIC: l.d.quic, Beacons: l.d.beacons(),
-		Inner: l.inner, MTU: l.mtu, Session: l.tunnel.Open,
+		Inner: l.inner, Inner6: l.inner6, MTU: l.mtu, Session: l.tunnel.Open,
 		Work: has(l.inside, netd.WorkLink), Tun: has(l.inside, netd.TunnelLink),
 		Pipe: l.d.Pipe != nil && has(l.inside, netd.OfficeLink) && has(l.outside, netd.OfficeOuterLink),
 	}
@@ -297,7 +298,7 @@ func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 	if wish {
 		signal(d.keeper)
 	}
-	if pushed := (push{state, carrier(l.inside, netd.WorkLink), l.tunnel.Assignment.Inner}); pushed != l.pushed {
+	if pushed := (push{state, carrier(l.inside, netd.WorkLink), [2]netip.Addr{l.tunnel.Assignment.Inner, l.tunnel.Assignment.Inner6}}); pushed != l.pushed {
 		l.pushed = pushed
 		signal(d.pusher)
 	}

@@ -257,7 +257,11 @@ func (d *Daemon) pushConfig(ctx context.Context) {
 		if !a.Inner.IsValid() {
 			continue
 		}
-		err := d.Configure(ctx, guestlink.Config{Address: netip.PrefixFrom(a.Inner, a.Inner.BitLen()), MTU: a.MTU, DNS: a.DNS})
+		c := guestlink.Config{Address: netip.PrefixFrom(a.Inner, a.Inner.BitLen()), MTU: a.MTU, DNS: a.DNS}
+		if a.Inner6.IsValid() {
+			c.Address6 = netip.PrefixFrom(a.Inner6, a.Inner6.BitLen())
+		}
+		err := d.Configure(ctx, c)
 		if (err != nil) != (failed != nil) && ctx.Err() == nil {
 			d.Log.Info("linkd", "address", a.Inner, "mtu", a.MTU, "err", err)
 		}

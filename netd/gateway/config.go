@@ -107,6 +107,9 @@ func (c *Config) validate() error {
 	if p := c.Pool6; p.IsValid() && (!p.Addr().Is6() || p.Addr().Is4In6() || p.Masked() != p || p.Bits() < 16 || p.Bits() > 126 || 128-p.Bits() < 32-c.Pool.Bits()) {
 		fail("pool6 %q: want an IPv6 prefix of /16 to /126 with as many addresses as pool", p)
 	}
+	if c.Pool6.IsValid() && c.MTU < 1280 {
+		fail("mtu %d with pool6: want at least 1280 (RFC 8200, section 5)", c.MTU)
+	}
 	if c.MTU < tunnel.MinMTU || c.MTU > tunnel.MaxMTU {
 		fail("mtu %d: want %d to %d", c.MTU, tunnel.MinMTU, tunnel.MaxMTU)
 	}
@@ -141,7 +144,11 @@ func (c *Config) inner(v4 netip.Addr) []netip.Addr {
 
 // Plan is what the gateway asks of its host's kernel.
 func (c *Config) Plan() plan.Namespace {
-	return plan.MakeGateway(plan.Gateway{Tun: c.Tun, LGWAN: c.LGWAN, Self: c.Self(), Pool: c.Pool, MTU: c.MTU})
+	g := plan.Gateway{Tun: c.Tun, LGWAN: c.LGWAN, Self: c.Self(), Pool: c.Pool, Pool6: c.Pool6, MTU: c.MTU}
+	if c.Pool6.IsValid() {
+		g.Self6 = c.Pool6.Addr().Next()
+	}
+	return plan.MakeGateway(g)
 }
 
 // TLS returns the configuration in which a finished handshake proves that the

@@ -201,10 +201,17 @@ func (n *Namespace) addressChanges(link netlink.Link, want []plan.Address) ([]ch
 			continue
 		}
 		addr := &netlink.Addr{IPNet: ipNet(a.Prefix), Flags: unix.IFA_F_NOPREFIXROUTE}
+		if a.Prefix.Addr().Is6() {
+			addr.Flags |= unix.IFA_F_NODAD // who found the address has asked for duplicates
+		}
 		todo = append(todo, change{fmt.Sprintf("add address %s to %s", a.Prefix, name), func() error { return n.link.AddrAdd(link, addr) }})
 	}
 	return todo, nil
 }
+
+// metric6 is what the kernel gives an IPv6 route without a metric
+// (IP6_RT_PRIO_USER, linux/ipv6_route.h).
+const metric6 = 1024
 
 // highest returns the highest metric of a link's routes.
 func highest(routes []plan.Route, link string) (metric int) {
@@ -226,6 +233,9 @@ func (n *Namespace) routeChanges(link netlink.Link, want []plan.Route) (add, rem
 	var kept, found []plan.Route
 	for _, h := range have {
 		r := plan.Route{Destination: prefix(h.Dst), Link: name, Metric: h.Priority, MTU: h.MTU}
+		if r.Destination.Addr().Is6() && r.Metric == metric6 {
+			r.Metric = 0
+		}
 		if via, ok := netip.AddrFromSlice(h.Gw); ok {
 			r.Via = via.Unmap()
 		}

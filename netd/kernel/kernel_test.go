@@ -24,7 +24,7 @@ var situation = plan.Situation{
 	State: netd.Tunnel, Links: []string{"eth0"},
 	Uplink:    netd.Uplink{Name: "eth0", Carrier: true, Address: netip.MustParsePrefix("192.168.50.23/24"), Router: netip.MustParseAddr("192.168.50.1"), MTU: 1400},
 	Endpoints: []netip.AddrPort{netip.MustParseAddrPort("203.0.113.20:443"), netip.MustParseAddrPort("203.0.113.10:443")},
-	Inner:     netip.MustParseAddr("10.80.0.2"), MTU: 1400, Work: true, Tun: true,
+	Inner:     netip.MustParseAddr("10.80.0.2"), Inner6: netip.MustParseAddr("fd00:80::2"), MTU: 1400, Work: true, Tun: true,
 }
 
 func open(t *testing.T, ns *nstest.NS) *kernel.Namespace {
@@ -80,6 +80,10 @@ func TestApplyReadBackAndRepair(t *testing.T) {
 	for _, line := range []string{
 		`iifname "work0" oifname "tun0" ip saddr 10.80.0.2 accept`,
 		`tcp option maxseg size set 1360`,
+		`tcp option maxseg size set 1340`,
+		`iifname "work0" oifname "tun0" ip6 saddr fd00:80::2 accept`,
+		`iifname "tun0" ip6 saddr fd00:80::2 drop`,
+		`icmpv6 type 130-255 drop`,
 	} {
 		if !strings.Contains(rules, line) {
 			t.Errorf("nft does not show %q in:\n%s", line, rules)
@@ -100,6 +104,9 @@ func TestApplyReadBackAndRepair(t *testing.T) {
 		{"nft", "add table ip nat"},
 		{"nft", "table netdev other { chain c { type filter hook ingress device eth0 priority 0; }; }"},
 		{"nft", "add table ip6 sekisho"},
+		{"sysctl", "-qw", "net.ipv6.conf.eth0.disable_ipv6=0"},
+		{"sysctl", "-qw", "net.ipv6.conf.eth0.accept_ra=2"},
+		{"sysctl", "-qw", "net.ipv6.conf.all.forwarding=1"},
 		{"ip", "rule", "add", "priority", "100", "fwmark", "1", "lookup", "77"},
 		{"ip", "rule", "add", "priority", "101", "from", "10.9.9.0/24", "lookup", "main"},
 		{"ip", "-6", "rule", "add", "priority", "100", "iif", "eth0", "lookup", "78"},

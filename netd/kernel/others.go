@@ -104,8 +104,11 @@ func follows(r netlink.Route, link string, loopback bool, addresses []plan.Addre
 		return false
 	}
 	if to.Addr().Is6() {
-		return r.Type == unix.RTN_LOCAL && loopback && to == netip.MustParsePrefix("::1/128") ||
-			r.Type == unix.RTN_MULTICAST || r.Type == unix.RTN_ANYCAST || r.Type == unix.RTN_LOCAL && to.Addr().IsLinkLocalUnicast()
+		if r.Type == unix.RTN_LOCAL {
+			return loopback && to == netip.MustParsePrefix("::1/128") ||
+				slices.ContainsFunc(addresses, func(a plan.Address) bool { return a.Link == link && to.IsSingleIP() && a.Prefix.Addr() == to.Addr() })
+		}
+		return r.Type == unix.RTN_MULTICAST || r.Type == unix.RTN_ANYCAST
 	}
 	if loopback && netip.MustParsePrefix("127.0.0.0/8").Overlaps(to) && to.Bits() >= 8 {
 		return r.Type == unix.RTN_LOCAL || r.Type == unix.RTN_BROADCAST

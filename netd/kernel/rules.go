@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -27,7 +28,11 @@ const (
 // compile returns r as nftables expressions. It is pure.
 func compile(r plan.Rule) []expr.Any {
 	equal := func(data []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data} }
-	e := []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, equal([]byte{unix.NFPROTO_IPV4})}
+	family, source, destination := byte(unix.NFPROTO_IPV4), uint32(12), uint32(16) // offsets in the IPv4 header, RFC 791 section 3.1
+	if r.Six() {
+		family, source, destination = unix.NFPROTO_IPV6, 8, 24 // RFC 8200, section 3
+	}
+	e := []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, equal([]byte{family})}
 	link := func(key expr.MetaKey, name string) {
 		if name != "" {
 			padded := make([]byte, unix.IFNAMSIZ)
@@ -39,13 +44,13 @@ func compile(r plan.Rule) []expr.Any {
 		if !p.IsValid() {
 			return
 		}
-		a := p.Masked().Addr().As4()
-		e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4})
+		a := p.Masked().Addr().AsSlice()
+		e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(len(a))})
 		if !p.IsSingleIP() {
-			mask := binary.BigEndian.AppendUint32(nil, ^uint32(0)<<(32-p.Bits()))
-			e = append(e, &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: mask, Xor: make([]byte, 4)})
+			mask := net.CIDRMask(p.Bits(), 8*len(a))
+			e = append(e, &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: uint32(len(a)), Mask: mask, Xor: make([]byte, len(a))})
 		}
-		e = append(e, equal(a[:]))
+		e = append(e, equal(a))
 	}
 	port := func(offset uint32, p uint16) {
 		if p != 0 {
@@ -55,10 +60,14 @@ func compile(r plan.Rule) []expr.Any {
 	}
 	link(expr.MetaKeyIIFNAME, r.In)
 	link(expr.MetaKeyOIFNAME, r.Out)
-	address(12, r.Source) // offsets in the IPv4 header, RFC 791 section 3.1
-	address(16, r.Destination)
+	address(source, r.Source)
+	address(destination, r.Destination)
 	if r.Protocol != 0 {
 		e = append(e, &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, equal([]byte{byte(r.Protocol)}))
+	}
+	if r.Types != (plan.Types{}) {
+		e = append(e, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1},
+			&expr.Range{Op: expr.CmpOpEq, Register: 1, FromData: []byte{r.Types.From}, ToData: []byte{r.Types.To}})
 	}
 	port(0, r.SourcePort)
 	port(2, r.DestinationPort)

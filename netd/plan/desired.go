@@ -120,22 +120,34 @@ type Protocol uint8
 
 // The protocols in use (IANA "Assigned Internet Protocol Numbers").
 const (
-	ICMP Protocol = 1
-	TCP  Protocol = 6
-	UDP  Protocol = 17
+	ICMP   Protocol = 1
+	TCP    Protocol = 6
+	UDP    Protocol = 17
+	ICMPv6 Protocol = 58
 )
 
-// Rule matches IPv4 packets by every field that is set.
+// Types is a range of ICMPv6 types, both ends included. The zero value is all.
+type Types struct{ From, To uint8 }
+
+// Rule matches IPv4 packets by every field that is set, or IPv6 packets if its
+// addresses are such, or IPv6 says so.
 type Rule struct {
+	IPv6                bool   // for a rule without addresses: see Six
 	In, Out             string // link names
 	Source, Destination netip.Prefix
 	Protocol            Protocol
+	Types               Types // of ICMPv6
 	SourcePort          uint16
 	DestinationPort     uint16
 	Tracked             Tracked
 	Verdict             Verdict
 	MSS                 uint16     // bytes, for Clamp: matches SYN packets only
 	To                  netip.Addr // for RewriteSource and RewriteDestination
+}
+
+// Six reports whether the rule is for IPv6 packets.
+func (r Rule) Six() bool {
+	return r.IPv6 || r.Protocol == ICMPv6 || r.Source.Addr().Is6() || r.Destination.Addr().Is6()
 }
 
 func (n Namespace) String() string {
@@ -208,6 +220,7 @@ func (r Rule) String() string {
 			w = append(w, fmt.Sprintf(format, a))
 		}
 	}
+	add(r.IPv6, "%s", "ip6")
 	add(r.In != "", "iif %s", r.In)
 	add(r.Out != "", "oif %s", r.Out)
 	add(r.Source.IsValid(), "src %s", r.Source)
@@ -215,6 +228,8 @@ func (r Rule) String() string {
 	add(r.Protocol == TCP, "%s", "tcp")
 	add(r.Protocol == UDP, "%s", "udp")
 	add(r.Protocol == ICMP, "%s", "icmp")
+	add(r.Protocol == ICMPv6, "%s", "icmp6")
+	add(r.Types != Types{}, "type %s", fmt.Sprintf("%d-%d", r.Types.From, r.Types.To))
 	add(r.SourcePort != 0, "sport %d", r.SourcePort)
 	add(r.DestinationPort != 0, "dport %d", r.DestinationPort)
 	add(r.Tracked == Established, "%s", "established")

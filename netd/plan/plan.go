@@ -14,8 +14,8 @@
 // uplinks for now.
 //
 // Inside, in the states Tunnel and Office only, packets pass between work0 and
-// tun0 if they bear the inner address that the gateway assigned. The host itself
-// says nothing there.
+// tun0 if they bear the inner address that the gateway assigned, or the IPv6 one
+// beside it. The host itself says nothing there: neither link has neighbours.
 //
 // In the state Office there is a second way, for the office's networks only:
 // work0 ─ office0 ═ office1 ─ the proven uplink. Its two TUN devices are ends of
@@ -50,7 +50,10 @@ type Situation struct {
 	// Inner is the inner address that the gateway assigned, MTU that of the
 	// inner packets in bytes. They count in the states Tunnel and Office only.
 	Inner netip.Addr
-	MTU   int
+	// Inner6 is the IPv6 inner address, if the gateway assigned one. It is used
+	// in the tunnel only: an office's networks are IPv4.
+	Inner6 netip.Addr
+	MTU    int
 	// Session says that a tunnel session is open; in the state Tunnel one is.
 	Session bool
 	// Networks are the office's, reached over the uplink in the state Office.
@@ -71,6 +74,12 @@ func (in Situation) tunnel() bool {
 	return (in.State == netd.Tunnel || in.State == netd.Office && in.Session) && in.Work && in.Tun && in.Inner.Is4()
 }
 
+// six reports whether IPv6 has a way into the tunnel, which has to be as wide
+// as every IPv6 link (RFC 8200, section 5).
+func (in Situation) six() bool { return in.tunnel() && in.Inner6.Is6() && in.MTU >= minMTU6 }
+
+const minMTU6 = 1280
+
 // Closed is the plan in which nothing passes.
 func Closed() Plan { return Make(Situation{}) }
 
@@ -86,15 +95,17 @@ func Make(in Situation) Plan {
 // filter is rp_filter: 1 wants the best route to a packet's source to be that
 // of the link it came by, 2 takes any route, for where there are several
 // uplinks; what may come in over which link is then the ruleset's to say.
-func quiet(forward, filter string) []Sysctl {
+func quiet(forward, forward6, filter string) []Sysctl {
 	// First, because the kernel resets others of these when it changes.
-	s := []Sysctl{{"net/ipv4/ip_forward", forward}}
+	s := []Sysctl{{"net/ipv4/ip_forward", forward}, {"net/ipv6/conf/all/forwarding", forward6}}
 	for _, where := range []string{"all", "default"} {
 		v4, v6 := "net/ipv4/conf/"+where, "net/ipv6/conf/"+where
 		s = append(s,
 			Sysctl{v6 + "/disable_ipv6", "1"},
 			Sysctl{v6 + "/accept_ra", "0"},
 			Sysctl{v6 + "/autoconf", "0"},
+			Sysctl{v6 + "/accept_redirects", "0"},
+			Sysctl{v6 + "/addr_gen_mode", "1"}, // no link-local address either
 			Sysctl{v4 + "/rp_filter", filter},
 			Sysctl{v4 + "/accept_redirects", "0"},
 			Sysctl{v4 + "/send_redirects", "0"},
@@ -106,6 +117,20 @@ func quiet(forward, filter string) []Sysctl {
 	return s
 }
 
+// six switches IPv6 on a link on or off: the settings of all do not reach links
+// that are there already, but for a few. It is on only where the plan has
+// addresses or routes of it, and then obeys nothing that the link says.
+func six(link string, on bool) []Sysctl {
+	conf, disable := "net/ipv6/conf/"+link+"/", "1"
+	if on {
+		disable = "0"
+	}
+	return []Sysctl{
+		{conf + "accept_ra", "0"}, {conf + "autoconf", "0"}, {conf + "accept_redirects", "0"}, {conf + "addr_gen_mode", "1"},
+		{conf + "disable_ipv6", disable}, // last: the others are in force by then
+	}
+}
+
 func outside(in Situation) Namespace {
 	forward := "0"
 	if in.office() {
@@ -113,7 +138,7 @@ func outside(in Situation) Namespace {
 	}
 	n := Namespace{
 		Alone:   true,
-		Sysctls: append(quiet(forward, "2"), Sysctl{"net/ipv4/tcp_mtu_probing", "1"}),
+		Sysctls: append(quiet(forward, "0", "2"), Sysctl{"net/ipv4/tcp_mtu_probing", "1"}),
 		Ruleset: closed(),
 	}
 	usable := slices.DeleteFunc(append([]netd.Uplink{in.Uplink}, in.Standby...), func(u netd.Uplink) bool { return !u.Usable() })
@@ -127,6 +152,7 @@ func outside(in Situation) Namespace {
 			l.MTU = usable[i].MTU
 		}
 		n.Links = append(n.Links, l)
+		n.Sysctls = append(n.Sysctls, six(name, false)...)
 	}
 	if in.Pipe {
 		n.Links = append(n.Links, Link{Name: netd.OfficeOuterLink, Up: in.office(), MTU: in.MTU})
@@ -243,13 +269,16 @@ func officeOutside(in Situation, endpoints []netip.AddrPort, n *Namespace) {
 
 func inside(in Situation) Namespace {
 	open := in.tunnel() || in.office()
-	forward := "0"
+	forward, forward6 := "0", "0"
 	if open {
 		forward = "1"
 	}
+	if in.six() {
+		forward6 = "1"
+	}
 	n := Namespace{
 		Alone:   true,
-		Sysctls: quiet(forward, "1"),
+		Sysctls: slices.Concat(quiet(forward, forward6, "1"), six(netd.TunnelLink, in.six()), six(netd.WorkLink, in.six())),
 		Ruleset: closed(),
 		Links: []Link{
 			{Name: netd.TunnelLink, Up: in.tunnel(), MTU: in.MTU, Maybe: !in.Tun},
@@ -293,8 +322,37 @@ func inside(in Situation) Namespace {
 			way(w.link, to)
 		}
 	}
+	if in.six() {
+		inside6(in, &n)
+	}
 	return n
 }
+
+// inside6 opens the way into the tunnel for IPv6. Neither end is the other's
+// neighbour: what is for one link only (link-local and multicast addresses, and
+// ICMPv6 from type 130 on: listeners, routers, neighbours, redirects) stays out,
+// and so does the inner address where it is not the sender's: there is no
+// rp_filter for IPv6.
+func inside6(in Situation, n *Namespace) {
+	const work, tun = netd.WorkLink, netd.TunnelLink
+	inner, mss := host(in.Inner6), uint16(in.MTU-60) // IPv6 and TCP headers without options
+	n.Routes = append(n.Routes, Route{Destination: inner, Link: work}, Route{Destination: netip.PrefixFrom(netip.IPv6Unspecified(), 0), Link: tun})
+	forwarded := &n.Ruleset.Chains[2]
+	forwarded.Rules = append(forwarded.Rules,
+		Rule{Protocol: ICMPv6, Types: neighbourly},
+		Rule{Destination: linkLocal}, Rule{Source: linkLocal}, Rule{Destination: multicast},
+		Rule{In: tun, Source: inner},
+		Rule{IPv6: true, In: work, Out: tun, Protocol: TCP, Verdict: Clamp, MSS: mss},
+		Rule{IPv6: true, In: tun, Out: work, Protocol: TCP, Verdict: Clamp, MSS: mss},
+		Rule{In: work, Out: tun, Source: inner, Verdict: Accept},
+		Rule{In: tun, Out: work, Destination: inner, Verdict: Accept})
+}
+
+// neighbourly are the ICMPv6 types behind errors and echo (IANA, ICMPv6
+// parameters).
+var neighbourly = Types{130, 255}
+
+var linkLocal, multicast = netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8")
 
 // closed is the ruleset that passes nothing: input, output, forward in this order.
 func closed() Ruleset {

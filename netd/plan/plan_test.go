@@ -17,7 +17,10 @@ var (
 	uplink = netd.Uplink{Name: "eth0", Carrier: true, Address: netip.MustParsePrefix("192.168.50.23/24"), Router: netip.MustParseAddr("192.168.50.1"), MTU: 1500}
 	ends   = []netip.AddrPort{netip.MustParseAddrPort("203.0.113.20:443"), netip.MustParseAddrPort("203.0.113.10:443")}
 	inner  = netip.MustParseAddr("10.80.0.2")
+	inner6 = netip.MustParseAddr("fd00:80::2")
 )
+
+func (in Situation) insideOnly() string { return Make(in).Inside.String() }
 
 func situation(s netd.State) Situation {
 	return Situation{State: s, Links: []string{"eth1", "eth0"}, Uplink: uplink, Endpoints: ends, Inner: inner, MTU: 1400, Work: true, Tun: true, Pipe: true,
@@ -34,6 +37,10 @@ func TestGolden(t *testing.T) {
 	atDesk.Session = true
 	away := situation(netd.Office)
 	away.Networks = []netip.Prefix{netip.MustParsePrefix("192.168.0.0/16")}
+	both := situation(netd.Tunnel)
+	both.Inner6 = inner6
+	gw6 := MakeGateway(Gateway{Tun: "tunlg", LGWAN: "lgwan0", Self: netip.MustParseAddr("10.80.0.1"), Pool: netip.MustParsePrefix("10.80.0.0/16"),
+		Self6: netip.MustParseAddr("fd00:80::1"), Pool6: netip.MustParsePrefix("fd00:80::/112"), MTU: 1400})
 	gw := MakeGateway(Gateway{Tun: "tunlg", LGWAN: "lgwan0", Self: netip.MustParseAddr("10.80.0.1"), Pool: netip.MustParsePrefix("10.80.0.0/16"), MTU: 1400})
 	for name, got := range map[string]string{
 		"closed":       Closed().String(),
@@ -46,6 +53,8 @@ func TestGolden(t *testing.T) {
 		"office":       Make(atDesk).String(),
 		"office-alone": Make(away).String(),
 		"gateway":      gw.String(),
+		"tunnel6":      both.insideOnly(),
+		"gateway6":     gw6.String(),
 	} {
 		path := filepath.Join("testdata", name+".txt")
 		if *update {
@@ -83,8 +92,14 @@ func TestOfficeLeavesTheHostsOwn(t *testing.T) {
 // piece, what must never be planned.
 func TestNothingOpensButTunnelAndOffice(t *testing.T) {
 	for state := netd.State(0); state < 8; state++ {
-		for n := range 1 << 6 {
+		for n := range 1 << 8 {
 			s := situation(state)
+			if n&64 != 0 {
+				s.Inner6 = inner6
+			}
+			if n&128 != 0 {
+				s.MTU = 1279 // too narrow for IPv6
+			}
 			s.Work, s.Tun, s.Pipe, s.Session = n&1 == 0, n&2 == 0, n&4 == 0, n&32 != 0
 			if n&8 != 0 {
 				s.Inner = netip.Addr{}
@@ -95,6 +110,17 @@ func TestNothingOpensButTunnelAndOffice(t *testing.T) {
 			tunnel := s.Work && s.Tun && n&8 == 0 && (state == netd.Tunnel || state == netd.Office && s.Session)
 			office := s.Work && s.Pipe && n&24 == 0 && state == netd.Office
 			p := Make(s)
+			six := tunnel && n&64 != 0 && n&128 == 0
+			for _, setting := range p.Inside.Sysctls {
+				if strings.HasSuffix(setting.Path, "0/disable_ipv6") && (setting.Value == "0") != six || setting.Path == "net/ipv6/conf/all/forwarding" && (setting.Value == "1") != six {
+					t.Errorf("state %s, pieces %b: %v", state, n, setting)
+				}
+			}
+			for _, r := range p.Inside.Routes {
+				if r.Destination.Addr().Is6() && !six {
+					t.Errorf("state %s, pieces %b: inside %s", state, n, r)
+				}
+			}
 			if open := len(p.Inside.Routes) > 0 || len(p.Inside.Ruleset.Chains[2].Rules) > 0; open != (tunnel || office) {
 				t.Errorf("state %s, pieces %b: inside open = %v", state, n, open)
 			}

@@ -224,7 +224,7 @@ func (v *verdict) lgwan(c *tap) error {
 	if err != nil {
 		return err
 	}
-	inner := netip.MustParseAddr("10.80.0.2").As4()
+	inner, six := netip.MustParseAddr("10.80.0.2").As4(), netip.MustParseAddr(inner6).As16()
 	for {
 		data, info, err := r.ReadPacketData()
 		switch {
@@ -233,6 +233,12 @@ func (v *verdict) lgwan(c *tap) error {
 		case err != nil:
 			return err
 		case !bytes.Contains(data, []byte(secret)):
+		case len(data) > 54 && binary.BigEndian.Uint16(data[12:]) == 0x86dd && [16]byte(data[22:38]) == six:
+			v.delivered++
+			if d := netip.AddrFrom16([16]byte(data[38:54])); data[20] == 58 && data[54] > 129 || d.IsMulticast() || d.IsLinkLocalUnicast() {
+				v.leak(info, data, "a packet for one link reached LGWAN")
+			}
+		case len(data) > 54 && [16]byte(data[38:54]) == six: // LGWAN's own answer, which quotes it
 		case len(data) > 34 && binary.BigEndian.Uint16(data[12:]) == 0x0800 && [4]byte(data[26:30]) == inner:
 			v.delivered++
 		case len(data) > 34 && [4]byte(data[30:34]) == inner: // LGWAN's own answer, which quotes it

@@ -81,13 +81,52 @@ func hostile() (out [][]byte) {
 			}
 		}
 	}
-	for _, dst := range []string{"ff02::1", "ff02::2", "ff02::fb", "fe80::1", "2001:4860:4860::8888", "::1", "::ffff:10.20.0.77"} {
-		ip := &layers.IPv6{Version: 6, HopLimit: 255, NextHeader: layers.IPProtocolUDP, SrcIP: net.ParseIP("fe80::2"), DstIP: net.ParseIP(dst).To16()}
-		udp := &layers.UDP{SrcPort: 40000, DstPort: 53}
-		udp.SetNetworkLayerForChecksum(ip)
-		out = append(out, serialize(ip, udp, gopacket.Payload(secret)))
+	return append(out, hostile6()...)
+}
+
+// hostile6 are those of IPv6, with what only a link's neighbours say.
+func hostile6() (out [][]byte) {
+	sources := []string{inner6, "fd00:80::9999", "fe80::2", "::", "::1", "2001:db8:50::144", "2001:db8:f::20", "fd00:1::80", "::ffff:192.168.50.144", "ff02::1"}
+	destinations := []string{
+		"fd00:1::80", "fd00:80::1", inner6, "2001:4860:4860::8888", "2001:db8:50::1", "2001:db8:f::10", "2001:db8:f::20", "fe80::1", "::1", "::", "::ffff:10.20.0.77",
+		"64:ff9b::a01:50", "2002:cb00:7114::1", "fec0::1", "ff01::1", "ff02::1", "ff02::2", "ff02::c", "ff02::16", "ff02::fb", "ff02::1:2", "ff02::1:ff00:2", "ff05::1:3", "ff0e::1",
+	}
+	for _, src := range sources {
+		for _, dst := range destinations {
+			make6 := func(hops uint8, next layers.IPProtocol, l ...gopacket.SerializableLayer) {
+				ip := &layers.IPv6{Version: 6, HopLimit: hops, NextHeader: next, SrcIP: net.ParseIP(src).To16(), DstIP: net.ParseIP(dst).To16()}
+				for _, l := range l {
+					if t, ok := l.(interface {
+						SetNetworkLayerForChecksum(gopacket.NetworkLayer) error
+					}); ok {
+						t.SetNetworkLayerForChecksum(ip)
+					}
+				}
+				out = append(out, serialize(append(append([]gopacket.SerializableLayer{ip}, l...), gopacket.Payload(secret))...))
+			}
+			for _, port := range []layers.UDPPort{53, 80, 443, 547, 1900, 5353, 5355} {
+				make6(64, layers.IPProtocolUDP, &layers.UDP{SrcPort: 40000, DstPort: port})
+			}
+			make6(1, layers.IPProtocolUDP, &layers.UDP{SrcPort: 40000, DstPort: 80})
+			make6(64, layers.IPProtocolTCP, &layers.TCP{SrcPort: 40000, DstPort: 443, SYN: true, Window: 1024})
+			for _, icmp := range []uint8{128, 130, 133, 134, 135, 136, 137, 139, 143} {
+				make6(255, layers.IPProtocolICMPv6, &layers.ICMPv6{TypeCode: layers.CreateICMPv6TypeCode(icmp, 0)})
+			}
+			routing := gopacket.Payload(append([]byte{17, 2, 0, 1, 0, 0, 0, 0}, net.ParseIP("2001:db8:50::1")...)) // RFC 5095's type 0
+			make6(64, layers.IPProtocolIPv6Routing, routing)
+			make6(64, layers.IPProtocolIPv6HopByHop, gopacket.Payload{58, 0, 5, 2, 0, 0, 1, 0, 143, 0, 0, 0})
+			make6(64, layers.IPProtocolIPv6Fragment, gopacket.Payload{17, 0, 0, 1, 0, 0, 0, 9, 0, 1, 0, 2, 0, 3, 0, 4})
+			make6(64, layers.IPProtocolIPv4, gopacket.Payload(serializeIPv4())) // a tunnel of its own
+		}
 	}
 	return out
+}
+
+func serializeIPv4() []byte {
+	ip := &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolUDP, SrcIP: net.IPv4(10, 80, 0, 2), DstIP: net.IPv4(8, 8, 8, 8)}
+	udp := &layers.UDP{SrcPort: 40000, DstPort: 53}
+	udp.SetNetworkLayerForChecksum(ip)
+	return serialize(ip, udp)
 }
 
 func serialize(l ...gopacket.SerializableLayer) []byte {

@@ -108,10 +108,32 @@ func scenarios() []scenario {
 				if a := ns.Run("ip", "-6", "-o", "address", "show", "scope", "global"); a != "" {
 					t.Errorf("an IPv6 address was taken: %s", a)
 				}
-				if r := ns.Run("ip", "-6", "route", "show", "default"); r != "" {
+				if r := ns.Run("ip", "-6", "route", "show", "default"); r != "" && (ns != w.inside || !strings.HasPrefix(r, "default dev tun0") || strings.Count(r, "\n") != 1) {
 					t.Errorf("an IPv6 default route was taken: %s", r)
 				}
 			}
+		}},
+		{name: "IPv6 in the tunnel", run: func(t *testing.T, w *world) {
+			nstest.Eventually(t, 10*time.Second, func() error {
+				text, err := w.fetch(page6, time.Second)
+				if err == nil && text != pageText {
+					err = fmt.Errorf("page is %q", text)
+				}
+				return err
+			})
+			if text, err := w.fetch(page6+"?bytes="+strconv.Itoa(4<<20), 30*time.Second); err != nil || len(text) != 4<<20 {
+				t.Errorf("%d bytes over IPv6: %v", len(text), err)
+			}
+			if s := w.waitState(time.Second, netd.Tunnel, ""); s.Tunnel == nil || s.Tunnel.Inner6.String() != inner6 {
+				t.Errorf("status shows %+v", s.Tunnel)
+			}
+			w.attestd.set(gate.StateRefused, 0)
+			w.waitState(10*time.Second, netd.Attesting, "")
+			if r := w.inside.Run("ip", "-6", "route"); r != "" {
+				t.Errorf("IPv6 routes inside while closed: %s", r)
+			}
+			w.attestd.set(gate.StateAffirming, time.Hour)
+			again(t, w)
 		}},
 		{name: "CVE-2019-14899: probes for the inner address", run: probes},
 		{name: "DHCP: MTU 68", dhcp: force("26,68"), dark: true, run: absurdThenGood},
@@ -550,7 +572,7 @@ func swaps(t *testing.T, w *world) {
 	defer func() { cancel(); <-done }()
 
 	situation := plan.Situation{
-		Links: []string{"eth0"}, Uplink: s.Uplink, Endpoints: w.allowed(), Inner: netip.MustParseAddr("10.80.0.2"), MTU: 1400, Session: true,
+		Links: []string{"eth0"}, Uplink: s.Uplink, Endpoints: w.allowed(), Inner: netip.MustParseAddr("10.80.0.2"), Inner6: netip.MustParseAddr(inner6), MTU: 1400, Session: true,
 		Networks: []netip.Prefix{netip.MustParsePrefix("10.20.0.0/24")}, Work: true, Tun: true, Pipe: true,
 	}
 	states := []netd.State{netd.Tunnel, netd.Office, netd.Dark, netd.Office, netd.Linked, netd.Tunnel, netd.Attesting}

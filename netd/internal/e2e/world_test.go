@@ -43,10 +43,13 @@ import (
 //	work ── guest0 ═ work0 ── inside ── tun0 ═ netd ═ eth0 ── home router
 //	                                                             │ 203.0.113.0/24
 //	                      web 10.1.0.80 ── lgwan0 ── site: gateway .20, verifier .10
+//	                       fd00:1::80
 const (
 	gatewayAddr  = "203.0.113.20:443"
 	verifierAddr = "203.0.113.10:443"
 	page         = "http://10.1.0.80/"
+	page6        = "http://[fd00:1::80]/"
+	inner6       = "fd00:80::2" // beside 10.80.0.2
 	pageText     = "a page on LGWAN"
 )
 
@@ -115,6 +118,9 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 	w.site.Run("ip", "route", "add", "192.168.50.0/24", "via", "203.0.113.1")
 	nstest.Pair(w.site, "lgwan0", "10.1.0.1/24", w.web, "eth0", "10.1.0.80/24")
 	w.web.Run("ip", "route", "add", "10.80.0.0/16", "via", "10.1.0.1")
+	w.site.Run("ip", "address", "add", "fd00:1::1/64", "dev", "lgwan0", "nodad")
+	w.web.Run("ip", "address", "add", "fd00:1::80/64", "dev", "eth0", "nodad")
+	w.web.Run("ip", "route", "add", "fd00:80::/112", "via", "fd00:1::1")
 	w.home.Run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
 
 	w.ca, w.verifierCA = newAuthority(t, "City CA"), newAuthority(t, "Verifier CA")
@@ -132,12 +138,12 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 	w.writeBytes("verifier-ca.crt", []byte(w.verifierCA.pem()))
 	w.write("gateway.json", map[string]any{
 		"listen": gatewayAddr, "certificate": w.path("gateway.crt"), "key": w.path("gateway.key"), "client_ca": w.path("verifier-ca.crt"),
-		"pool": "10.80.0.0/16", "leases": w.path("leases.json"), "tun": "sekisho0", "lgwan": "lgwan0",
+		"pool": "10.80.0.0/16", "pool6": "fd00:80::/112", "leases": w.path("leases.json"), "tun": "sekisho0", "lgwan": "lgwan0",
 		"dns": []string{"10.1.0.53"}, "status": w.path("gateway.sock"),
 	})
 	w.linkd()
 	w.tapped.far = w.startTap(w.web, "eth0", "lgwan.pcap")
-	l := w.web.Listen("10.1.0.80:80")
+	l, l6 := w.web.Listen("10.1.0.80:80"), w.web.Listen("[fd00:1::80]:80")
 	server := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		if n, err := strconv.Atoi(r.URL.Query().Get("bytes")); err == nil {
 			io.CopyN(rw, zeros{}, int64(n))
@@ -146,6 +152,7 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 		io.WriteString(rw, pageText)
 	})}
 	go server.Serve(l)
+	go server.Serve(l6)
 	t.Cleanup(func() { server.Close() })
 
 	// The uplink is captured before the laptop's end exists.
@@ -274,6 +281,10 @@ func (w *world) linkd() {
 			w.work.Try("ip", "link", "set", "guest0", "up", "mtu", strconv.Itoa(c.MTU))
 			w.work.Try("ip", "address", "add", c.Address.String(), "dev", "guest0")
 			w.work.Try("ip", "route", "add", "default", "dev", "guest0")
+			if c.Address6.IsValid() {
+				w.work.Try("ip", "address", "add", c.Address6.String(), "dev", "guest0", "nodad")
+				w.work.Try("ip", "-6", "route", "add", "default", "dev", "guest0")
+			}
 		}
 		w.config = c
 	})}
