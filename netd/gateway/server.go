@@ -141,7 +141,7 @@ type connKey struct{}
 // serveH3 accepts laptops over HTTP/3 until ctx is done.
 func (s *Server) serveH3(ctx context.Context, udp net.PacketConn, from *sources) error {
 	socket := &quic.Transport{
-		Conn: udp,
+		Conn: connectip.UDP(udp),
 		// Beyond this many under way each must show that it can be reached at its
 		// address before it costs a handshake (RFC 9000, section 8.1.2).
 		VerifySourceAddress: func(net.Addr) bool { return from.underWay() > opening/8 },
@@ -246,7 +246,7 @@ func overH3(w http.ResponseWriter, r *http.Request, sess *session) (*connectip.S
 	if err != nil {
 		return nil, err
 	}
-	return connectip.NewH3Stream(stream, conn, nil, sess.until), nil
+	return connectip.NewH3Stream(stream, conn, connectip.TakesTrains(r), nil, sess.until), nil
 }
 
 // refusal is an error with the HTTP status that tells it.

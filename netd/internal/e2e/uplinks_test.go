@@ -17,6 +17,7 @@ import (
 	"sekisho/attest/gate"
 	"sekisho/netd"
 	"sekisho/netd/internal/nstest"
+	"sekisho/netd/tunnel/connectip"
 )
 
 // secondUplink gives the laptop another way out: eth1, to a LAN of its own
@@ -187,11 +188,27 @@ func (w *world) answering(e *echo) {
 	})
 }
 
+// onlyHTTP3 makes the home swallow the flight of a TLS handshake with a
+// certificate in it, so that HTTP/3 carries the tunnel. netd's probes, which
+// show none, pass.
+func (w *world) onlyHTTP3() {
+	w.home.Run("nft", "add table ip http3; add chain ip http3 f { type filter hook forward priority 0; }; "+
+		"add rule ip http3 f ip daddr 203.0.113.20 tcp dport 443 meta length 600-1400 drop")
+}
+
 // TestTwoUplinks: the cable is pulled, the session goes on over the other
 // uplink; it is put in again, and the session goes back without a loss.
 func TestTwoUplinks(t *testing.T) {
+	t.Run("tls", func(t *testing.T) { twoUplinks(t, connectip.TLS) })
+	t.Run("http3", func(t *testing.T) { twoUplinks(t, connectip.HTTP3) })
+}
+
+func twoUplinks(t *testing.T, by connectip.Carriage) {
 	w := newWorld(t, tunnelVision()...)
 	w.secondUplink()
+	if by == connectip.HTTP3 {
+		w.onlyHTTP3()
+	}
 	w.startGateway()
 	w.attestd.set(gate.StateAffirming, time.Hour)
 	w.startNetd()
@@ -223,6 +240,9 @@ func TestTwoUplinks(t *testing.T) {
 	w.home.Run("ip", "link", "set", "lan0", "up")
 	w.waitUplink("eth0")
 	w.answering(e)
+	if s, err := w.status(); err != nil || s.Tunnel.Carriage != by.String() {
+		t.Errorf("carried by %s, want %s: %v", s.Tunnel.Carriage, by, err)
+	}
 	gap, _ = e.since(again)
 	sent, lost := e.end(first)
 	t.Logf("planned change: %d of %d packets lost, longest silence %.0f ms, %v after the cable was back", lost, sent, gap.Seconds()*1000, time.Since(again).Round(time.Millisecond))

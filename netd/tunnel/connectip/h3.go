@@ -16,9 +16,23 @@ import (
 	"sekisho/netd/tunnel"
 )
 
-// streamChunk is how much of the stream's capsules is read at once: packets do
-// not come there unless a path is too narrow for them.
-const streamChunk = 2 << 10
+// streamChunk is how much of the stream is read at once while little comes
+// there, in bytes: an idle session holds no more.
+const streamChunk = 512
+
+// quic-go holds 32 datagrams for a stream's reader and drops the next without a
+// word (streamDatagramQueueLen, quic-go's http3), so that bursts of many lose
+// packets on a perfect path, and more of them on a busy machine. What goes as
+// datagrams therefore keeps below that: burst of them at once and then
+// perSecond, which is a video call. Inner TCP goes so only in small batches. The
+// rest goes on the request's stream, as capsules: there nothing is dropped, and
+// long runs of packets are encrypted and sent together.
+const (
+	burst     = 16
+	perSecond = 1000
+	// smallBatch bounds a small batch in bytes.
+	smallBatch = 12 << 10
+)
 
 // heldDatagrams bounds the packets that wait for the TUN device.
 const heldDatagrams = 1024
@@ -36,9 +50,9 @@ func QUICConfig() *quic.Config {
 		MaxIncomingStreams:             4,
 		MaxIncomingUniStreams:          8,
 		InitialStreamReceiveWindow:     64 << 10,
-		MaxStreamReceiveWindow:         512 << 10,
+		MaxStreamReceiveWindow:         4 << 20, // TCP's too is some MiB (tcp(7), tcp_rmem)
 		InitialConnectionReceiveWindow: 96 << 10,
-		MaxConnectionReceiveWindow:     768 << 10,
+		MaxConnectionReceiveWindow:     5 << 20,
 	}
 }
 
@@ -52,25 +66,34 @@ type requestStream interface {
 	Context() context.Context
 }
 
-// overH3 carries packets in HTTP datagrams (RFC 9297, section 2.1) and all else
-// on the request's stream. A packet that is too long for a datagram on this
-// path goes on the stream too, as a DATAGRAM capsule (section 3.5), so a narrow
-// path is slow but never a black hole; QUIC itself finds out how long a
-// datagram may be (RFC 9000, section 14.3).
+// overH3 carries single packets in HTTP datagrams (RFC 9297, section 2.1), each
+// by itself, and all else on the request's stream: trains, bursts of packets as
+// DATAGRAM capsules (section 3.5), and any packet that is too long for a
+// datagram on this path, so a narrow path is slow but never a black hole; QUIC
+// itself finds out how long a datagram may be (RFC 9000, section 14.3). A peer
+// that is not ours may not read packets on the stream: it gets those only that
+// are too long.
 type overH3 struct {
 	stream requestStream
 	conn   *quic.Conn
 	end    func() // closes what the connection stands on
+	ours   bool   // the peer is
 	last   quic.ConnectionStats
+
+	allowed float64 // datagrams that may go now, at refills
+	refills time.Time
 
 	chunk       [streamChunk]byte
 	start, stop int
+	more        bool // the last read was full: read more at once
 }
 
-// NewH3Stream returns a stream over an HTTP/3 request that was granted. end
-// closes what conn stands on; it may be nil.
-func NewH3Stream(stream requestStream, conn *quic.Conn, end func(), until time.Time) *Stream {
-	return newStream(&overH3{stream: stream, conn: conn, end: end}, nil, until)
+// NewH3Stream returns a stream over an HTTP/3 request that was granted. trains
+// says that the peer takes trains. end closes what conn stands on; it may be nil.
+func NewH3Stream(stream requestStream, conn *quic.Conn, trains bool, end func(), until time.Time) *Stream {
+	s := newStream(&overH3{stream: stream, conn: conn, end: end, ours: trains}, nil, until)
+	s.Trains = trains
+	return s
 }
 
 func (c *overH3) setIdle(func()) {}
@@ -84,12 +107,12 @@ func (c *overH3) close() {
 }
 
 func (c *overH3) wait() error {
-	if c.start < c.stop {
+	if c.start < c.stop || c.more {
 		return nil
 	}
 	n, err := c.stream.Read(c.chunk[:])
 	if n > 0 {
-		c.start, c.stop = 0, n
+		c.start, c.stop, c.more = 0, n, n == len(c.chunk)
 		return nil
 	}
 	return err
@@ -99,9 +122,14 @@ func (c *overH3) Read(b []byte) (int, error) {
 	if err := c.wait(); err != nil {
 		return 0, err
 	}
-	n := copy(b, c.chunk[c.start:c.stop])
-	c.start += n
-	return n, nil
+	if c.start < c.stop {
+		n := copy(b, c.chunk[c.start:c.stop])
+		c.start += n
+		return n, nil
+	}
+	n, err := c.stream.Read(b)
+	c.more = n > len(c.chunk)
+	return n, err
 }
 
 // datagrams receives on one goroutine, whose queue in quic-go is short, and
@@ -153,13 +181,16 @@ func (c *overH3) datagrams(ctx context.Context, deliver func([][]byte)) error {
 
 func (c *overH3) send(capsules []byte) (lost int, err error) {
 	c.stream.SetWriteDeadline(time.Now().Add(DeadAfter))
+	small := len(capsules) <= smallBatch
+	run := capsules[:0] // of the stream: overwrites what has been looked at
 	for len(capsules) > 0 {
 		kind, n := varint(capsules)
 		size, m := varint(capsules[n:])
 		whole := capsules[:n+m+int(size)]
 		capsules = capsules[len(whole):]
-		if kind == capsuleDatagram {
-			err := c.stream.SendDatagram(whole[n+m:])
+		value := whole[n+m:]
+		if kind == capsuleDatagram && (!c.ours || (small || !carriesTCP(value[1:])) && c.mayDatagram()) {
+			err := c.stream.SendDatagram(value)
 			var long *quic.DatagramTooLargeError
 			if err == nil {
 				continue
@@ -168,11 +199,30 @@ func (c *overH3) send(capsules []byte) (lost int, err error) {
 				return lost, err
 			}
 		}
-		if _, err := c.stream.Write(whole); err != nil {
-			return lost, err
-		}
+		run = append(run, whole...)
 	}
-	return lost, nil
+	if len(run) > 0 {
+		_, err = c.stream.Write(run)
+	}
+	return lost, err
+}
+
+// mayDatagram takes one of the datagrams that are allowed now.
+func (c *overH3) mayDatagram() bool {
+	now := time.Now()
+	c.allowed = min(c.allowed+now.Sub(c.refills).Seconds()*perSecond, burst)
+	c.refills = now
+	if c.allowed < 1 {
+		return false
+	}
+	c.allowed--
+	return true
+}
+
+// carriesTCP reports whether an IP packet holds TCP.
+func carriesTCP(p []byte) bool {
+	const tcp = 6
+	return len(p) >= 20 && (p[0]>>4 == 4 && p[9] == tcp || p[0]>>4 == 6 && p[6] == tcp)
 }
 
 func (c *overH3) sample() Sample {
@@ -200,7 +250,7 @@ func dialH3(ctx context.Context, to tunnel.Target) (_ *opened, err error) {
 	if err != nil {
 		return nil, err
 	}
-	socket := &quic.Transport{Conn: udp}
+	socket := &quic.Transport{Conn: UDP(udp)}
 	end := func() {
 		socket.Close()
 		udp.Close()
@@ -257,9 +307,9 @@ func connect(ctx context.Context, conn *quic.Conn, end func(), to tunnel.Target)
 	if err != nil {
 		return nil, fmt.Errorf("request: %w", err)
 	}
-	a, _, err := parseGranted(resp)
+	a, trains, err := parseGranted(resp)
 	if err != nil {
 		return nil, err
 	}
-	return &opened{NewH3Stream(stream, conn, end, to.Until), a, HTTP3, state}, nil
+	return &opened{NewH3Stream(stream, conn, trains, end, to.Until), a, HTTP3, state}, nil
 }
