@@ -166,6 +166,23 @@ type NetworkAccess struct {
 	SSIDs  []string `json:"ssids,omitempty"` // Wi-Fi networks of the organisation
 }
 
+func (n *NetworkAccess) validate() error {
+	var errs []error
+	b, rest := pem.Decode([]byte(n.CA))
+	if b == nil || b.Type != "CERTIFICATE" || len(bytes.TrimSpace(rest)) != 0 {
+		errs = append(errs, errors.New("organization: network_access: ca: want one PEM block with a certificate"))
+	} else if _, err := x509.ParseCertificate(b.Bytes); err != nil {
+		errs = append(errs, fmt.Errorf("organization: network_access: ca: %w", err))
+	}
+	if n.Server == "" || len(n.Server) > 253 {
+		errs = append(errs, fmt.Errorf("organization: network_access: server %.64q: want the DNS name in the authentication servers' certificates", n.Server))
+	}
+	if len(n.SSIDs) > 16 || slices.ContainsFunc(n.SSIDs, func(s string) bool { return s == "" || len(s) > 32 }) {
+		errs = append(errs, fmt.Errorf("organization: network_access: ssids %.64q: want at most 16 of 1 to 32 bytes", n.SSIDs))
+	}
+	return errors.Join(errs...)
+}
+
 // The kinds that an UplinkRule may name.
 var uplinkKinds = []string{"", "wired", "wifi", "usb"}
 
@@ -256,6 +273,9 @@ func (o *Organization) Validate() error {
 	}
 	if d := o.WorkDomain.Disk; d != DiskPersistent && d != DiskEphemeral {
 		fail("work_domain: disk %q: want %q or %q", d, DiskPersistent, DiskEphemeral)
+	}
+	if n := o.NetworkAccess; n != nil {
+		errs = append(errs, n.validate())
 	}
 	if o.EscrowKey != "" {
 		if _, err := o.Escrow(); err != nil {

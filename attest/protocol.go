@@ -16,6 +16,7 @@ const (
 	PathChallenge   = "/v1/challenge"     // POST ChallengeRequest → Challenge
 	PathAttest      = "/v1/attest"        // POST Evidence → AttestResponse
 	PathEscrow      = "/v1/escrow"        // POST EscrowRequest → {}
+	PathNetwork     = "/v1/network"       // POST NetworkRequest → NetworkCertificate
 )
 
 // MaxMessage bounds every JSON body of the API in bytes.
@@ -81,6 +82,27 @@ func EscrowDigest(escrow []byte) Digest {
 	h := sha256.New()
 	h.Write([]byte("sekisho/escrow/1"))
 	h.Write(escrow)
+	return Digest(h.Sum(nil))
+}
+
+// NetworkRequest asks for the certificate of a laptop's network identity, by
+// which networks with 802.1X let it in. The credential in force signs it.
+type NetworkRequest struct {
+	Request   []byte   `json:"request"`   // PKCS #10, DER
+	Chain     [][]byte `json:"chain"`     // DER, the device's certificate first
+	Signature []byte   `json:"signature"` // ASN.1, of NetworkDigest
+}
+
+// NetworkCertificate is the answer to NetworkRequest.
+type NetworkCertificate struct {
+	Certificate []byte `json:"certificate"` // DER
+}
+
+// NetworkDigest is what the credential key signs for a network identity.
+func NetworkDigest(request []byte) Digest {
+	h := sha256.New()
+	h.Write([]byte("sekisho/network/1"))
+	h.Write(request)
 	return Digest(h.Sum(nil))
 }
 

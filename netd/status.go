@@ -89,6 +89,22 @@ type Uplink struct {
 // Usable reports whether the uplink has carrier and a sound lease.
 func (u Uplink) Usable() bool { return u.Carrier && u.Address.IsValid() && u.Reason == "" }
 
+// What becomes of the secrets by which the laptop gets into networks.
+const (
+	AccessPending  = "pending"         // attestd has not answered yet
+	AccessKept     = "kept"            // over power-off
+	AccessVolatile = "until-power-off" // this boot is not one that may keep them
+)
+
+// Access says whether saved networks outlive power-off, and what the laptop
+// shows to networks with 802.1X.
+type Access struct {
+	State         string    `json:"state"`            // one of those above
+	Detail        string    `json:"detail,omitempty"` // why it is not kept
+	Identity      string    `json:"identity,omitempty"`
+	IdentityUntil time.Time `json:"identity_until,omitzero"`
+}
+
 // Unserved is a network device without a link.
 type Unserved struct {
 	Device string `json:"device"`           // "pci 0000:00:14.3", "usb 1-2:1.0"
@@ -158,6 +174,7 @@ type Status struct {
 	Tunnel   *TunnelStatus `json:"tunnel,omitempty"`
 	Office   *OfficeStatus `json:"office,omitempty"`
 	Device   string        `json:"device,omitempty"` // device id that attestd reports
+	Access   *Access       `json:"access,omitempty"` // absent without wpa_supplicant
 	History  []Transition  `json:"history"`          // oldest first, bounded
 }
 

@@ -34,6 +34,17 @@ func reasons() map[string]Words {
 	}
 }
 
+// Words says what becomes of saved networks.
+func (a Access) Words() Words {
+	switch a.State {
+	case AccessKept:
+		return Words{"saved networks are kept", "保存したネットワークは電源を切っても保持されます。"}
+	case AccessVolatile:
+		return Words{"networks are saved until power-off only", "ネットワークの保存は電源を切るまでです。"}
+	}
+	return Words{"saved networks are not kept yet", "保存したネットワークはまだ保持されていません。"}
+}
+
 // Say puts the status in the words that a person sees first: Office, LGWAN,
 // sign in, or blocked and why.
 func (s Status) Say() Words {

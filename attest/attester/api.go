@@ -71,6 +71,9 @@ func (a *Attester) handler() http.Handler {
 	if a.Logon != nil {
 		a.logonRoutes(mux)
 	}
+	if a.Network != nil {
+		a.networkRoutes(mux)
+	}
 	a.volumeRoutes(mux)
 	return mux
 }

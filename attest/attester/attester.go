@@ -60,8 +60,8 @@ type Hardware interface {
 	io.Closer
 }
 
-// Config is what an Attester is made of. All fields but RunLog, Model and Logon
-// are needed.
+// Config is what an Attester is made of. All fields but RunLog, Model, Logon
+// and Network are needed.
 type Config struct {
 	Organization *attest.Organization
 	OpenTPM      func() (Hardware, error) // called again after a fault
@@ -69,7 +69,8 @@ type Config struct {
 	RunLog       *RunLog // run-time events; nil records none
 	Model        string  // of the machine, see Model
 	State        Storage
-	Logon        *Logon // what logind may ask for; nil: nobody logs on
+	Logon        *Logon   // what logind may ask for; nil: nobody logs on
+	Network      *Network // what netd may ask for; nil: no network is kept
 	Now          func() time.Time
 	Log          *slog.Logger
 }

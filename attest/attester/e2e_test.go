@@ -124,7 +124,8 @@ func newSite(t *testing.T, roots string, lifetime time.Duration, refs ...attest.
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.store.Close() })
-	s.service, err = fleet.NewService(t.Context(), fleet.Config{Verifier: name, Organization: "Test City", Lifetime: lifetime, Store: s.store, Issuer: issuer, EKRoots: pool, References: refs, Now: time.Now, Escrows: true})
+	s.service, err = fleet.NewService(t.Context(), fleet.Config{Verifier: name, Organization: "Test City", Lifetime: lifetime, Store: s.store, Issuer: issuer, EKRoots: pool, References: refs, Now: time.Now, Escrows: true,
+		NetworkIssuer: newNetworkIssuer(t, s.devices.cert)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,6 +133,16 @@ func newSite(t *testing.T, roots string, lifetime time.Duration, refs ...attest.
 	s.start("127.0.0.1:0")
 	t.Cleanup(func() { s.stop() })
 	return s
+}
+
+func newNetworkIssuer(t *testing.T, devices *x509.Certificate) *verifier.NetworkIssuer {
+	t.Helper()
+	c := newCA(t, "networks")
+	i, err := verifier.NewNetworkIssuer(c.cert, c.key, devices, "Test City", verifier.MinNetworkLifetime)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
 }
 
 // start serves on address; s.stop ends that.
@@ -194,6 +205,7 @@ func newLaptop(t *testing.T, s *site, m machine, state attester.StateFile) *lapt
 		EventLog: func() ([]byte, error) { return m.boot.Bytes(), nil },
 		RunLog:   attester.OpenRunLog(m.events),
 		State:    state, Now: time.Now, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Network: attester.NewNetwork([]uint32{uint32(os.Getuid())}, m.release, state.Path),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -268,6 +280,9 @@ type machine struct {
 	open   func() (attester.Hardware, error)
 	fake   bool   // one credential key for all starts
 	events string // run-time event log
+	// release is the file of the image's signed policies; empty: no networks
+	// are kept.
+	release string
 }
 
 // machines runs f with a TPM in software, which needs no privilege, and with
@@ -288,7 +303,7 @@ func machines(t *testing.T, boot *logtest.Log, f func(*testing.T, machine)) {
 		if err := dev.Close(); err != nil {
 			t.Fatal(err)
 		}
-		f(t, machine{boot, e.Roots, func() (attester.Hardware, error) { return tpm.Open(e.Socket) }, false, writeFile(t, "")})
+		f(t, machine{boot: boot, roots: e.Roots, open: func() (attester.Hardware, error) { return tpm.Open(e.Socket) }, events: writeFile(t, "")})
 	})
 }
 
@@ -300,7 +315,7 @@ func software(t *testing.T, boot *logtest.Log) machine {
 	if err := dev.Certify(maker.cert, maker.key, nil); err != nil {
 		t.Fatal(err)
 	}
-	return machine{boot, writeFile(t, maker.pem()), func() (attester.Hardware, error) { return dev, nil }, true, writeFile(t, "")}
+	return machine{boot: boot, roots: writeFile(t, maker.pem()), open: func() (attester.Hardware, error) { return dev, nil }, fake: true, events: writeFile(t, "")}
 }
 
 func writeFile(t *testing.T, text string) string {

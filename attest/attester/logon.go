@@ -1,15 +1,11 @@
 package attester
 
 import (
-	"crypto/aes"
-	"crypto/cipher"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"os"
-	"sync"
 
 	"sekisho/attest"
 	"sekisho/attest/gate"
@@ -27,22 +23,10 @@ type LogonKeys interface {
 	UseLogonKey(b tpm.Boot, key seal.Sealed, op attest.LogonOperation, input []byte) ([]byte, error)
 }
 
-// LogonSealer keeps the key under which logind's state is encrypted; *tpm.TPM
-// has it.
-type LogonSealer interface {
-	SealLogon(b tpm.Boot, secret seal.Secret) (seal.Sealed, error)
-	UnsealLogon(b tpm.Boot, s seal.Sealed) (seal.Secret, error)
-}
-
 // Logon is what attestd does for logind.
 type Logon struct {
 	UID   uint32 // logind's user, who beside root may ask
-	Boot  tpm.Boot
-	State LogonStorage
-
-	mu     sync.Mutex
-	key    seal.Secret // of the state, once it was unsealed
-	sealed *seal.Sealed
+	Vault        // logind's state; its Boot is of the card's keys too
 }
 
 // NewLogon returns what attestd does for logind, the first of users; nil where
@@ -56,13 +40,7 @@ func NewLogon(org *attest.Organization, users []uint32, release, state string) (
 	if err != nil {
 		return nil, err
 	}
-	return &Logon{UID: users[0], Boot: boot, State: LogonFile{Path: state}}, nil
-}
-
-// LogonStorage keeps bytes over boots; LogonFile has it.
-type LogonStorage interface {
-	Load() ([]byte, error) // ErrNoRecord when there are none
-	Store([]byte) error
+	return &Logon{UID: users[0], Vault: Vault{Boot: boot, State: LogonFile(state)}}, nil
 }
 
 // ReadBoot reads the image's signed policies. A file that is absent binds
@@ -82,12 +60,6 @@ func ReadBoot(path string) (tpm.Boot, error) {
 	return tpm.Boot{Release: r, Key: key}, nil
 }
 
-// keptState is logind's state on the disk.
-type keptState struct {
-	Sealed seal.Sealed `json:"sealed"` // of the key
-	Data   []byte      `json:"data"`   // nonce and AES-256-GCM of the state
-}
-
 // logonTPM returns the open TPM.
 func (a *Attester) logonTPM() (Hardware, error) {
 	if err := a.openTPM(); err != nil {
@@ -96,19 +68,19 @@ func (a *Attester) logonTPM() (Hardware, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.hw == nil {
-		return nil, errors.New("logon: the TPM was closed; try again")
+		return nil, errors.New("the TPM was closed; try again")
 	}
 	return a.hw, nil
 }
 
-func (a *Attester) sealer() (LogonSealer, error) {
+func (a *Attester) sealer() (StateSealer, error) {
 	hw, err := a.logonTPM()
 	if err != nil {
 		return nil, err
 	}
-	s, ok := hw.(LogonSealer)
+	s, ok := hw.(StateSealer)
 	if !ok {
-		return nil, errors.New("logon: this TPM does not seal")
+		return nil, errors.New("state: this TPM does not seal")
 	}
 	return s, nil
 }
@@ -151,85 +123,11 @@ func (a *Attester) UseLogonKey(key seal.Sealed, op attest.LogonOperation, input 
 	return keys.UseLogonKey(a.Logon.Boot, key, op, input)
 }
 
-// LoadLogonState returns logind's state; ErrNoRecord when there is none. The
-// first call of a start has the TPM open it, if this boot is one that may.
-func (a *Attester) LoadLogonState() ([]byte, error) {
-	l := a.Logon
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	raw, err := l.State.Load()
-	if err != nil {
-		return nil, err
-	}
-	var kept keptState
-	if err := json.Unmarshal(raw, &kept); err != nil {
-		return nil, fmt.Errorf("logon state: %w", err)
-	}
-	if l.sealed == nil {
-		s, err := a.sealer()
-		if err != nil {
-			return nil, err
-		}
-		if l.key, err = s.UnsealLogon(l.Boot, kept.Sealed); err != nil {
-			return nil, err
-		}
-		l.sealed = &kept.Sealed
-	}
-	aead, err := l.cipher()
-	if err != nil {
-		return nil, err
-	}
-	if len(kept.Data) < aead.NonceSize() {
-		return nil, errors.New("logon state: no nonce")
-	}
-	n := aead.NonceSize()
-	state, err := aead.Open(nil, kept.Data[:n], kept.Data[n:], []byte(seal.PurposeLogin))
-	if err != nil {
-		return nil, fmt.Errorf("logon state: %w", err)
-	}
-	return state, nil
-}
+// LoadLogonState returns logind's state; ErrNoRecord when there is none.
+func (a *Attester) LoadLogonState() ([]byte, error) { return a.Logon.load(a.sealer) }
 
 // SaveLogonState keeps logind's state.
-func (a *Attester) SaveLogonState(state []byte) error {
-	l := a.Logon
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.sealed == nil {
-		s, err := a.sealer()
-		if err != nil {
-			return err
-		}
-		key := make([]byte, 32)
-		rand.Read(key)
-		secret := seal.NewSecret(key)
-		sealed, err := s.SealLogon(l.Boot, secret)
-		if err != nil {
-			return err
-		}
-		l.key, l.sealed = secret, &sealed
-	}
-	aead, err := l.cipher()
-	if err != nil {
-		return err
-	}
-	nonce := make([]byte, aead.NonceSize())
-	rand.Read(nonce)
-	raw, err := json.Marshal(keptState{*l.sealed, aead.Seal(nonce, nonce, state, []byte(seal.PurposeLogin))})
-	if err != nil {
-		return err
-	}
-	return l.State.Store(raw)
-}
-
-// cipher is AES-256-GCM with the state's key. l.mu is held.
-func (l *Logon) cipher() (cipher.AEAD, error) {
-	block, err := aes.NewCipher(l.key.Reveal())
-	if err != nil {
-		return nil, fmt.Errorf("logon state: %w", err)
-	}
-	return cipher.NewGCM(block)
-}
+func (a *Attester) SaveLogonState(state []byte) error { return a.Logon.save(a.sealer, state) }
 
 // logonRoutes are the paths of attestd's socket for logind.
 func (a *Attester) logonRoutes(mux *http.ServeMux) {

@@ -37,12 +37,12 @@ func (h *logonHardware) UseLogonKey(_ tpm.Boot, _ seal.Sealed, _ attest.LogonOpe
 	return append([]byte("signed "), in...), nil
 }
 
-func (h *logonHardware) SealLogon(_ tpm.Boot, s seal.Secret) (seal.Sealed, error) {
+func (h *logonHardware) SealState(_ tpm.Boot, s seal.Secret) (seal.Sealed, error) {
 	h.secret = s
 	return seal.Sealed{Public: []byte("sealed")}, nil
 }
 
-func (h *logonHardware) UnsealLogon(tpm.Boot, seal.Sealed) (seal.Secret, error) {
+func (h *logonHardware) UnsealState(tpm.Boot, seal.Sealed) (seal.Secret, error) {
 	if h.shut {
 		return seal.Secret{}, errors.New("another image")
 	}
@@ -57,7 +57,7 @@ func newLogonAttester(t *testing.T, hw *logonHardware, state string, end time.Ti
 	a := &Attester{change: make(chan struct{})}
 	a.Now = time.Now
 	a.Log = slog.New(slog.DiscardHandler)
-	a.Logon = &Logon{UID: logindUID, State: LogonFile{Path: state}}
+	a.Logon = &Logon{UID: logindUID, Vault: Vault{State: LogonFile(state)}}
 	a.hw = hw
 	a.status = gate.Status{State: gate.StateAffirming, NotAfter: end}
 	a.facts.NotAfter = end

@@ -37,13 +37,20 @@ const defaultLifetime = 10 * time.Minute
 // ServerConfig is the configuration file of the verifier. Paths are relative
 // to the working directory.
 type ServerConfig struct {
-	Listen              string      `json:"listen"`               // address and port; not used with LISTEN_FDS
-	ID                  string      `json:"id"`                   // our name; the server certificate must be valid for it
-	Organization        string      `json:"organization"`         // in the certificates that we issue
-	Certificate         string      `json:"certificate"`          // PEM file: server certificate and chain
-	Key                 string      `json:"key"`                  // PEM file
-	CACertificate       string      `json:"ca_certificate"`       // PEM file: CA of the devices' certificates
-	CAKey               string      `json:"ca_key"`               // PEM file
+	Listen        string `json:"listen"`         // address and port; not used with LISTEN_FDS
+	ID            string `json:"id"`             // our name; the server certificate must be valid for it
+	Organization  string `json:"organization"`   // in the certificates that we issue
+	Certificate   string `json:"certificate"`    // PEM file: server certificate and chain
+	Key           string `json:"key"`            // PEM file
+	CACertificate string `json:"ca_certificate"` // PEM file: CA of the devices' certificates
+	CAKey         string `json:"ca_key"`         // PEM file
+
+	// NetworkCACertificate and NetworkCAKey are PEM files: CA of the laptops'
+	// identities for networks with 802.1X. Absent: they get none.
+	NetworkCACertificate string `json:"network_ca_certificate"`
+	NetworkCAKey         string `json:"network_ca_key"`
+	NetworkDays          int    `json:"network_days"` // that such an identity lasts; 90, if absent
+
 	Store               string      `json:"store"`                // directory: of the embedded etcd, reports, and keys
 	Etcd                *EtcdConfig `json:"etcd"`                 // an external cluster, in place of the embedded one
 	Escrow              bool        `json:"escrow"`               // keep the recovery keys of laptops in escrow; without, laptops make no disk
@@ -100,6 +107,9 @@ func ParseServerConfig(data []byte) (*ServerConfig, error) {
 	}
 	if len(c.PolicyKeys) == 0 && c.PolicyThreshold != 0 {
 		errs = append(errs, errors.New("configuration: policy_threshold needs policy_keys"))
+	}
+	if (c.NetworkCACertificate == "") != (c.NetworkCAKey == "") {
+		errs = append(errs, errors.New("configuration: network_ca_certificate and network_ca_key belong together"))
 	}
 	if c.Etcd != nil && len(c.Etcd.Endpoints) == 0 {
 		errs = append(errs, errors.New("configuration: etcd without endpoints"))
@@ -251,6 +261,9 @@ func (c *ServerConfig) Open(ctx context.Context, now func() time.Time, log *slog
 	config := Config{Verifier: c.ID, Log: log, Issuer: issuer, EKRoots: roots, References: refs, Approvers: approvers, Now: now}
 	config.Organization, config.Lifetime = c.Organization, lifetime
 	config.Escrows = c.Escrow
+	if config.NetworkIssuer, err = c.networkIssuer(ca.Leaf); err != nil {
+		return fail(err)
+	}
 	if c.GatewayCA != "" {
 		data, err := readFile(c.GatewayCA)
 		if err != nil {

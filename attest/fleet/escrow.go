@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"strings"
 
 	"go.etcd.io/etcd/client/v3/concurrency"
 
@@ -71,27 +72,43 @@ func (s *Service) Escrow(ctx context.Context, req attest.EscrowRequest) error {
 	if err != nil {
 		return attest.Refuse(attest.ReasonRequestMalformed, "%v", err)
 	}
-	if len(req.Chain) == 0 || len(req.Chain) > 4 {
-		return attest.Refuse(attest.ReasonRequestMalformed, "escrow with %d certificates", len(req.Chain))
-	}
-	leaf, err := x509.ParseCertificate(req.Chain[0])
+	device, err := s.signedBy(req.Chain, attest.EscrowDigest(req.Escrow), req.Signature)
 	if err != nil {
-		return attest.Refuse(attest.ReasonRequestMalformed, "escrow: %v", err)
+		return err
+	}
+	if device != e.Device {
+		return attest.Refuse(attest.ReasonDeviceMismatch, "escrow of device %s sent by another", e.Device)
+	}
+	return s.addEscrow(ctx, e)
+}
+
+// signedBy returns the device whose credential, of ours and in force, signed
+// digest.
+func (s *Service) signedBy(chain [][]byte, digest attest.Digest, signature []byte) (device attest.Digest, err error) {
+	if len(chain) == 0 || len(chain) > 4 {
+		return device, attest.Refuse(attest.ReasonRequestMalformed, "request with %d certificates", len(chain))
+	}
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		return device, attest.Refuse(attest.ReasonRequestMalformed, "credential: %v", err)
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(s.Issuer.CA())
 	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: s.Now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
-		return attest.Refuse(attest.ReasonSignatureInvalid, "escrow: credential: %v", err)
+		return device, attest.Refuse(attest.ReasonSignatureInvalid, "credential: %v", err)
 	}
-	if len(leaf.URIs) != 1 || leaf.URIs[0].String() != verifier.DeviceURI(e.Device).String() {
-		return attest.Refuse(attest.ReasonDeviceMismatch, "escrow of device %s sent by another", e.Device)
+	var id string
+	if len(leaf.URIs) == 1 {
+		id, _ = strings.CutPrefix(leaf.URIs[0].String(), verifier.DevicePrefix)
+	}
+	if err := device.UnmarshalText([]byte(id)); err != nil || verifier.DeviceURI(device).String() != leaf.URIs[0].String() {
+		return device, attest.Refuse(attest.ReasonDeviceMismatch, "credential names no device")
 	}
 	key, ok := leaf.PublicKey.(*ecdsa.PublicKey)
-	digest := attest.EscrowDigest(req.Escrow)
-	if !ok || !ecdsa.VerifyASN1(key, digest[:], req.Signature) {
-		return attest.Refuse(attest.ReasonSignatureInvalid, "escrow: not signed by the credential's key")
+	if !ok || !ecdsa.VerifyASN1(key, digest[:], signature) {
+		return device, attest.Refuse(attest.ReasonSignatureInvalid, "not signed by the credential's key")
 	}
-	return s.addEscrow(ctx, e)
+	return device, nil
 }
 
 func (a *api) escrow(w http.ResponseWriter, r *http.Request) {

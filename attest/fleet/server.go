@@ -122,6 +122,7 @@ func (a *api) routes() []route {
 		{pattern: "POST " + attest.PathChallenge, handler: a.challenge},
 		{pattern: "POST " + attest.PathAttest, handler: a.attest},
 		{pattern: "POST " + attest.PathEscrow, handler: a.escrow},
+		{pattern: "POST " + attest.PathNetwork, handler: a.network},
 		{pattern: "GET " + attest.PathRevocations, handler: a.revocations, stream: true},
 	}
 }

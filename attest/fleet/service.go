@@ -57,7 +57,9 @@ type Config struct {
 	Brake      *Brake          // nil: mass refusals are not noticed
 	Gateways   *x509.CertPool  // whose clients may hear of revocations; nil: nobody
 	Escrows    bool            // recovery keys are kept
-	Log        *slog.Logger    // nil: nothing is logged
+	// NetworkIssuer certifies laptops' network identities; nil: they get none.
+	NetworkIssuer *verifier.NetworkIssuer
+	Log           *slog.Logger // nil: nothing is logged
 
 	// NonceKey is shared by the organisation's verifiers; zero: a new one.
 	NonceKey [verifier.NonceKeySize]byte

@@ -9,7 +9,7 @@
 //
 //	PolicyPCR(7, 11, 15 = 0) AND PolicyNV(rollback counter ≤ epoch of the release)
 //
-// and for logon keys the same without PCR 15.
+// and for logon keys and the network's the same without PCR 15.
 //
 // PolicyAuthorize alone would accept every image that was ever signed. The
 // counter ends that: the host raises it to the epoch of the running release
@@ -34,6 +34,7 @@ import (
 const (
 	PurposeDisk     = "sekisho/disk/1"
 	PurposeLogin    = "sekisho/login/1"
+	PurposeNet      = "sekisho/net/1"      // what the laptop needs to reach the verifier
 	PurposeRollback = "sekisho/rollback/1" // of the counter's own write policy
 )
 
@@ -42,13 +43,13 @@ const (
 // to judge: a BIOS update must not cost anyone the disk.
 var PCRs = [...]int{7, 11, 15}
 
-// LoginPCRs are those of a logon key, which is used all day: also after the
-// disk's key was used, which PCR 15 shows.
+// LoginPCRs are those of a logon key, and of what a network asks for: they are
+// used all day, also after the disk's key was used, which PCR 15 shows.
 var LoginPCRs = [...]int{7, 11}
 
 // PCRsOf lists the PCRs that the boot policy of a purpose covers.
 func PCRsOf(purpose string) []int {
-	if purpose == PurposeLogin {
+	if purpose == PurposeLogin || purpose == PurposeNet {
 		return LoginPCRs[:]
 	}
 	return PCRs[:]

@@ -15,7 +15,7 @@ import (
 )
 
 // Profile is of Release in JSON.
-const Profile = "urn:sekisho:seal:release:1"
+const Profile = "urn:sekisho:seal:release:2"
 
 // maxRelease bounds ParseRelease's input in bytes.
 const maxRelease = 64 << 10
@@ -33,6 +33,7 @@ type Release struct {
 	// Signatures in ASN.1.
 	Disk  []byte `json:"disk"`
 	Login []byte `json:"login"`
+	Net   []byte `json:"net"`
 	Start []byte `json:"rollback_start"` // makes the counter
 	Raise []byte `json:"rollback_raise"` // raises it to Epoch
 }
@@ -84,7 +85,7 @@ func checkEpoch(epoch uint64) error {
 	return nil
 }
 
-// use is one of the four things that a release signs.
+// use is one of the five things that a release signs.
 type use struct {
 	ref   string
 	start bool
@@ -92,7 +93,7 @@ type use struct {
 
 func (r *Release) signatures() map[use]*[]byte {
 	return map[use]*[]byte{
-		{PurposeDisk, false}: &r.Disk, {PurposeLogin, false}: &r.Login,
+		{PurposeDisk, false}: &r.Disk, {PurposeLogin, false}: &r.Login, {PurposeNet, false}: &r.Net,
 		{PurposeRollback, true}: &r.Start, {PurposeRollback, false}: &r.Raise,
 	}
 }

@@ -70,6 +70,9 @@ func TestRelease(t *testing.T) {
 		"PCR 15":         func(r *Release) { r.PCRs[15] = attest.Digest{1} },
 		"no PCR 7":       func(r *Release) { delete(r.PCRs, 7) },
 		"login for disk": func(r *Release) { r.Disk = r.Login },
+		"net for login":  func(r *Release) { r.Login = r.Net },
+		"login for net":  func(r *Release) { r.Net = r.Login },
+		"no net":         func(r *Release) { r.Net = nil },
 		"raise as start": func(r *Release) { r.Start = r.Raise },
 		"profile":        func(r *Release) { r.Profile = "x" },
 	} {

@@ -1,6 +1,7 @@
 package tpm
 
 import (
+	"cmp"
 	"crypto"
 	"crypto/x509"
 	"encoding/asn1"
@@ -14,13 +15,17 @@ import (
 	"sekisho/attest/seal"
 )
 
-// Boot is what a logon key is bound to: the release key's policy for logon,
-// which any boot opens that the release signed. The zero Boot binds to this TPM
-// alone; it is for images that carry no signed policies.
+// Boot is what a logon key, or the key of another daemon's state, is bound to:
+// the release key's policy for a purpose, which any boot opens that the release
+// signed. The zero Boot binds to this TPM alone; it is for images that carry no
+// signed policies.
 type Boot struct {
 	Release *seal.Release
 	Key     seal.ReleaseKey
+	Purpose string // empty is seal.PurposeLogin
 }
+
+func (b Boot) purpose() string { return cmp.Or(b.Purpose, seal.PurposeLogin) }
 
 // CardKey is a new logon key: what to keep of it, and the proof by the
 // attestation key that it is in this TPM.
@@ -154,8 +159,8 @@ func (t *TPM) logonECDH(handle tpm2.AuthHandle, point []byte) ([]byte, error) {
 	return append(make([]byte, 32-len(z.X.Buffer)), z.X.Buffer...), nil
 }
 
-// SealLogon seals a secret of the logon under b, UnsealLogon opens it.
-func (t *TPM) SealLogon(b Boot, secret seal.Secret) (seal.Sealed, error) {
+// SealState seals the key of a daemon's state under b, UnsealState opens it.
+func (t *TPM) SealState(b Boot, secret seal.Secret) (seal.Sealed, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	template := tpm2.TPMTPublic{
@@ -164,13 +169,13 @@ func (t *TPM) SealLogon(b Boot, secret seal.Secret) (seal.Sealed, error) {
 	}
 	s, err := t.createChild(b, template, secret.Reveal())
 	if err != nil {
-		return seal.Sealed{}, fmt.Errorf("tpm: seal for logon: %w", err)
+		return seal.Sealed{}, fmt.Errorf("tpm: seal: %w", err)
 	}
 	return s, nil
 }
 
-// UnsealLogon returns what SealLogon sealed, if this boot is one of b's.
-func (t *TPM) UnsealLogon(b Boot, s seal.Sealed) (secret seal.Secret, err error) {
+// UnsealState returns what SealState sealed, if this boot is one of b's.
+func (t *TPM) UnsealState(b Boot, s seal.Sealed) (secret seal.Secret, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	err = t.withChild(b, s, []tpm2.AuthOption{encrypted()}, func(handle tpm2.AuthHandle) error {
@@ -181,7 +186,7 @@ func (t *TPM) UnsealLogon(b Boot, s seal.Sealed) (secret seal.Secret, err error)
 		return err
 	})
 	if err != nil {
-		return seal.Secret{}, fmt.Errorf("tpm: unseal for logon: %w", err)
+		return seal.Secret{}, fmt.Errorf("tpm: unseal: %w", err)
 	}
 	return secret, nil
 }
@@ -229,7 +234,7 @@ func (t *TPM) createChild(b Boot, template tpm2.TPMTPublic, data []byte) (out se
 	if b.Release == nil {
 		template.ObjectAttributes.UserWithAuth = true
 	} else {
-		policy, err := b.Key.Authorized(seal.PurposeLogin)
+		policy, err := b.Key.Authorized(b.purpose())
 		if err != nil {
 			return out, err
 		}
@@ -301,7 +306,7 @@ func (t *TPM) withChild(b Boot, s seal.Sealed, options []tpm2.AuthOption, use fu
 	var approved seal.Approved
 	var ticket *tpm2.TPMTTKVerified
 	if b.Release != nil {
-		if approved, err = b.Release.Boot(b.Key, seal.PurposeLogin); err != nil {
+		if approved, err = b.Release.Boot(b.Key, b.purpose()); err != nil {
 			return err
 		}
 		if ticket, err = t.ticket(b.Key, approved); err != nil {
@@ -324,12 +329,12 @@ func (t *TPM) withChild(b Boot, s seal.Sealed, options []tpm2.AuthOption, use fu
 		handle.Auth = tpm2.HMAC(tpm2.TPMAlgSHA256, 16, options...)
 		return use(handle)
 	}
-	err = t.withPolicy(b.Key, approved, ticket, t.bootSteps(b.Release, seal.PurposeLogin), func(auth tpm2.Session) error {
+	err = t.withPolicy(b.Key, approved, ticket, t.bootSteps(b.Release, b.purpose()), func(auth tpm2.Session) error {
 		handle.Auth = auth
 		return use(handle)
 	}, options...)
 	if err != nil {
-		return errors.Join(t.explain(b.Release, seal.PurposeLogin), err)
+		return errors.Join(t.explain(b.Release, b.purpose()), err)
 	}
 	return nil
 }

@@ -127,14 +127,14 @@ func TestLogonKeyRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	secret := seal.NewSecret([]byte("templates"))
-	s, err := l.dev.SealLogon(b, secret)
+	s, err := l.dev.SealState(b, secret)
 	if err != nil {
 		t.Fatal(err)
 	}
 	digest := sha256.Sum256(nil)
 	use := func(b tpm.Boot) error {
 		_, err := l.dev.UseLogonKey(b, k.Sealed, attest.LogonSign, digest[:])
-		_, uerr := l.dev.UnsealLogon(b, s)
+		_, uerr := l.dev.UnsealState(b, s)
 		if (err == nil) != (uerr == nil) {
 			t.Errorf("the key says %v, the sealed secret %v", err, uerr)
 		}

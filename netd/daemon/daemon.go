@@ -70,6 +70,8 @@ type Config struct {
 	Wifi, Wired func(ctx context.Context, link string, report func(wpa.Facts))
 	// Unserved lists network hardware without a link; it may be nil.
 	Unserved func() []netd.Unserved
+	// Access says what becomes of saved networks; it may be nil.
+	Access func() netd.Access
 	// Configure hands the work domain's configuration to linkd.
 	Configure func(context.Context, guestlink.Config) error
 	// Notify tells the service manager (sd_notify(3)).
@@ -229,6 +231,10 @@ func (d *Daemon) Status() netd.Status {
 	s.History = slices.Clone(s.History)
 	d.mu.Unlock()
 	s.Tunnel = d.tunnelStatus()
+	if d.Access != nil {
+		a := d.Access()
+		s.Access = &a
+	}
 	return s
 }
 

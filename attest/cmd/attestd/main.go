@@ -44,7 +44,7 @@ func main() {
 	socket := flag.String("socket", "", "unix socket `path` to listen on, if none is passed by LISTEN_FDS")
 	client := flag.String("client", "netd", "`user` who, beside root, may use the API socket")
 	logon := flag.String("logon", "logind", "`user` who may use keys of the smart card, where the organisation has logon")
-	release := flag.String("release", attester.ReleaseFile, "the image's signed policies, `file`; absent: logon keys are bound to the TPM alone")
+	release := flag.String("release", attester.ReleaseFile, "the image's signed policies, `file`; absent: logon keys are bound to the TPM alone, and no networks are kept")
 	flag.Usage = func() {
 		fmt.Fprintf(flag.CommandLine.Output(), "usage: attestd -config FILE -tpm DEVICE -state DEVICE [flags]\n\nattests this machine and keeps its credential; runs until SIGTERM\n\n")
 		flag.PrintDefaults()
@@ -89,6 +89,7 @@ func run(config, device, state, events, runlog, socket, client, logon, release s
 		Model:    attester.Model(os.DirFS("/sys/class/dmi/id")),
 		State:    attester.StateFile{Path: state},
 		Logon:    card,
+		Network:  attester.NewNetwork(clients, release, state),
 		Now:      time.Now,
 		Log:      log,
 	})

@@ -21,7 +21,7 @@ const usage = `usage: netd run [-config FILE] [-attestd SOCKET] [-linkd SOCKET] 
        netd close [-inside FILE]
        netd status [-socket PATH] [--json]
        netd journal [-socket PATH] [--json] [--save FILE]
-       netd wifi list | join NAME [--hidden] [--open | --server NAME] | forget NAME  [--json]
+       netd wifi list | join NAME [--hidden] [--open | --server NAME] | prefer NAME | forget NAME  [--json]
        netd ciphers [-config FILE] [--json]
 
 run      Keeps a lease on every uplink, opens the tunnel over the best while
@@ -38,9 +38,11 @@ status   Shows the state, uplinks, tunnel and office of the running netd, first
 journal  Shows what happened to the network lately: changes of state, uplink,
          MTU, radio, tunnel, office and clock, nothing of what was carried.
          --save writes it to a file for the help desk.
-wifi     Lists the Wi-Fi networks in reach and those saved, saves one (the
-         passphrase is read from standard input; --open has none, --server is
-         for EAP-TLS and names the authentication server), or forgets one.
+wifi     Lists the Wi-Fi networks in reach and those saved with their order,
+         saves one (the passphrase is read from standard input; --open has none,
+         --server is for EAP-TLS and names the authentication server), puts one
+         before all others, or forgets one. What is saved is kept encrypted
+         over power-off; in a boot that may not open it, until power-off only.
 ciphers  Lists the algorithms in force under the organisation's configuration.
 
 states: Dark (no usable uplink), Linked (uplink only), Portal (somebody else
@@ -55,7 +57,7 @@ var errUsage = errors.New("wrong usage")
 // options are the flags of every subcommand.
 type options struct {
 	config, attestd, linkd, inside, socket, save string
-	wpa, identity, networks                      string
+	wpa, networks                                string
 	json                                         bool
 }
 
@@ -95,8 +97,7 @@ func command(ctx context.Context, args []string) int {
 	flags.StringVar(&o.socket, "socket", "/run/sekisho/netd.sock", "own socket, unless LISTEN_FDS passes it")
 	flags.StringVar(&o.save, "save", "", "write the journal to this file")
 	flags.StringVar(&o.wpa, "wpa", "", "directory of wpa_supplicant's control sockets; empty: no Wi-Fi, no 802.1X")
-	flags.StringVar(&o.identity, "identity", "/run/sekisho/netd/identity", "directory with certificate.pem and key.pem for 802.1X")
-	flags.StringVar(&o.networks, "networks", "/run/sekisho/netd/networks", "file of the saved Wi-Fi networks")
+	flags.StringVar(&o.networks, "networks", "/run/sekisho/netd/networks", "file in memory of what gets the laptop into networks, for a netd that is started anew")
 	flags.BoolVar(&o.json, "json", false, "print JSON")
 	switch err := flags.Parse(args[1:]); {
 	case errors.Is(err, flag.ErrHelp):

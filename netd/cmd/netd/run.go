@@ -66,9 +66,10 @@ func run(ctx context.Context, o options) error {
 		dev.Close()
 		return err
 	}
+	attestd := gate.NewClient(o.attestd)
 	config := daemon.Config{
 		Organization: org, Outside: outside, Inside: inside, Driver: driver,
-		Attestation: gate.NewClient(o.attestd),
+		Attestation: attestd,
 		Configure:   func(ctx context.Context, c guestlink.Config) error { return configure(ctx, o.linkd, c) },
 		Notify:      func(s string) { notify.SdNotify(false, s) },
 		SetClock:    setClock,
@@ -80,8 +81,9 @@ func run(ctx context.Context, o options) error {
 		config.Pipe = pipe
 	}
 	var more []func(*http.ServeMux)
-	if r := newRadio(o, org, log); r != nil {
-		config.Wifi, config.Wired = r.Wifi, r.wired()
+	r := newRadio(o, org, attestd, log)
+	if r != nil {
+		config.Wifi, config.Wired, config.Access = r.Wifi, r.wired(), r.Status
 		more = append(more, r.serve)
 	}
 	d := daemon.New(config)
@@ -90,6 +92,9 @@ func run(ctx context.Context, o options) error {
 	defer cancel(nil)
 	var parts sync.WaitGroup
 	parts.Go(func() { cancel(driver.Run(ctx)) })
+	if r != nil {
+		parts.Go(func() { r.Run(ctx) })
+	}
 	if pipe != nil {
 		parts.Go(func() { cancel(pipe.Run(ctx)) })
 	}

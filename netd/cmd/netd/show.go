@@ -71,6 +71,17 @@ func printStatus(w io.Writer, s netd.Status) error {
 		fmt.Fprintf(t, "office\t%s proven by %s on %s since %s%s\n", o.Site, o.Beacon, o.Link, o.Since.Format(time.DateTime), stay)
 		fmt.Fprintf(t, "\treached directly: %v\n", o.Networks)
 	}
+	if a := s.Access; a != nil {
+		w := a.Words()
+		fmt.Fprintf(t, "networks\t%s / %s", w.EN, w.JA)
+		if a.Detail != "" {
+			fmt.Fprintf(t, " (%s)", a.Detail)
+		}
+		fmt.Fprintln(t)
+		if a.Identity != "" {
+			fmt.Fprintf(t, "identity\t%s until %s\n", a.Identity, a.IdentityUntil.Format(time.DateTime))
+		}
+	}
 	for i, h := range s.History {
 		label := ""
 		if i == 0 {

@@ -6,22 +6,21 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net/http"
 	"os"
-	"path/filepath"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"sekisho/attest"
+	"sekisho/netd"
+	"sekisho/netd/access"
 	"sekisho/netd/internal/api"
 	"sekisho/netd/uplink/wpa"
 )
@@ -32,27 +31,36 @@ const maxJoin = 4 << 10
 // radio is netd's way to networks that want more than a cable.
 type radio struct {
 	*wpa.Supplicant
-	book   *wpa.Book
-	access *attest.NetworkAccess
+	*access.Keeper
+	book *wpa.Book
+	want *attest.NetworkAccess
 }
 
 // newRadio returns nil if the host domain has no wpa_supplicant.
-func newRadio(o options, org *attest.Organization, log *slog.Logger) *radio {
+func newRadio(o options, org *attest.Organization, vault access.Vault, log *slog.Logger) *radio {
 	if o.wpa == "" {
 		return nil
 	}
-	identity, err := readIdentity(o.identity, org.NetworkAccess)
+	r := &radio{Supplicant: wpa.New(o.wpa, log), want: org.NetworkAccess}
+	var err error
+	r.Keeper, err = access.New(access.Config{
+		Vault: vault, File: o.networks, Access: org.NetworkAccess, Identify: r.SetIdentity, Now: time.Now, Log: log,
+		Loaded: func(list []wpa.Network) {
+			if err := r.book.Adopt(list); err != nil {
+				log.Error("saved Wi-Fi networks", "err", err)
+			}
+		},
+	})
 	if err != nil {
-		log.Error("no network identity", "err", err) // other networks work without one
+		log.Error("what an earlier netd left of saved networks is lost", "err", err)
 	}
-	r := &radio{Supplicant: wpa.New(o.wpa, identity, log), access: org.NetworkAccess}
 	var fixed []wpa.Network
-	if r.access != nil {
-		for _, s := range r.access.SSIDs {
-			fixed = append(fixed, wpa.Network{SSID: wpa.SSID(s), Security: wpa.Enterprise, Server: r.access.Server, Priority: 100})
+	if r.want != nil {
+		for _, s := range r.want.SSIDs {
+			fixed = append(fixed, wpa.Network{SSID: wpa.SSID(s), Security: wpa.Enterprise, Server: r.want.Server, Priority: 100})
 		}
 	}
-	if r.book, err = wpa.OpenBook(wpa.File(o.networks), r.Supplicant, fixed); err != nil {
+	if r.book, err = wpa.OpenBook(r.Keeper, r.Supplicant, fixed); err != nil {
 		log.Error("saved Wi-Fi networks are lost", "err", err)
 	}
 	return r
@@ -60,53 +68,26 @@ func newRadio(o options, org *attest.Organization, log *slog.Logger) *radio {
 
 // wired follows a wired link, if the organisation has switches that ask for 802.1X.
 func (r *radio) wired() func(context.Context, string, func(wpa.Facts)) {
-	if r.access == nil || !r.access.Wired {
+	if r.want == nil || !r.want.Wired {
 		return nil
 	}
 	return func(ctx context.Context, name string, report func(wpa.Facts)) {
-		r.Wired(ctx, name, r.access.Server, report)
+		r.Wired(ctx, name, r.want.Server, report)
 	}
 }
 
-// readIdentity reads certificate.pem and key.pem of dir. A laptop without them
-// has no network identity, which is no error. A key that is not a plain EC key
-// is left for OpenSSL to read: one in the TPM, by a provider.
-func readIdentity(dir string, access *attest.NetworkAccess) (*wpa.Identity, error) {
-	if dir == "" || access == nil {
-		return nil, nil
-	}
-	chain, err := os.ReadFile(filepath.Join(dir, "certificate.pem"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	block, _ := pem.Decode(chain)
-	root, _ := pem.Decode([]byte(access.CA))
-	if block == nil || root == nil {
-		return nil, fmt.Errorf("%s: no certificate", dir)
-	}
-	cert, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
-		return nil, err
-	}
-	if len(cert.DNSNames) != 1 {
-		return nil, fmt.Errorf("%s: certificate with %d DNS names, want one", dir, len(cert.DNSNames))
-	}
-	i := &wpa.Identity{Name: cert.DNSNames[0], Certificate: cert.Raw, CA: root.Bytes, KeyFile: filepath.Join(dir, "key.pem")}
-	data, err := os.ReadFile(i.KeyFile)
-	if err != nil {
-		return nil, err
-	}
-	if key, _ := pem.Decode(data); key != nil && key.Type == "EC PRIVATE KEY" {
-		i.Key, i.KeyFile = key.Bytes, ""
-	}
-	return i, nil
+// settleTime is how long the answer to a change waits for it to be kept.
+const settleTime = 5 * time.Second
+
+// networks is the answer to GET /v1/wifi.
+type networks struct {
+	Networks []wpa.Entry `json:"networks"`
+	Access   netd.Access `json:"access"`
 }
 
 // serve adds Wi-Fi to netd's socket: GET /v1/wifi, POST /v1/wifi/join
-// (wpa.Revealed) and POST /v1/wifi/forget ({"ssid": base64}).
+// (wpa.Revealed), /v1/wifi/prefer and /v1/wifi/forget ({"ssid": base64}), which
+// answer with netd.Access.
 func (r *radio) serve(mux *http.ServeMux) {
 	mux.HandleFunc("GET /v1/wifi", func(w http.ResponseWriter, q *http.Request) {
 		list, err := r.book.List(q.Context())
@@ -115,7 +96,7 @@ func (r *radio) serve(mux *http.ServeMux) {
 			return
 		}
 		w.Header().Set("Content-Type", "application/json")
-		json.NewEncoder(w).Encode(list)
+		json.NewEncoder(w).Encode(networks{list, r.Status()})
 	})
 	change := func(do func(wpa.Revealed) error) http.HandlerFunc {
 		return func(w http.ResponseWriter, q *http.Request) {
@@ -130,10 +111,14 @@ func (r *radio) serve(mux *http.ServeMux) {
 				http.Error(w, err.Error(), http.StatusBadRequest)
 				return
 			}
-			w.WriteHeader(http.StatusNoContent)
+			ctx, cancel := context.WithTimeout(q.Context(), settleTime)
+			defer cancel()
+			w.Header().Set("Content-Type", "application/json")
+			json.NewEncoder(w).Encode(r.Settled(ctx))
 		}
 	}
 	mux.HandleFunc("POST /v1/wifi/join", change(func(n wpa.Revealed) error { return r.book.Join(n.Hide()) }))
+	mux.HandleFunc("POST /v1/wifi/prefer", change(func(n wpa.Revealed) error { return r.book.Prefer(n.SSID) }))
 	mux.HandleFunc("POST /v1/wifi/forget", change(func(n wpa.Revealed) error { return r.book.Forget(n.SSID) }))
 }
 
@@ -160,16 +145,17 @@ func wifi(ctx context.Context, o options, args []string) error {
 		}
 		names, rest = append(names, flags.Arg(0)), flags.Args()[1:]
 	}
+	var kept netd.Access
 	send := func(path string) error {
 		body, err := json.Marshal(n)
 		if err != nil {
 			return err
 		}
-		return api.Do(ctx, o.socket, "POST", path, bytes.NewReader(body), nil)
+		return api.Do(ctx, o.socket, "POST", path, bytes.NewReader(body), &kept)
 	}
 	switch {
 	case args[0] == "list" && len(names) == 0:
-		var list []wpa.Entry
+		var list networks
 		if err := api.Do(ctx, o.socket, "GET", "/v1/wifi", nil, &list); err != nil {
 			return fmt.Errorf("%w; is netd running, with wpa_supplicant?", err)
 		}
@@ -194,20 +180,25 @@ func wifi(ctx context.Context, o options, args []string) error {
 		if err := send("/v1/wifi/join"); err != nil {
 			return err
 		}
-		return answer(o, "saved, joining when it is in reach / 保存しました。届く範囲で接続します")
-	case args[0] == "forget" && len(names) == 1:
+		return answer(o, "saved, joining when it is in reach / 保存しました。届く範囲で接続します", kept)
+	case (args[0] == "forget" || args[0] == "prefer") && len(names) == 1:
 		n = wpa.Revealed{Network: wpa.Network{SSID: wpa.SSID(names[0])}}
-		if err := send("/v1/wifi/forget"); err != nil {
+		if err := send("/v1/wifi/" + args[0]); err != nil {
 			return err
 		}
-		return answer(o, "forgotten / 削除しました")
+		return answer(o, map[string]string{"forget": "forgotten / 削除しました", "prefer": "joined before all others / 優先して接続します"}[args[0]], kept)
 	}
 	return errUsage
 }
 
-func answer(o options, text string) error {
+// answer says what was done, and what becomes of it at power-off unless it is
+// kept.
+func answer(o options, text string, a netd.Access) error {
 	if o.json {
-		return printJSON(os.Stdout, map[string]bool{"done": true})
+		return printJSON(os.Stdout, a)
+	}
+	if w := a.Words(); a.State != netd.AccessKept {
+		text += fmt.Sprintf("\n%s / %s (%s)", w.EN, w.JA, a.Detail)
 	}
 	_, err := fmt.Println(text)
 	return err
@@ -224,14 +215,17 @@ func readSecret(r io.Reader) (string, error) {
 	return strings.TrimRight(line, "\r\n"), nil
 }
 
-func printNetworks(w io.Writer, list []wpa.Entry) error {
-	if len(list) == 0 {
+func printNetworks(w io.Writer, n networks) error {
+	if a := n.Access; a.State != netd.AccessKept {
+		fmt.Fprintf(w, "%s / %s (%s)\n", a.Words().EN, a.Words().JA, a.Detail)
+	}
+	if len(n.Networks) == 0 {
 		_, err := fmt.Fprintln(w, "no network in reach, none saved / 届く範囲にネットワークがなく、保存もありません")
 		return err
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "NETWORK / 名前\tSIGNAL / 電波\tSECURITY / 保護\tSAVED / 保存")
-	for _, e := range list {
+	for _, e := range n.Networks {
 		signal, kept := "-", ""
 		if e.Signal != 0 {
 			signal = fmt.Sprintf("%d dBm", e.Signal)
@@ -240,7 +234,7 @@ func printNetworks(w io.Writer, list []wpa.Entry) error {
 		case e.Fixed:
 			kept = "organisation / 組織"
 		case e.Saved:
-			kept = "yes / 済"
+			kept = fmt.Sprintf("%d / 優先順位 %d", e.Rank, e.Rank)
 		}
 		fmt.Fprintf(t, "%q\t%s\t%s\t%s\n", e.Name, signal, e.Security, kept)
 	}

@@ -8,58 +8,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 )
 
 // Store keeps the saved networks, whose passphrases are in the clear in them:
-// it is for the store to keep them from others.
+// it is for the store to keep them from others. access.Keeper is one.
 type Store interface {
 	Load() ([]byte, error) // nil if nothing was saved yet
 	Save([]byte) error
-}
-
-// File is a Store in a file for its owner alone.
-type File string
-
-// Load implements Store.
-func (f File) Load() ([]byte, error) {
-	st, err := os.Stat(string(f))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("saved networks: %w", err)
-	}
-	if st.Size() > MaxEncoded || st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("saved networks: %s has %d bytes and mode %v, want at most %d, for its owner alone", f, st.Size(), st.Mode().Perm(), MaxEncoded)
-	}
-	b, err := os.ReadFile(string(f))
-	if err != nil {
-		return nil, fmt.Errorf("saved networks: %w", err)
-	}
-	return b, nil
-}
-
-// Save implements Store. The file is replaced as a whole.
-func (f File) Save(b []byte) error {
-	next, err := os.CreateTemp(filepath.Dir(string(f)), ".networks-") // mode 0600
-	if err != nil {
-		return fmt.Errorf("saved networks: %w", err)
-	}
-	_, err = next.Write(b)
-	err = errors.Join(err, next.Sync(), next.Close())
-	if err == nil {
-		err = os.Rename(next.Name(), string(f))
-	}
-	if err != nil {
-		os.Remove(next.Name())
-		return fmt.Errorf("saved networks: %w", err)
-	}
-	return nil
 }
 
 // Book is the list of saved networks, with those of the organisation before
@@ -109,15 +66,64 @@ func (b *Book) Join(n Network) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	list := slices.DeleteFunc(slices.Clone(b.list), func(o Network) bool { return bytes.Equal(o.SSID, n.SSID) })
-	slices.SortStableFunc(list, func(a, b Network) int { return cmp.Compare(a.Priority, b.Priority) })
-	list = append(list, n)
-	for i := range list {
-		list[i].Priority = i + 1 // maxSaved is below the highest priority
+	return b.change(last(list, n))
+}
+
+// Prefer puts a saved network before all others.
+func (b *Book) Prefer(ssid SSID) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	i := slices.IndexFunc(b.list, func(o Network) bool { return bytes.Equal(o.SSID, ssid) })
+	if i < 0 {
+		return fmt.Errorf("%w: %s", ErrUnknown, ssid)
+	}
+	n := b.list[i]
+	return b.change(last(slices.Delete(slices.Clone(b.list), i, i+1), n))
+}
+
+// Adopt takes over networks that were saved in an earlier boot, behind those
+// that were joined in this one.
+func (b *Book) Adopt(older []Network) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	list := Union(older, b.list)
+	if slices.EqualFunc(list, older, Network.equal) { // saved already
+		b.list = list
+		b.tell()
+		return nil
 	}
 	return b.change(list)
 }
 
-// ErrUnknown is returned by Forget for a network that is not saved.
+// Union are the networks of both, those of newer preferred, and in place of
+// older ones of the same name. The least preferred go where there are too many.
+func Union(older, newer []Network) []Network {
+	older = slices.DeleteFunc(ranked(older), func(n Network) bool {
+		return slices.ContainsFunc(newer, func(o Network) bool { return bytes.Equal(n.SSID, o.SSID) })
+	})
+	return last(older, ranked(newer)...)
+}
+
+// ranked is list by priority, the preferred last.
+func ranked(list []Network) []Network {
+	list = slices.Clone(list)
+	slices.SortStableFunc(list, func(a, b Network) int { return cmp.Compare(a.Priority, b.Priority) })
+	return list
+}
+
+// last is list with more behind it, which are preferred, numbered anew.
+func last(list []Network, more ...Network) []Network {
+	list = append(ranked(list), more...)
+	if n := len(list) - maxSaved; n > 0 {
+		list = list[n:]
+	}
+	for i := range list {
+		list[i].Priority = i + 1 // maxSaved is below the highest priority
+	}
+	return list
+}
+
+// ErrUnknown is returned by Forget and Prefer for a network that is not saved.
 var ErrUnknown = errors.New("no saved network of this name")
 
 // Forget removes a network.
@@ -138,6 +144,7 @@ type Entry struct {
 	Security Security `json:"security"`
 	Signal   int      `json:"signal,omitempty"` // dBm; 0: not in reach
 	Saved    bool     `json:"saved"`
+	Rank     int      `json:"rank,omitempty"`  // of a saved one: 1 is joined first
 	Fixed    bool     `json:"fixed,omitempty"` // the organisation's
 	Hidden   bool     `json:"hidden,omitempty"`
 }
@@ -154,7 +161,13 @@ func (b *Book) List(ctx context.Context) ([]Entry, error) {
 		return slices.IndexFunc(list, func(e Entry) bool { return bytes.Equal(e.SSID, ssid) && e.Security == s })
 	}
 	for i, n := range known {
-		list = append(list, Entry{SSID: n.SSID, Name: n.SSID.String(), Security: n.Security, Saved: true, Fixed: i < fixed, Hidden: n.Hidden})
+		rank := 1
+		for _, o := range known {
+			if o.Priority > n.Priority {
+				rank++
+			}
+		}
+		list = append(list, Entry{SSID: n.SSID, Name: n.SSID.String(), Security: n.Security, Saved: true, Rank: rank, Fixed: i < fixed, Hidden: n.Hidden})
 	}
 	for _, s := range seen {
 		i := find(s.SSID, s.Security)
@@ -170,7 +183,7 @@ func (b *Book) List(ctx context.Context) ([]Entry, error) {
 		if (a.Signal == 0) != (b.Signal == 0) {
 			return cmp.Compare(a.Signal, b.Signal) // 0 is above every dBm, and not in reach
 		}
-		return cmp.Compare(b.Signal, a.Signal)
+		return cmp.Or(cmp.Compare(b.Signal, a.Signal), cmp.Compare(a.Rank, b.Rank))
 	})
 	return list, err
 }

@@ -60,6 +60,10 @@ type Network struct {
 	Server string `json:"server,omitempty"`
 }
 
+func (n Network) equal(o Network) bool {
+	return bytes.Equal(n.SSID, o.SSID) && n.Security == o.Security && n.Passphrase == o.Passphrase && n.Hidden == o.Hidden && n.Priority == o.Priority && n.Server == o.Server
+}
+
 // Validate reports whether n can be joined.
 func (n Network) Validate() error {
 	var errs []error
@@ -116,7 +120,9 @@ func (n Network) settings(identity *Identity) ([]setting, error) {
 	if err := n.Validate(); err != nil {
 		return nil, err
 	}
-	s := []setting{{"ssid", hex.EncodeToString(n.SSID)}, {"priority", strconv.Itoa(n.Priority)}}
+	// A station that hears its access point badly looks for another of the same
+	// name each 30 s, and each 5 minutes else (wpa_supplicant.conf(5), bgscan).
+	s := []setting{{"ssid", hex.EncodeToString(n.SSID)}, {"priority", strconv.Itoa(n.Priority)}, {"bgscan", quoted("simple:30:-65:300")}}
 	if n.Hidden {
 		s = append(s, setting{"scan_ssid", "1"})
 	}
@@ -146,11 +152,8 @@ func quoted(s string) string { return `"` + s + `"` }
 type Identity struct {
 	Name        string // user name in the outer EAP identity
 	Certificate []byte // DER
-	Key         []byte // DER (SEC 1), or empty when KeyFile has it
-	// KeyFile is a file that OpenSSL in wpa_supplicant reads the key from, such
-	// as a key in the TPM that a provider understands.
-	KeyFile string
-	CA      []byte // DER, root of the authentication servers
+	Key         []byte // DER (SEC 1)
+	CA          []byte // DER, root of the authentication servers
 }
 
 // settings for EAP-TLS (RFC 5216, RFC 9190) with the server's name checked.
@@ -163,13 +166,9 @@ func (i *Identity) settings(server string) ([]setting, error) {
 	case !hostName(i.Name):
 		return nil, fmt.Errorf("network identity %q", i.Name)
 	}
-	key := quoted("blob://key")
-	if i.KeyFile != "" {
-		key = quoted(i.KeyFile)
-	}
 	return []setting{
 		{"eap", "TLS"}, {"identity", quoted(i.Name)}, {"domain_match", quoted(server)},
-		{"ca_cert", quoted("blob://ca")}, {"client_cert", quoted("blob://certificate")}, {"private_key", key},
+		{"ca_cert", quoted("blob://ca")}, {"client_cert", quoted("blob://certificate")}, {"private_key", quoted("blob://key")},
 		{"phase1", quoted("tls_disable_tlsv1_0=1 tls_disable_tlsv1_1=1 tls_disable_tlsv1_3=0")},
 	}, nil
 }
@@ -179,11 +178,7 @@ func (i *Identity) blobs() []setting {
 	if i == nil {
 		return nil
 	}
-	list := []setting{{"ca", hex.EncodeToString(i.CA)}, {"certificate", hex.EncodeToString(i.Certificate)}}
-	if len(i.Key) > 0 {
-		list = append(list, setting{"key", hex.EncodeToString(i.Key)})
-	}
-	return list
+	return []setting{{"ca", hex.EncodeToString(i.CA)}, {"certificate", hex.EncodeToString(i.Certificate)}, {"key", hex.EncodeToString(i.Key)}}
 }
 
 // Revealed is a network with its passphrase in the clear, as it is stored and

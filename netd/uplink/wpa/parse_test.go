@@ -112,11 +112,11 @@ func TestSettings(t *testing.T) {
 		identity *Identity
 		want     string // empty: refused
 	}{
-		{"open", Network{SSID: SSID("Hotel"), Security: Open}, nil, "ssid 486f74656c, priority 0, key_mgmt NONE OWE"},
+		{"open", Network{SSID: SSID("Hotel"), Security: Open}, nil, "ssid 486f74656c, priority 0, bgscan \"simple:30:-65:300\", key_mgmt NONE OWE"},
 		{"personal, hidden", Network{SSID: SSID("home"), Security: Personal, Passphrase: `a "quoted" one`, Hidden: true, Priority: 7}, nil,
-			`ssid 686f6d65, priority 7, scan_ssid 1, key_mgmt WPA-PSK WPA-PSK-SHA256 SAE, proto RSN, pairwise CCMP GCMP GCMP-256 CCMP-256, ieee80211w 1, psk "a "quoted" one"`},
+			`ssid 686f6d65, priority 7, bgscan "simple:30:-65:300", scan_ssid 1, key_mgmt WPA-PSK WPA-PSK-SHA256 SAE, proto RSN, pairwise CCMP GCMP GCMP-256 CCMP-256, ieee80211w 1, psk "a "quoted" one"`},
 		{"enterprise", Network{SSID: SSID("city"), Security: Enterprise, Server: "radius.city.example"}, identity,
-			`ssid 63697479, priority 0, key_mgmt WPA-EAP WPA-EAP-SHA256, proto RSN, pairwise CCMP GCMP GCMP-256 CCMP-256, ieee80211w 1, eap TLS, identity "laptop-1.city.example", domain_match "radius.city.example", ` +
+			`ssid 63697479, priority 0, bgscan "simple:30:-65:300", key_mgmt WPA-EAP WPA-EAP-SHA256, proto RSN, pairwise CCMP GCMP GCMP-256 CCMP-256, ieee80211w 1, eap TLS, identity "laptop-1.city.example", domain_match "radius.city.example", ` +
 				`ca_cert "blob://ca", client_cert "blob://certificate", private_key "blob://key", phase1 "tls_disable_tlsv1_0=1 tls_disable_tlsv1_1=1 tls_disable_tlsv1_3=0"`},
 		{"enterprise without identity", Network{SSID: SSID("city"), Security: Enterprise, Server: "radius.city.example"}, nil, ""},
 		{"enterprise without server", Network{SSID: SSID("city"), Security: Enterprise}, identity, ""},

@@ -24,6 +24,14 @@ const (
 	pollEvery = 5 * time.Second // signal of the network that is joined
 )
 
+// missingPause is how often a link without what its network asks for is looked at again.
+const missingPause = time.Minute
+
+// missingError: there is nothing to tell wpa_supplicant about a link yet.
+type missingError struct{ error }
+
+func (e *missingError) Unwrap() error { return e.error }
+
 // Facts is what a station knows about its link.
 type Facts struct {
 	Network string // joined: the SSID as text
@@ -36,12 +44,12 @@ type Facts struct {
 
 // Supplicant drives wpa_supplicant's control sockets. Make one with New.
 type Supplicant struct {
-	dir      string // with the socket "global" and one for each link
-	identity *Identity
-	log      *slog.Logger
-	dial     func(path string) (*Conn, error)
+	dir  string // with the socket "global" and one for each link
+	log  *slog.Logger
+	dial func(path string) (*Conn, error)
 
 	mu       sync.Mutex
+	identity *Identity
 	networks []Network
 	stations map[string]*station
 }
@@ -53,10 +61,20 @@ type station struct {
 	conn   *Conn // nil while wpa_supplicant is away
 }
 
-// New returns a Supplicant whose sockets are in dir. identity is nil on a
-// laptop without one.
-func New(dir string, identity *Identity, log *slog.Logger) *Supplicant {
-	return &Supplicant{dir: dir, identity: identity, log: log, dial: Dial, stations: map[string]*station{}}
+// New returns a Supplicant whose sockets are in dir.
+func New(dir string, log *slog.Logger) *Supplicant {
+	return &Supplicant{dir: dir, log: log, dial: Dial, stations: map[string]*station{}}
+}
+
+// SetIdentity replaces the laptop's network identity; nil: it has none.
+func (s *Supplicant) SetIdentity(i *Identity) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.identity == i {
+		return
+	}
+	s.identity = i
+	s.wake()
 }
 
 // SetNetworks replaces the saved networks.
@@ -64,6 +82,11 @@ func (s *Supplicant) SetNetworks(list []Network) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.networks = slices.Clone(list)
+	s.wake()
+}
+
+// wake has every station told its networks anew. s.mu is held.
+func (s *Supplicant) wake() {
 	for _, st := range s.stations {
 		select {
 		case st.change <- struct{}{}:
@@ -78,7 +101,7 @@ func (s *Supplicant) Wifi(ctx context.Context, name string, report func(Facts)) 
 	s.follow(ctx, name, "nl80211", func() ([][]setting, error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		var all [][]setting
+		all := [][]setting{} // also without any, the radio looks around
 		var errs []error
 		for _, n := range s.networks {
 			set, err := n.settings(s.identity)
@@ -96,6 +119,8 @@ func (s *Supplicant) Wifi(ctx context.Context, name string, report func(Facts)) 
 // until ctx is done. server is the name in the authentication server's certificate.
 func (s *Supplicant) Wired(ctx context.Context, name, server string, report func(Facts)) {
 	s.follow(ctx, name, "wired", func() ([][]setting, error) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		eap, err := s.identity.settings(server)
 		if err != nil {
 			return nil, err
@@ -122,11 +147,17 @@ func (s *Supplicant) follow(ctx context.Context, name, driver string, networks f
 			return
 		}
 		s.log.Debug("wpa_supplicant", "link", name, "err", err)
+		var missing *missingError
+		pause := again
+		if errors.As(err, &missing) { // until a change, for there is nothing to say to anybody
+			pause = missingPause
+		}
 		facts = Facts{Joined: facts.Joined, Reason: netd.ReasonNoRadio, Detail: fmt.Sprintf("%s: %v", name, err)}
 		report(facts)
-		timer := time.NewTimer(again)
+		timer := time.NewTimer(pause)
 		select {
 		case <-ctx.Done():
+		case <-st.change:
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -134,7 +165,10 @@ func (s *Supplicant) follow(ctx context.Context, name, driver string, networks f
 }
 
 // once runs one connection to wpa_supplicant, until it breaks or ctx is done.
-func (s *Supplicant) once(ctx context.Context, st *station, name, driver string, networks func() ([][]setting, error), facts *Facts, report func(Facts)) error {
+func (s *Supplicant) once(ctx context.Context, st *station, name, driver string, networks func() ([][]setting, error), facts *Facts, report func(Facts)) (err error) {
+	if list, err := networks(); list == nil {
+		return &missingError{err}
+	}
 	conn, err := s.attach(ctx, name, driver)
 	if err != nil {
 		return err
@@ -144,7 +178,8 @@ func (s *Supplicant) once(ctx context.Context, st *station, name, driver string,
 		st.conn = nil
 		st.mu.Unlock()
 		conn.Close()
-		if ctx.Err() != nil { // the link is no longer ours to join
+		var missing *missingError
+		if ctx.Err() != nil || errors.As(err, &missing) { // the link is no longer ours to join
 			s.remove(name)
 		}
 	}()
@@ -309,15 +344,18 @@ func linkName(name string) bool {
 func (s *Supplicant) configure(ctx context.Context, conn *Conn, networks func() ([][]setting, error)) error {
 	list, err := networks()
 	if err != nil {
-		s.log.Warn("wi-fi", "err", err) // the others are joined all the same
+		s.log.Warn("networks that cannot be joined", "err", err) // the others are
 	}
-	if len(list) == 0 && err != nil {
-		return err
+	if list == nil {
+		return &missingError{err}
 	}
 	if _, err := conn.Request(ctx, "REMOVE_NETWORK all"); err != nil {
 		return err
 	}
-	for _, b := range s.identity.blobs() {
+	s.mu.Lock()
+	blobs := s.identity.blobs()
+	s.mu.Unlock()
+	for _, b := range blobs {
 		if _, err := conn.Request(ctx, "SET blob", b.name, b.value); err != nil {
 			return err
 		}

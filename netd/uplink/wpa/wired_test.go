@@ -112,7 +112,8 @@ func newLAN(t *testing.T) *lan {
 // supplicant is one that reaches wpa_supplicant's namespace, where its
 // answers go to abstract addresses.
 func (l *lan) supplicant(identity *Identity) *Supplicant {
-	s := New(l.dir, identity, slog.New(slog.DiscardHandler))
+	s := New(l.dir, slog.New(slog.DiscardHandler))
+	s.SetIdentity(identity)
 	s.dial = func(path string) (c *Conn, err error) {
 		err = l.laptop.Do(func() (err error) { c, err = Dial(path); return err })
 		return c, err
