@@ -3,6 +3,7 @@ package eventlog
 import (
 	"bytes"
 	"encoding/hex"
+	"slices"
 
 	"sekisho/attest"
 )
@@ -217,11 +218,9 @@ func (b Bank) extend(value *[64]byte, digest []byte) {
 	b.Sum(value[:0], buf[:n])
 }
 
-// from replays one PCR from a startup locality, with more digests at its end.
-func (a *appraisal) from(pcr int, locality byte, more ...[]byte) []byte {
-	var value [64]byte
+// from replays one PCR from a value, with more digests at its end.
+func (a *appraisal) from(pcr int, value [64]byte, more ...[]byte) []byte {
 	size := a.Bank.Size()
-	value[size-1] = locality
 	for i := range a.Events {
 		if e := &a.Events[i]; e.PCR == pcr {
 			a.Bank.extend(&value, e.DigestIn(a.Bank))
@@ -265,7 +264,7 @@ func (a *appraisal) judge(pcr int, value, replayed []byte) State {
 		return StateMismatch
 	case p.events == 0 && isReset(pcr, value):
 		return StateReset
-	case p.events == 0 && pcr >= 10 && !a.Complete:
+	case p.events == 0 && pcr >= 10 && !a.Complete && !(pcr >= 11 && pcr <= 14 && a.isWindows()):
 		a.findPCR(attest.SeverityWarn, attest.ReasonLogMissingEvents, pcr, say("PCR %d は起動後に拡張されており、ファームウェアのログには現れません。", "PCR %d was extended by user space, which a firmware log does not show", pcr))
 		return StateUserSpace
 	case p.events == 0:
@@ -284,6 +283,15 @@ func (a *appraisal) judge(pcr int, value, replayed []byte) State {
 	f := a.findPCR(severity, attest.ReasonLogReplay, pcr, joined(say("イベントログから PCR %d の値を再現できません。", "the event log does not give the value of PCR %d", pcr), why))
 	f.Expected, f.Seen = hex.EncodeToString(value), hex.EncodeToString(replayed)
 	return StateMismatch
+}
+
+// isWindows reports whether Windows has written into the log: then all of what
+// it measures stands there, and that is PCR 11 to 14 (BitLocker, boot
+// configuration, boot details, boot authorities).
+func (a *appraisal) isWindows() bool {
+	return slices.ContainsFunc(a.Events, func(e Event) bool {
+		return e.PCR >= 11 && e.PCR <= 14 && e.Type == TypeTag && sipaTag(&e)
+	})
 }
 
 // isReset reports whether value is what a PCR holds after a reset: zeros, or

@@ -13,11 +13,9 @@ const (
 	maxText      = 128  // bytes of a text that is shown
 )
 
-// GUIDs as UEFI lays them out (UEFI 2.10, section 32.4.1), in hexadecimal.
-const (
-	guidSecurity = "cbb219d73a3d9645a3bcdad00e67656f" // EFI_IMAGE_SECURITY_DATABASE_GUID
-	guidSHA256   = "2616c4c14c509240aca941f936934328" // EFI_CERT_SHA256_GUID
-)
+// guidSHA256 is EFI_CERT_SHA256_GUID as UEFI lays it out (UEFI 2.10, section
+// 32.4.1), in hexadecimal.
+const guidSHA256 = "2616c4c14c509240aca941f936934328"
 
 // SecureBoot is what the SHA-256 bank's PCR 7 says. Check must have passed.
 func (l *Log) SecureBoot() SecureBoot { return l.secureBoot(SHA256) }
@@ -27,31 +25,12 @@ func (l *Log) SecureBoot() SecureBoot { return l.secureBoot(SHA256) }
 // more than one, if its digest does not cover it, or if it is malformed. Check
 // must have passed.
 func (l *Log) Forbidden() (list []string, ok bool) {
-	var data []byte
-	for i := range l.Events {
-		e := &l.Events[i]
-		if e.PCR != 7 {
-			continue
-		}
-		if e.Type == TypeSeparator {
-			break
-		}
-		if e.Type != TypeVariableConfig {
-			continue
-		}
-		v, err := parseVariable(e.Data, 0)
-		if err != nil || v.name != "dbx" || hex.EncodeToString(v.guid[:]) != guidSecurity {
-			continue
-		}
-		if ok || e.Digest != sha256.Sum256(e.Data) {
-			return nil, false
-		}
-		data, ok = v.data, true
-	}
-	if !ok {
+	policy, ok := l.policySeven(SHA256)
+	dbx := policy["dbx"]
+	if !ok || dbx == nil || dbx.event.Digest != sha256.Sum256(dbx.event.Data) {
 		return nil, false
 	}
-	return forbidden(data)
+	return forbidden(dbx.data)
 }
 
 // forbidden reads the SHA-256 lists of a signature database; lists of other

@@ -15,34 +15,62 @@ const (
 	exitFailed  = "Exit Boot Services Returned with Failure"
 )
 
+// phases are what systemd measures into PCR 11 while the system starts and ends
+// (systemd-pcrphase.service(8)).
+var phases = []string{"enter-initrd", "leave-initrd", "sysinit", "ready", "shutdown", "final"}
+
 // quirk reports whether value is what the events give but for a known and
 // harmless gap in logs of real machines. Each changes nothing but what the gap
 // itself is, and is reported.
 func (a *appraisal) quirk(pcr int, value []byte) bool {
-	switch pcr {
-	case 0:
+	switch {
+	case pcr == 0 && !a.pcrs[0].locality:
 		// The startup locality was left out.
 		for _, at := range []byte{3, 4} {
-			if !a.pcrs[0].locality && bytes.Equal(value, a.from(0, at)) {
+			var start [64]byte
+			start[a.Bank.Size()-1] = at
+			if bytes.Equal(value, a.from(0, start)) {
 				a.findPCR(attest.SeverityWarn, attest.ReasonLogOrder, 0, say("PCR 0 はローカリティ %d から始まりましたが、イベントログに記録がありません。", "PCR 0 began at locality %d and the event log does not say so", at))
 				return true
 			}
 		}
-	case 5:
+	case pcr == 5:
 		// The log was read before the firmware wrote its last events
 		// (google/go-attestation, ebs_event_missing).
-		if a.hasAction(5, exitInvoked) {
-			return false
+		if !a.hasAction(5, exitInvoked) && a.endsWith(5, value, []string{exitInvoked, exitDone}, []string{exitInvoked, exitFailed}, []string{exitInvoked, exitFailed, exitDone}) {
+			a.findPCR(attest.SeverityWarn, attest.ReasonLogMissingEvents, 5, say("PCR 5 にあるブートサービスの終了が、イベントログにありません。", "the event log leaves out the end of boot services, which PCR 5 has"))
+			return true
 		}
-		for _, end := range [][]string{{exitInvoked, exitDone}, {exitInvoked, exitFailed}, {exitInvoked, exitFailed, exitDone}} {
-			var more [][]byte
-			for _, action := range end {
-				more = append(more, a.Bank.Sum(nil, []byte(action)))
+	case pcr == 11 && !a.Complete:
+		// A unified kernel image of systemd: its sections are in the firmware's
+		// log, the phases that follow are not.
+		var ends [][]string
+		for from := range phases {
+			for to := from; to < len(phases); to++ {
+				ends = append(ends, phases[from:to+1])
 			}
-			if bytes.Equal(value, a.from(5, 0, more...)) {
-				a.findPCR(attest.SeverityWarn, attest.ReasonLogMissingEvents, 5, say("PCR 5 にあるブートサービスの終了が、イベントログにありません。", "the event log leaves out the end of boot services, which PCR 5 has"))
-				return true
-			}
+		}
+		if a.endsWith(11, value, ends...) {
+			a.findPCR(attest.SeverityWarn, attest.ReasonLogMissingEvents, 11, say("PCR 11 には systemd の起動段階も記録されていますが、ファームウェアのログには現れません。", "PCR 11 holds the phases of systemd's start as well, which a firmware log does not show"))
+			return true
+		}
+	case pcr >= 17 && pcr <= 22:
+		// Extended without a dynamic launch, which would have reset it to zeros.
+		return bytes.Equal(value, a.from(pcr, [64]byte(bytes.Repeat([]byte{0xff}, 64))))
+	}
+	return false
+}
+
+// endsWith reports whether the events of a PCR and then one of ends, texts that
+// are measured as such, give value.
+func (a *appraisal) endsWith(pcr int, value []byte, ends ...[]string) bool {
+	for _, end := range ends {
+		var more [][]byte
+		for _, text := range end {
+			more = append(more, a.Bank.Sum(nil, []byte(text)))
+		}
+		if bytes.Equal(value, a.from(pcr, [64]byte{}, more...)) {
+			return true
 		}
 	}
 	return false

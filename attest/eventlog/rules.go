@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"slices"
-	"strings"
 
 	"sekisho/attest"
 )
@@ -40,22 +39,34 @@ func placed(pcr int) []uint32 {
 	return nil
 }
 
-// separators counts separators by digest: an event of another type with a
-// separator's digest is as good as a separator to a PCR.
+// separates returns a function that reports by digest whether an event is a
+// separator: one of another type with a separator's digest is as good as a
+// separator to a PCR.
+func (b Bank) separates() func(*Event) bool {
+	zeros, ones := b.Sum(nil, []byte{0, 0, 0, 0}), b.Sum(nil, []byte{0xff, 0xff, 0xff, 0xff})
+	return func(e *Event) bool {
+		d := e.DigestIn(b)
+		return bytes.Equal(d, zeros) || bytes.Equal(d, ones)
+	}
+}
+
+// separators demands one separator in each of PCR 0 to 7.
 func (a *appraisal) separators() {
-	zeros, ones := a.Bank.Sum(nil, []byte{0, 0, 0, 0}), a.Bank.Sum(nil, []byte{0xff, 0xff, 0xff, 0xff})
+	separates := a.Bank.separates()
 	var count [8]int
 	for i := range a.Events {
 		e := &a.Events[i]
 		if e.PCR > 7 {
 			continue
 		}
-		d := e.DigestIn(a.Bank)
 		switch {
-		case bytes.Equal(d, zeros), bytes.Equal(d, ones):
+		case separates(e):
 			count[e.PCR]++
+			if e.Type != TypeSeparator {
+				a.findEvent(attest.SeverityBlock, attest.ReasonLogSeparator, e, say("PCR %d の区切りが種類 %s に書き換えられています。", "separator of PCR %d, relabelled as %s", e.PCR, TypeName(e.Type)))
+			}
 		case e.Type != TypeSeparator:
-		case len(e.Data) > 0 && len(e.Data) != 4 && padding(e.Data) && bytes.Equal(d, a.Bank.Sum(nil, e.Data)):
+		case len(e.Data) > 0 && len(e.Data) != 4 && padding(e.Data) && bytes.Equal(e.DigestIn(a.Bank), a.Bank.Sum(nil, e.Data)):
 			// Firmware before UEFI wrote one byte (guard-binary_bios_measurements_27).
 			count[e.PCR]++
 			a.findEvent(attest.SeverityDegrade, attest.ReasonLogSeparator, e, say("PCR %d の区切りが %d バイトです（4 バイトが正しい）。", "separator of PCR %d of %d bytes, want 4", e.PCR, len(e.Data)))
@@ -73,7 +84,7 @@ func (a *appraisal) separators() {
 		case n > 1:
 			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, say("PCR %d に区切りが %d 個あります（1 個が正しい）。", "PCR %d has %d separators, want 1", pcr, n))
 		case n == 1, pcr < 7 && low == 0:
-		case low == 0 && a.PCRs == nil:
+		case low == 0 && (a.PCRs == nil || a.pcrs[pcr].events == 0): // a value without events was judged above
 		case a.pcrs[pcr].events == 0 && a.PCRs[pcr] == nil:
 			a.findPCR(attest.SeverityBlock, attest.ReasonLogSeparator, pcr, say("PCR %d には値もイベントもありません。ログの一部だけです。", "PCR %d has neither a value nor an event: the log is a piece of one", pcr))
 		default:
@@ -82,7 +93,8 @@ func (a *appraisal) separators() {
 	}
 	if low == 0 {
 		// A piece of a log; or firmware that separates PCR 7 alone (Google's
-		// first shielded machines, goattestation-sb_cert_eventlog).
+		// first shielded machines, goattestation-sb_cert_eventlog) or nothing
+		// (coreboot).
 		a.find(attest.SeverityDegrade, attest.ReasonLogSeparator, say("PCR 0 から 6 のどれにも区切りがありません。ファームウェアとその後の処理を区別できません。", "none of PCR 0 to 6 has a separator: the log does not tell the firmware from what came after it"))
 	}
 }
@@ -94,6 +106,7 @@ func (a *appraisal) rules() {
 		lists[pcr] = placed(pcr)
 	}
 	called := false // the boot manager has called the first application
+	seven := seven{appraisal: a, separates: a.Bank.separates(), seen: make(map[string]bool)}
 	for i := range a.Events {
 		e := &a.Events[i]
 		if e.PCR <= 7 && e.Type != TypeSeparator && !slices.Contains(lists[e.PCR], e.Type) {
@@ -115,7 +128,7 @@ func (a *appraisal) rules() {
 		}
 		switch {
 		case e.PCR == 7:
-			a.ruleSeven(e)
+			seven.judge(e)
 		case e.PCR == 4 && e.Type == TypeEFIAction:
 			called = true
 		case e.PCR == 4 && e.Type == TypeApplication && !called:
@@ -143,8 +156,16 @@ func (a *appraisal) covers(e *Event) bool {
 		return bytes.Equal(a.Bank.Sum(buf[:0], data), want)
 	}
 	switch e.Type {
-	case TypeSeparator, TypeAction, TypeEFIAction, TypeGPT, TypeCRTMVersion:
+	case TypeSeparator, TypeGPT, TypeCRTMVersion:
 		return is(e.Data)
+	case TypeEFIAction:
+		return is(e.Data) || is(bytes.TrimRight(e.Data, "\x00")) // a NUL that was logged and not hashed
+	case TypeAction:
+		// coreboot names by it what it measures, with a final NUL that no action
+		// of the profile has (src/security/tpm/tspi/log-tpm2.c of coreboot).
+		return is(e.Data) || e.PCR < 4 && bytes.HasSuffix(e.Data, []byte{0})
+	case TypeSPDMDevicePolicy, TypeSPDMDeviceAuth:
+		return is(e.Data) // a UEFI_VARIABLE_DATA (section 10.4.1)
 	case TypeVariableConfig:
 		return is(e.Data) || e.PCR != 7 && a.coversValue(e, is)
 	case TypeVariableBoot, TypeVariableBoot2:
@@ -161,56 +182,4 @@ func (a *appraisal) covers(e *Event) bool {
 func (a *appraisal) coversValue(e *Event, is func([]byte) bool) bool {
 	v, err := parseVariable(e.Data, 0)
 	return err == nil && is(v.data)
-}
-
-// ruleSeven judges an event of PCR 7, from which Secure Boot's state is drawn.
-func (a *appraisal) ruleSeven(e *Event) {
-	switch e.Type {
-	case TypeEFIAction:
-		a.actionSeven(e)
-	case TypeVariableConfig, TypeVariableAuth:
-		rest := uint64(0)
-		if e.Type == TypeVariableAuth {
-			rest = maxShimRest
-		}
-		v, err := parseVariable(e.Data, rest)
-		switch {
-		case err != nil && e.Type == TypeVariableAuth: // no fact is drawn from it
-			a.findEvent(attest.SeverityWarn, attest.ReasonLogMalformed, e, say("署名者の変数を読み取れません（%v）。", "authority: %v", err))
-			return
-		case err != nil:
-			a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, say("変数を読み取れません（%v）。", "%v", err))
-			return
-		}
-		policy := v.guid == globalVariable && (v.name == "SecureBoot" || v.name == "PK" || v.name == "KEK")
-		database := v.name == "PK" || v.name == "KEK" || v.name == "db" || v.name == "dbx" || v.name == "dbt" || v.name == "dbr"
-		switch {
-		case policy && e.Type == TypeVariableAuth:
-			a.findEvent(attest.SeverityBlock, attest.ReasonLogEventType, e, say("変数 %s の種類が書き換えられています。ポリシーなのに署名者として記録されています。", "variable %s is relabelled: it is policy and was logged as an authority", v.name))
-		case database && e.Type == TypeVariableConfig:
-			if err := checkSignatureLists(v.data); err != nil {
-				a.findEvent(attest.SeverityBlock, attest.ReasonLogMalformed, e, say("変数 %s を読み取れません（%v）。", "variable %s: %v", v.name, err))
-			}
-		}
-	}
-}
-
-// actionSeven judges what the firmware says about itself in PCR 7 (section
-// 3.3.4.8). Each is legal; each is worth knowing.
-func (a *appraisal) actionSeven(e *Event) {
-	action := string(e.Data)
-	switch {
-	case action == "UEFI Debug Mode":
-		a.findEvent(attest.SeverityDegrade, attest.ReasonSecureBoot, e, say("ファームウェアがデバッグモードです。", "the firmware is in debug mode"))
-	case action == "DMA Protection Disabled":
-		// HP EliteBook 830 G6 and others with the IOMMU off before boot.
-		a.findEvent(attest.SeverityWarn, attest.ReasonSecureBoot, e, say("起動前の DMA 保護が無効です。", "protection against DMA is off before the boot")).Action = attest.Text{JA: "ファームウェア設定で起動前の DMA 保護を有効にしてください。", EN: "Switch on protection against DMA before boot in the firmware setup."}
-	case strings.HasPrefix(action, "Security Level is Downgraded to "):
-		// Thunderbolt firmware of the HP EliteBook 830 G6.
-		a.findEvent(attest.SeverityWarn, attest.ReasonSecureBoot, e, say("Thunderbolt のセキュリティレベルが下げられています。", "Thunderbolt's security level was lowered")).Action = attest.Text{JA: "ファームウェア設定で Thunderbolt のセキュリティレベルを上げてください。", EN: "Raise Thunderbolt's security level in the firmware setup."}
-	case strings.ContainsFunc(action, func(r rune) bool { return r < ' ' || r > '~' }):
-		a.findEvent(attest.SeverityBlock, attest.ReasonLogEventType, e, say("文字列でないアクションです。別のイベントの種類が書き換えられています。", "an action that is no text: another event was relabelled"))
-	default:
-		a.findEvent(attest.SeverityDegrade, attest.ReasonLogEventType, e, say("未知のアクション %.64q です。", "unknown action %.64q", action))
-	}
 }

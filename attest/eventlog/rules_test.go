@@ -14,11 +14,6 @@ import (
 	"sekisho/attest/eventlog/logtest"
 )
 
-// hashed appends an event whose digest is of its data.
-func hashed(l *logtest.Log, pcr int, kind uint32, data []byte) {
-	l.Add(pcr, kind, data, sha256.Sum256(data))
-}
-
 // judge appraises a log by the values that its own events give, so that only
 // the rules about events speak.
 func judge(t *testing.T, l *logtest.Log) *eventlog.Report {
@@ -41,12 +36,6 @@ func judge(t *testing.T, l *logtest.Log) *eventlog.Report {
 func TestRules(t *testing.T) {
 	locality := func(at byte) []byte { return append([]byte("StartupLocality\x00"), at) }
 	secureBoot := logtest.Variable("SecureBoot", []byte{1})
-	list := func(size uint32) []byte {
-		b := make([]byte, 28, 44)
-		binary.LittleEndian.PutUint32(b[16:], 44)
-		binary.LittleEndian.PutUint32(b[24:], size)
-		return logtest.Variable("dbx", append(b, make([]byte, 16)...))
-	}
 	for _, c := range []struct {
 		name   string
 		change func(*logtest.Log)
@@ -56,22 +45,17 @@ func TestRules(t *testing.T) {
 		{"plain", func(*logtest.Log) {}, 0, on},
 		{"locality behind its events", func(l *logtest.Log) { l.Add(0, eventlog.TypeNoAction, locality(3), attest.Digest{}) }, attest.ReasonLogOrder, on},
 		{"locality of PCR 1", func(l *logtest.Log) { l.Add(1, eventlog.TypeNoAction, locality(3), attest.Digest{}) }, attest.ReasonLogOrder, on},
-		{"unknown type in PCR 4", func(l *logtest.Log) { hashed(l, 4, 0x0badcafe, nil) }, attest.ReasonLogEventType, on},
-		{"unknown type in PCR 7", func(l *logtest.Log) { hashed(l, 7, 0x0badcafe, nil) }, attest.ReasonLogEventType, unknown},
-		{"unused event in PCR 7", func(l *logtest.Log) { hashed(l, 7, 2, secureBoot) }, attest.ReasonLogEventType, unknown},
-		{"unknown type in PCR 2", func(l *logtest.Log) { hashed(l, 2, 0x0badcafe, nil) }, 0, on},
-		{"variable relabelled as an action", func(l *logtest.Log) { hashed(l, 7, eventlog.TypeEFIAction, secureBoot) }, attest.ReasonLogEventType, unknown},
-		{"variable relabelled as an authority", func(l *logtest.Log) { hashed(l, 7, eventlog.TypeVariableAuth, secureBoot) }, attest.ReasonLogEventType, unknown},
-		{"variable changed in the log", func(l *logtest.Log) { l.Add(7, eventlog.TypeVariableConfig, list(16), attest.Digest{1}) }, attest.ReasonLogEventDigest, unknown},
-		{"second SecureBoot variable", func(l *logtest.Log) { hashed(l, 7, eventlog.TypeVariableConfig, secureBoot) }, 0, unknown},
-		{"signature list", func(l *logtest.Log) { hashed(l, 7, eventlog.TypeVariableConfig, list(16)) }, 0, on},
-		{"signatures of 256 MiB", func(l *logtest.Log) { hashed(l, 7, eventlog.TypeVariableConfig, list(256<<20)) }, attest.ReasonLogMalformed, unknown},
-		{"signatures of no bytes", func(l *logtest.Log) { hashed(l, 7, eventlog.TypeVariableConfig, list(0)) }, attest.ReasonLogMalformed, unknown},
-		{"no variable", func(l *logtest.Log) { hashed(l, 7, eventlog.TypeVariableConfig, []byte("SecureBoot")) }, attest.ReasonLogMalformed, unknown},
-		{"DMA off, as HP EliteBooks say", func(l *logtest.Log) { hashed(l, 7, eventlog.TypeEFIAction, []byte("DMA Protection Disabled")) }, 0, on},
+		{"unknown type in PCR 4", func(l *logtest.Log) { l.Hashed(4, 0x0badcafe, nil) }, attest.ReasonLogEventType, on},
+		{"unknown type in PCR 7", func(l *logtest.Log) { l.Hashed(7, 0x0badcafe, nil) }, attest.ReasonLogEventType, unknown},
+		{"unused event in PCR 7", func(l *logtest.Log) { l.Hashed(7, 2, secureBoot) }, attest.ReasonLogEventType, unknown},
+		{"unknown type in PCR 2", func(l *logtest.Log) { l.Hashed(2, 0x0badcafe, nil) }, 0, on},
+		{"variable relabelled as an action", func(l *logtest.Log) { l.Hashed(7, eventlog.TypeEFIAction, secureBoot) }, attest.ReasonLogEventType, unknown},
+		{"variable relabelled as an authority", func(l *logtest.Log) { l.Hashed(7, eventlog.TypeVariableAuth, secureBoot) }, attest.ReasonLogEventType, unknown},
+		{"no variable", func(l *logtest.Log) { l.Hashed(7, eventlog.TypeVariableConfig, []byte("SecureBoot")) }, attest.ReasonLogMalformed, unknown},
+		{"DMA off, as HP EliteBooks say", func(l *logtest.Log) { l.Hashed(7, eventlog.TypeEFIAction, []byte("DMA Protection Disabled")) }, 0, on},
 		{"action changed in the log", func(l *logtest.Log) { l.Add(5, eventlog.TypeEFIAction, []byte("a"), attest.Digest{1}) }, attest.ReasonLogEventDigest, on},
-		{"Windows' containers, 3 deep", func(l *logtest.Log) { hashed(l, 12, eventlog.TypeTag, nested(3)) }, 0, on},
-		{"Windows' containers, 50 deep", func(l *logtest.Log) { hashed(l, 12, eventlog.TypeTag, nested(50)) }, attest.ReasonLogMalformed, on},
+		{"Windows' containers, 3 deep", func(l *logtest.Log) { l.Hashed(12, eventlog.TypeTag, nested(3)) }, 0, on},
+		{"Windows' containers, 50 deep", func(l *logtest.Log) { l.Hashed(12, eventlog.TypeTag, nested(50)) }, attest.ReasonLogMalformed, on},
 		{"Windows' event changed in the log", func(l *logtest.Log) { l.Add(13, eventlog.TypeTag, nested(1), attest.Digest{1}) }, attest.ReasonLogEventDigest, on},
 		{"Linux' tag, whose digest is of something else", func(l *logtest.Log) {
 			l.Add(12, eventlog.TypeTag, []byte{0xed, 0x22, 0x3b, 0x8f, 1, 0, 0, 0, 'x'}, attest.Digest{1})
@@ -160,8 +144,8 @@ func TestExitBootServicesMissing(t *testing.T) {
 func TestSeveralLogs(t *testing.T) {
 	first, second, whole := image.Boot(), logtest.New(), image.Boot()
 	for _, l := range []*logtest.Log{second, whole} {
-		hashed(l, 12, eventlog.TypeTag, nested(2))
-		hashed(l, 14, eventlog.TypeSeparator, []byte("WBCL"))
+		l.Hashed(12, eventlog.TypeTag, nested(2))
+		l.Hashed(14, eventlog.TypeSeparator, []byte("WBCL"))
 	}
 	join := func(data ...[]byte) (*eventlog.Log, error) {
 		var logs []*eventlog.Log

@@ -1,6 +1,9 @@
 package eventlog
 
-import "encoding/binary"
+import (
+	"bytes"
+	"encoding/binary"
+)
 
 // EmbeddedQuote is a quote that Windows wrote into its log when it started or
 // resumed (a trust point): of the PCRs as the events before it left them, with
@@ -55,18 +58,20 @@ func quotesIn(b []byte, number, depth int) (list []EmbeddedQuote) {
 // events have their reset value.
 func (l *Log) Before(b Bank, number int) map[int][]byte {
 	out := make(map[int][]byte)
-	for pcr := range 24 {
-		v := make([]byte, b.Size())
-		if pcr >= 17 && pcr <= 22 { // section 3.3.1
-			for i := range v {
-				v[i] = 0xff
-			}
-		}
-		out[pcr] = v
-	}
 	for _, e := range l.Events {
 		if d := e.DigestIn(b); e.Number < number && d != nil {
+			if out[e.PCR] == nil {
+				out[e.PCR] = make([]byte, b.Size()) // a dynamic launch resets its PCRs to zeros, too
+			}
 			out[e.PCR] = b.Sum(nil, append(out[e.PCR], d...))
+		}
+	}
+	for pcr := range 24 {
+		if out[pcr] == nil {
+			out[pcr] = make([]byte, b.Size())
+			if pcr >= 17 && pcr <= 22 { // section 3.3.1
+				out[pcr] = bytes.Repeat([]byte{0xff}, b.Size())
+			}
 		}
 	}
 	return out

@@ -23,8 +23,11 @@ func ParseValues(data []byte) (map[Bank]map[int][]byte, error) {
 	out := make(map[Bank]map[int][]byte)
 	for name, pcrs := range text {
 		b, err := ParseBank(strings.ToLower(name))
-		if err != nil {
+		if err != nil || len(pcrs) == 0 {
 			continue
+		}
+		if out[b] != nil {
+			return nil, fmt.Errorf("PCR values: bank %s comes twice", b)
 		}
 		out[b] = make(map[int][]byte, len(pcrs))
 		for i, digits := range pcrs {
@@ -36,7 +39,7 @@ func ParseValues(data []byte) (map[Bank]map[int][]byte, error) {
 		}
 	}
 	if len(out) == 0 {
-		return nil, fmt.Errorf("PCR values: no bank of %v", banks)
+		return nil, fmt.Errorf("PCR values: no values of a bank of %v", banks)
 	}
 	return out, nil
 }

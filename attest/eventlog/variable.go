@@ -1,7 +1,6 @@
 package eventlog
 
 import (
-	"bytes"
 	"encoding/binary"
 	"fmt"
 	"unicode/utf16"
@@ -17,6 +16,24 @@ type variable struct {
 // globalVariable is EFI_GLOBAL_VARIABLE, 8be4df61-93ca-11d2-aa0d-00e098032b8c
 // (UEFI 2.10, section 3.3), as UEFI lays it out.
 var globalVariable = [16]byte{0x61, 0xdf, 0xe4, 0x8b, 0xca, 0x93, 0xd2, 0x11, 0xaa, 0x0d, 0x00, 0xe0, 0x98, 0x03, 0x2b, 0x8c}
+
+// securityDatabase is EFI_IMAGE_SECURITY_DATABASE_GUID,
+// d719b2cb-3d3a-4596-a3bc-dad00e67656f (UEFI 2.10, section 32.6.1).
+var securityDatabase = [16]byte{0xcb, 0xb2, 0x19, 0xd7, 0x3a, 0x3d, 0x96, 0x45, 0xa3, 0xbc, 0xda, 0xd0, 0x0e, 0x67, 0x65, 0x6f}
+
+// shimLock is shim's GUID, 605dab50-e046-4300-abb6-3dd810dd8b23.
+var shimLock = [16]byte{0x50, 0xab, 0x5d, 0x60, 0x46, 0xe0, 0x00, 0x43, 0xab, 0xb6, 0x3d, 0xd8, 0x10, 0xdd, 0x8b, 0x23}
+
+// policy is the variable's name if it is one of Secure Boot's policy, empty
+// otherwise: a name counts under its own GUID alone, and names differ by case.
+func (v *variable) policy() string {
+	switch {
+	case v.guid == globalVariable && (v.name == "SecureBoot" || v.name == "PK" || v.name == "KEK"),
+		v.guid == securityDatabase && (v.name == "db" || v.name == "dbx" || v.name == "dbt" || v.name == "dbr"):
+		return v.name
+	}
+	return ""
+}
 
 // maxShimRest is what shim before 15.3 logged behind an authority: the padding
 // of its own structure, and of that one byte more than it hashed
@@ -91,42 +108,3 @@ func (s SecureBoot) String() string {
 
 // MarshalText implements encoding.TextMarshaler.
 func (s SecureBoot) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
-
-// secureBoot derives the state from PCR 7 (section 3.3.4.8): the one SecureBoot
-// variable that the firmware measured before the separator, of exactly one
-// byte, 0 or 1, with a digest that covers it. Anything else is unknown: an
-// absent or empty variable (an Arch Linux workstation of the corpus), a second
-// one, or one behind the separator.
-func (l *Log) secureBoot(b Bank) SecureBoot {
-	state, seen, separated := SecureBootUnknown, 0, false
-	for i := range l.Events {
-		e := &l.Events[i]
-		if e.PCR != 7 {
-			continue
-		}
-		if e.Type == TypeSeparator {
-			separated = true
-		}
-		if e.Type != TypeVariableConfig {
-			continue
-		}
-		v, err := parseVariable(e.Data, 0)
-		if err != nil || v.guid != globalVariable || v.name != "SecureBoot" {
-			continue
-		}
-		seen++
-		if separated || len(v.data) != 1 || !bytes.Equal(b.Sum(nil, e.Data), e.DigestIn(b)) {
-			return SecureBootUnknown
-		}
-		switch v.data[0] {
-		case 0:
-			state = SecureBootOff
-		case 1:
-			state = SecureBootOn
-		}
-	}
-	if seen != 1 {
-		return SecureBootUnknown
-	}
-	return state
-}

@@ -32,7 +32,7 @@ const (
 	EARProfile = "tag:ietf.org,2026:rats/ear#04"
 	submodule  = "sekisho"
 	developer  = "sekisho"
-	build      = "appraisal/2" // changes with the order or meaning of the checks
+	build      = "appraisal/3" // changes with the order or meaning of the checks
 	earType    = "application/eat+cwt"
 )
 

@@ -5,6 +5,7 @@ package logtest
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"strings"
 	"unicode/utf16"
 
 	"sekisho/attest"
@@ -53,6 +54,9 @@ func (l *Log) Add(pcr int, kind uint32, data []byte, digest attest.Digest) {
 	l.Extensions = append(l.Extensions, Extension{pcr, digest})
 }
 
+// Hashed appends an event whose digest is of its data.
+func (l *Log) Hashed(pcr int, kind uint32, data []byte) { l.Add(pcr, kind, data, sha256.Sum256(data)) }
+
 // Separator appends the separator of a PCR.
 func (l *Log) Separator(pcr int) {
 	l.Add(pcr, eventlog.TypeSeparator, make([]byte, 4), sha256.Sum256(make([]byte, 4)))
@@ -90,14 +94,20 @@ func (i Image) uki() attest.Digest {
 
 // Boot returns the log of a machine that booted the image: firmware in PCR 0
 // to 7, the image in PCR 4 and, section by section, in PCR 11.
-func (i Image) Boot() *Log {
+func (i Image) Boot() *Log { return i.BootUnder(SecureBoot(1)...) }
+
+// BootUnder is Boot with other events than those of Secure Boot in PCR 7 before
+// the separators.
+func (i Image) BootUnder(policy ...[]byte) *Log {
 	l := New()
 	l.Add(0, 8, []byte("firmware"), sha256.Sum256([]byte("firmware")))
-	on := Variable("SecureBoot", []byte{1})
-	l.Add(7, eventlog.TypeVariableConfig, on, sha256.Sum256(on))
+	for _, v := range policy {
+		l.Hashed(7, eventlog.TypeVariableConfig, v)
+	}
 	for pcr := range 8 {
 		l.Separator(pcr)
 	}
+	l.Hashed(7, eventlog.TypeVariableAuth, Variable("db", make([]byte, 16)))
 	l.Add(4, eventlog.TypeApplication, nil, i.uki())
 	for _, s := range i.sections() {
 		l.Add(11, eventlog.TypeIPL, utf16Text(s[1]), sha256.Sum256([]byte(s[1]+"\x00")))
@@ -117,10 +127,27 @@ func (i Image) Reference(name, version string) attest.ReferenceValues {
 	return r
 }
 
-// Variable is a global UEFI variable as the firmware logs it
-// (UEFI_VARIABLE_DATA).
+// SecureBoot is the policy that firmware measures: state is the value of
+// SecureBoot, and each database holds one signature without content.
+func SecureBoot(state byte) [][]byte {
+	list := make([]byte, 16, 44)
+	for _, n := range []uint32{44, 0, 16} { // sizes of list, header and signature
+		list = binary.LittleEndian.AppendUint32(list, n)
+	}
+	policy := [][]byte{Variable("SecureBoot", []byte{state})}
+	for _, name := range []string{"PK", "KEK", "db", "dbx"} {
+		policy = append(policy, Variable(name, append(list, make([]byte, 16)...)))
+	}
+	return policy
+}
+
+// Variable is a UEFI variable as the firmware logs it (UEFI_VARIABLE_DATA): one
+// of the image security databases by its name, else a global one.
 func Variable(name string, data []byte) []byte {
 	b := []byte{0x61, 0xdf, 0xe4, 0x8b, 0xca, 0x93, 0xd2, 0x11, 0xaa, 0x0d, 0x00, 0xe0, 0x98, 0x03, 0x2b, 0x8c}
+	if strings.HasPrefix(name, "db") {
+		b = []byte{0xcb, 0xb2, 0x19, 0xd7, 0x3a, 0x3d, 0x96, 0x45, 0xa3, 0xbc, 0xda, 0xd0, 0x0e, 0x67, 0x65, 0x6f}
+	}
 	b = binary.LittleEndian.AppendUint64(b, uint64(len(name)))
 	b = binary.LittleEndian.AppendUint64(b, uint64(len(data)))
 	text := utf16Text(name)
