@@ -34,7 +34,6 @@ type Config struct {
 	ClientCA     string                `json:"client_ca"`              // PEM file: the CA that the verifier issues laptops' certificates with
 	Pool         netip.Prefix          `json:"pool"`                   // IPv4 inner addresses; the first is the gateway's own
 	Pool6        netip.Prefix          `json:"pool6,omitzero"`         // IPv6 inner addresses, at least as many; none if absent
-	Revoked      string                `json:"revoked"`                // file: devices that are not admitted; none if absent
 	Leases       string                `json:"leases"`                 // file: device id to inner address
 	Tun          string                `json:"tun"`                    // name of the TUN device, made by the gateway
 	LGWAN        string                `json:"lgwan"`                  // name of the link towards LGWAN
@@ -115,9 +114,6 @@ func (c *Config) validate() error {
 	}
 	if len(c.DNS) > 4 {
 		fail("dns: %d entries, at most 4", len(c.DNS))
-	}
-	if c.Revocations != nil && c.Revoked != "" {
-		fail("revoked and revocations: want one of them")
 	}
 	if c.MaxSessions < 1 || c.MaxSessions > 1<<20 {
 		fail("max_sessions %d: want 1 to %d", c.MaxSessions, 1<<20)

@@ -38,6 +38,10 @@ const (
 	retryAfter = "10"
 )
 
+// GCPercent is for debug.SetGCPercent in a process that serves: packets leave no
+// garbage, and what each idle session holds shall not be held for garbage again.
+const GCPercent = 50
+
 // deviceURI is how a laptop's certificate names its device: a URI with the
 // device id in hexadecimal behind it.
 const deviceURI = "urn:sekisho:device:"
@@ -98,14 +102,13 @@ func (s *Server) Serve(ctx context.Context, tcp net.Listener, udp net.PacketConn
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	srv := &http.Server{
-		Handler:           http.HandlerFunc(s.handle),
+		Handler:           s.handler(ctx),
 		TLSConfig:         s.tls,
 		ReadHeaderTimeout: openTimeout,
 		ReadTimeout:       openTimeout,
 		WriteTimeout:      openTimeout,
 		MaxHeaderBytes:    maxHeader,
 		Protocols:         new(http.Protocols),
-		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ErrorLog:          log.New(io.Discard, "", 0), // one line per port scan helps nobody
 	}
 	srv.Protocols.SetHTTP1(true)
@@ -159,7 +162,7 @@ func (s *Server) serveH3(ctx context.Context, udp net.PacketConn, from *sources)
 		return fmt.Errorf("listen on udp: %w", err)
 	}
 	srv := &http3.Server{
-		Handler: http.HandlerFunc(s.handle), EnableDatagrams: true, MaxHeaderBytes: maxHeader, IdleTimeout: openTimeout,
+		Handler: s.handler(ctx), EnableDatagrams: true, MaxHeaderBytes: maxHeader, IdleTimeout: openTimeout,
 		ConnContext: func(ctx context.Context, c *quic.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 	}
 	defer udp.Close()
@@ -172,29 +175,32 @@ func (s *Server) serveH3(ctx context.Context, udp net.PacketConn, from *sources)
 // sourceKey is the context key of a QUIC connection's leave.
 type sourceKey struct{}
 
-// handle admits one laptop. It returns when the session is over.
-func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
-	sess, err := s.admit(r)
-	if err == nil {
-		defer s.leave(sess.device)
-		err = connectip.Granted(w.Header(), r.ProtoMajor, tunnel.Assignment{MTU: s.config.MTU, DNS: s.config.DNS})
-	}
-	if err != nil {
-		s.refuse(w, r, err)
-		return
-	}
-	ctx := r.Context()
-	if r.ProtoMajor == 1 {
-		sess.stream, err = overTLS(w, r, sess)
-	} else {
-		// The request's context ends with its stream, the session by itself.
-		sess.stream, err = overH3(w, r, sess)
-	}
-	if err != nil {
-		s.log.Warn("session not opened", "remote", sess.remote, "err", err)
-		return
-	}
-	s.run(ctx, sess)
+// handler admits laptops, whose sessions end with ctx. It does not wait for
+// them: what HTTP needed of memory goes with the request.
+func (s *Server) handler(ctx context.Context) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		sess, err := s.admit(r)
+		if err == nil {
+			if err = connectip.Granted(w.Header(), r.ProtoMajor, tunnel.Assignment{MTU: s.config.MTU, DNS: s.config.DNS}); err != nil {
+				s.leave(sess.device)
+			}
+		}
+		if err != nil {
+			s.refuse(w, r, err)
+			return
+		}
+		if r.ProtoMajor == 1 {
+			sess.stream, err = overTLS(w, r, sess)
+		} else {
+			sess.stream, err = overH3(w, r, sess)
+		}
+		if err != nil {
+			s.leave(sess.device)
+			s.log.Warn("session not opened", "remote", sess.remote, "err", err)
+			return
+		}
+		s.start(ctx, sess)
+	})
 }
 
 // overTLS takes the connection out of HTTP/1.1.

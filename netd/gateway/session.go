@@ -47,8 +47,9 @@ type session struct {
 	used     atomic.Bool // the laptop has sent something
 }
 
-// run carries a session from its registration to its end.
-func (s *Server) run(ctx context.Context, sess *session) {
+// start registers a session and carries it until it ends, ctx being done among
+// the reasons. Serve waits for it.
+func (s *Server) start(ctx context.Context, sess *session) {
 	stream := sess.stream
 	stream.OnPackets = func(packets [][]byte) int {
 		s.use(sess)
@@ -80,10 +81,10 @@ func (s *Server) run(ctx context.Context, sess *session) {
 	s.mu.Lock()
 	if ctx.Err() != nil {
 		s.mu.Unlock()
+		s.leave(sess.device)
+		stream.Close()
 		return
 	}
-	s.running.Add(1)
-	defer s.running.Done()
 	l := s.devices[sess.device]
 	if l == nil {
 		l = &laptop{current: sess}
@@ -97,17 +98,23 @@ func (s *Server) run(ctx context.Context, sess *session) {
 	if len(l.sessions) > perDevice {
 		excess = l.sessions[0]
 	}
+	s.running.Go(func() { s.run(ctx, l, sess) })
 	s.mu.Unlock()
 	if excess != nil {
 		excess.stream.End(errTooMany)
 	}
-	stream.Assign(sess.inner)
-	stream.AdvertiseEverything(sess.inner)
+}
+
+// run carries a registered session to its end.
+func (s *Server) run(ctx context.Context, l *laptop, sess *session) {
+	defer s.leave(sess.device)
 	s.log.Info("session open", "device", sess.device, "inner", sess.inner, "remote", sess.remote, "carriage", sess.carriage, "until", sess.until)
+	sess.stream.Assign(sess.inner)
+	sess.stream.AdvertiseEverything(sess.inner)
 
-	err := stream.Run(ctx)
+	err := sess.stream.Run(ctx)
 
-	c := stream.Counters()
+	c := sess.stream.Counters()
 	s.mu.Lock()
 	l.sessions = slices.DeleteFunc(l.sessions, func(o *session) bool { return o == sess })
 	switch n := len(l.sessions); {

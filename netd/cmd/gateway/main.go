@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"sync"
 	"syscall"
 
@@ -37,15 +38,14 @@ serve   Admits laptops with mutual TLS 1.3 (AES-256-GCM, hybrid key agreement),
            "pool": "10.80.0.0/16", "leases": "/var/lib/sekisho-gateway/leases.json",
            "tun": "sekisho0", "lgwan": "lgwan0",
            "mtu": 1400, "dns": ["10.1.0.53"], "max_sessions": 10000,
-           "pool6": "fd00:80::/112", "revoked": "/etc/sekisho/revoked.json",
-           "key_agreement": "p256-mlkem768",
+           "pool6": "fd00:80::/112", "key_agreement": "p256-mlkem768",
            "status": "/run/sekisho-gateway/status.sock"}
 
         From "mtu" on everything may be absent. pool6 gives laptops IPv6
-        addresses too, and LGWAN's routers must route it here as well. revoked is
-        a file {"devices": ["HEX", ...]} of device ids that are not admitted, or
-        else "revocations" names verifiers to hear of them from (docs/netd.md).
-        key_agreement is the least: p256-mlkem768 or p384-mlkem1024.
+        addresses too, and LGWAN's routers must route it here as well.
+        "revocations" names verifiers to hear of revoked devices from
+        (docs/attest.md). key_agreement is the least: p256-mlkem768 or
+        p384-mlkem1024.
 
 status  Shows the sessions of the running gateway; --json for programs.
 
@@ -123,16 +123,12 @@ func serve(ctx context.Context, file string) error {
 		udp.Close()
 		return err
 	}
+	debug.SetGCPercent(gateway.GCPercent)
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	server := gateway.New(config, tls, leases, dev, log)
 	ctx, cancel := context.WithCancel(ctx)
 	var parts sync.WaitGroup
 	parts.Go(func() { host.Hold(ctx, log) })
-	if config.Revoked != "" {
-		feed := gateway.NewRevokedFile(config.Revoked)
-		server.Revocations = feed
-		parts.Go(func() { feed.Run(ctx) })
-	}
 	parts.Go(func() {
 		if err := api.Serve(ctx, status, api.OwnerOrRoot, func() any { return server.Status() }); ctx.Err() == nil {
 			log.Error("status socket failed", "err", err)

@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -53,7 +54,6 @@ type roleConfig struct {
 	Leases  string
 	Only    connectip.Carriage
 	NoUDP   bool
-	Revoked string
 	Pool    netip.Prefix
 	Pool6   netip.Prefix
 	// Agreement is the least key agreement.
@@ -148,12 +148,8 @@ func playGateway(c roleConfig, dev tun.Device, in *bufio.Reader) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() { io.Copy(io.Discard, in); cancel() }()
 	ready()
+	debug.SetGCPercent(gateway.GCPercent) // as the command does
 	server := gateway.New(config, t, leases, tunnel.NewDevice(dev), slog.New(slog.NewTextHandler(os.Stderr, nil)))
-	if c.Revoked != "" {
-		feed := gateway.NewRevokedFile(c.Revoked)
-		server.Revocations = feed
-		go feed.Run(ctx)
-	}
 	return server.Serve(ctx, tcp, udp)
 }
 

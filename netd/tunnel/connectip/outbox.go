@@ -24,13 +24,52 @@ const (
 	controlMost = 2 * queueMost
 )
 
-// outbox is the queue of one stream, in the form in which it goes out.
+// outBuffers are what outboxes hold their bytes in, shared by all streams of
+// the process: an idle one has none.
+var outBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+// outbox is the queue of one stream, in the form in which it goes out. There is
+// a writer only while there is something to write.
 type outbox struct {
-	mu     sync.Mutex
-	data   []byte
-	most   int
-	closed bool
-	wake   chan struct{}
+	mu      sync.Mutex
+	data    *[]byte // nil if nothing is queued
+	most    int
+	closed  bool
+	writer  func() // starts one; nil while the stream does not run
+	writing bool
+}
+
+// run makes start the way to start a writer, and starts one if it has to.
+func (o *outbox) run(start func()) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.writer = start
+	if o.data != nil || o.closed {
+		o.write()
+	}
+}
+
+// stop ends the starting of writers.
+func (o *outbox) stop() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.writer = nil
+}
+
+// write sees to it that there is a writer. o.mu is held.
+func (o *outbox) write() {
+	if !o.writing && o.writer != nil {
+		o.writing = true
+		o.writer()
+	}
+}
+
+// room is where to append. o.mu is held.
+func (o *outbox) room() *[]byte {
+	if o.data == nil {
+		o.data = outBuffers.Get().(*[]byte)
+	}
+	return o.data
 }
 
 // frame appends f as capsules, a train as one if trains are understood. It
@@ -42,13 +81,14 @@ func (o *outbox) frame(f tunnel.Frame, trains bool) (taken, bytes, dropped int, 
 	if o.closed {
 		return 0, 0, 0, false
 	}
-	full := func(n int) bool { return len(o.data) > 0 && len(o.data)+n+capsuleOverhead > o.most }
+	data := o.room()
+	full := func(n int) bool { return len(*data) > 0 && len(*data)+n+capsuleOverhead > o.most }
 	if trains && f.TCP() {
 		if full(len(f)) {
 			return 0, 0, 1, true
 		}
-		o.data = appendCapsule(o.data, capsuleTrain, f)
-		o.signal()
+		*data = appendCapsule(*data, capsuleTrain, f)
+		o.write()
 		return 1, len(f.Packet()), 0, true
 	}
 	var room [tunnel.MaxMTU]byte
@@ -57,14 +97,14 @@ func (o *outbox) frame(f tunnel.Frame, trains bool) (taken, bytes, dropped int, 
 			dropped++
 			return
 		}
-		o.data = appendPacket(o.data, p)
+		*data = appendPacket(*data, p)
 		taken++
 		bytes += len(p)
 	}); err != nil {
 		dropped++
 	}
 	if taken > 0 {
-		o.signal()
+		o.write()
 	}
 	return taken, bytes, dropped, true
 }
@@ -72,18 +112,24 @@ func (o *outbox) frame(f tunnel.Frame, trains bool) (taken, bytes, dropped int, 
 // control appends a capsule that is not dropped.
 func (o *outbox) control(capsule []byte) {
 	o.mu.Lock()
-	if !o.closed && len(o.data) < controlMost {
-		o.data = append(o.data, capsule...)
+	defer o.mu.Unlock()
+	if o.closed {
+		return
 	}
-	o.mu.Unlock()
-	o.signal()
+	if data := o.room(); len(*data) < controlMost {
+		*data = append(*data, capsule...)
+	}
+	o.write()
 }
 
-// take returns all that is queued and goes on with spare as the next buffer.
-func (o *outbox) take(spare []byte) (data []byte, closed bool) {
+// take returns all that is queued. A writer that gets nothing is none any more.
+func (o *outbox) take() (data *[]byte, closed bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	data, o.data = o.data, spare[:0]
+	data, o.data = o.data, nil
+	if data == nil && !o.closed {
+		o.writing = false
+	}
 	return data, o.closed
 }
 
@@ -101,14 +147,7 @@ func (o *outbox) took(n int, t time.Duration) {
 
 func (o *outbox) close() {
 	o.mu.Lock()
+	defer o.mu.Unlock()
 	o.closed = true
-	o.mu.Unlock()
-	o.signal()
-}
-
-func (o *outbox) signal() {
-	select {
-	case o.wake <- struct{}{}:
-	default:
-	}
+	o.write()
 }

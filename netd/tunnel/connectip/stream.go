@@ -117,7 +117,7 @@ var scanBuffers sync.Pool
 func newStream(by carriage, buffered []byte, until time.Time) *Stream {
 	return &Stream{
 		by: by, scan: newScanner(&scanBuffers, buffered), until: until, start: time.Now(),
-		out: outbox{wake: make(chan struct{}, 1), most: queueMost}, flushed: make(chan struct{}),
+		out: outbox{most: queueMost}, flushed: make(chan struct{}),
 	}
 }
 
@@ -180,6 +180,9 @@ func (s *Stream) End(why error) {
 	}
 }
 
+// Close closes a stream that does not Run.
+func (s *Stream) Close() { s.by.close() }
+
 // Suspect reports whether the peer leaves a question unanswered for
 // SuspectAfter and nothing else is heard of it.
 func (s *Stream) Suspect() bool { return s.suspect.Load() }
@@ -208,20 +211,23 @@ func (s *Stream) Run(ctx context.Context) error {
 	defer cancel(nil)
 	s.cancel.Store(&cancel)
 	var parts sync.WaitGroup
-	parts.Go(func() { cancel(s.receive(ctx)) })
+	defer parts.Wait()
+	parts.Add(1)
+	context.AfterFunc(ctx, func() { s.by.close(); parts.Done() }) // which ends what waits for the peer
 	parts.Go(func() {
 		if err := s.by.datagrams(ctx, s.deliver); err != nil {
 			cancel(fmt.Errorf("receive: %w", err))
 		}
 	})
-	parts.Go(func() {
-		if err := s.transmit(ctx); err != nil {
-			cancel(err)
-		}
+	s.out.run(func() {
+		parts.Go(func() {
+			if err := s.transmit(ctx); err != nil {
+				cancel(err)
+			}
+		})
 	})
-	<-ctx.Done()
-	s.by.close()
-	parts.Wait()
+	cancel(s.receive(ctx))
+	s.out.stop()
 	return context.Cause(ctx)
 }
 
@@ -397,43 +403,35 @@ func (s *Stream) control(kind uint64, v []byte) error {
 	return nil
 }
 
-// transmit writes the queue. It returns nil if the stream has been retired and
-// its reader shall end it.
+// transmit writes the queue. It returns nil when nothing is queued, or if the
+// stream has been retired and its reader shall end it.
 func (s *Stream) transmit(ctx context.Context) error {
-	var spare []byte
 	for {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-s.out.wake:
+		data, closed := s.out.take()
+		if data != nil {
+			from := time.Now()
+			n := len(*data)
+			lost, err := s.by.send(*data)
+			*data = (*data)[:0]
+			outBuffers.Put(data)
+			if err != nil {
+				return fmt.Errorf("send: %w", err)
+			}
+			s.dropped.Add(uint64(lost))
+			s.out.took(n, time.Since(from))
 		}
-		for {
-			data, closed := s.out.take(spare)
-			if len(data) > 0 {
-				from := time.Now()
-				lost, err := s.by.send(data)
-				if err != nil {
-					return fmt.Errorf("send: %w", err)
-				}
-				s.dropped.Add(uint64(lost))
-				s.out.took(len(data), time.Since(from))
-				spare = data
-			} else {
-				spare = nil // idle: thousands of streams shall not hold buffers
+		if closed {
+			s.by.finish()
+			close(s.flushed)
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(lingering):
+				return errReplaced
 			}
-			if closed {
-				s.by.finish()
-				close(s.flushed)
-				select {
-				case <-ctx.Done():
-					return ctx.Err()
-				case <-time.After(lingering):
-					return errReplaced
-				}
-			}
-			if len(data) == 0 {
-				break
-			}
+		}
+		if data == nil {
+			return nil
 		}
 	}
 }
