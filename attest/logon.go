@@ -36,6 +36,9 @@ type Logon struct {
 	// are locked out for LockSeconds.
 	FingerTries int `json:"finger_tries"`
 	LockSeconds int `json:"lock_seconds"`
+	// Approvers are the public keys (PEM) of those whose permits the card
+	// obeys, two of them each (attest/approval). Without it no permit counts.
+	Approvers string `json:"approvers,omitempty"`
 }
 
 // DefaultLogon is finger and PIN.

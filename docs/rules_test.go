@@ -23,7 +23,7 @@ var allowed = map[string][]string{
 	"attest":    {},
 	"guestlink": {},
 	"netd":      {"attest", "attest/gate", "attest/cryptrec", "guestlink"},
-	"hostos":    {"attest", "attest/gate", "attest/cryptrec", "guestlink"},
+	"hostos":    {"attest", "attest/approval", "attest/gate", "attest/cryptrec", "guestlink"},
 	"docs":      {},
 	"images":    {"attest", "guestlink", "netd", "hostos", "..."},
 }

@@ -204,6 +204,7 @@ func newLaptop(t *testing.T, s *site, m machine, state attester.StateFile) *lapt
 		Organization: s.organization(), OpenTPM: m.open,
 		EventLog: func() ([]byte, error) { return m.boot.Bytes(), nil },
 		RunLog:   attester.OpenRunLog(m.events),
+		Logon:    &attester.Logon{UID: uint32(os.Getuid())},
 		State:    state, Now: time.Now, Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 		Network: attester.NewNetwork([]uint32{uint32(os.Getuid())}, m.release, state.Path),
 	})

@@ -1,6 +1,7 @@
 package attester
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -129,6 +130,21 @@ func (a *Attester) LoadLogonState() ([]byte, error) { return a.Logon.load(a.seal
 // SaveLogonState keeps logind's state.
 func (a *Attester) SaveLogonState(state []byte) error { return a.Logon.save(a.sealer, state) }
 
+// ReportLogon hands what is new of the card to a verifier, as this device.
+func (a *Attester) ReportLogon(ctx context.Context, n attest.LogonNews) (answer attest.LogonAnswer, err error) {
+	a.mu.Lock()
+	n.Device = a.device
+	a.mu.Unlock()
+	var r attest.LogonReport
+	if r.News, err = json.Marshal(n); err != nil {
+		return answer, err
+	}
+	if r.Chain, r.Signature, err = a.credentialed(attest.LogonDigest(r.News)); err != nil {
+		return answer, err
+	}
+	return answer, a.first(ctx, attest.PathLogon, r, &answer)
+}
+
 // logonRoutes are the paths of attestd's socket for logind.
 func (a *Attester) logonRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("POST /v1/logon/keys", forLogind(a, func(w http.ResponseWriter, req gate.CreateLogonKey) {
@@ -151,6 +167,12 @@ func (a *Attester) logonRoutes(mux *http.ServeMux) {
 		}
 		a.answerLogon(w, struct{}{}, a.SaveLogonState(req.State))
 	}))
+	mux.HandleFunc("POST /v1/logon/report", func(w http.ResponseWriter, r *http.Request) {
+		forLogind(a, func(w http.ResponseWriter, n attest.LogonNews) {
+			answer, err := a.ReportLogon(r.Context(), n)
+			a.answerLogon(w, answer, err)
+		})(w, r)
+	})
 	mux.HandleFunc("GET /v1/logon/state", func(w http.ResponseWriter, r *http.Request) {
 		if !a.isLogind(r) {
 			http.Error(w, "only logind may do this", http.StatusForbidden)

@@ -126,7 +126,7 @@ func (a *Attester) escrow(ctx context.Context, u *seal.Unbound) error {
 		return err
 	}
 	a.mu.Lock()
-	device, chain := a.device, a.chain
+	device := a.device
 	a.mu.Unlock()
 	e, err := seal.NewEscrow(to, device, u.ID(), u.Recovery, a.Now())
 	if err != nil {
@@ -136,18 +136,34 @@ func (a *Attester) escrow(ctx context.Context, u *seal.Unbound) error {
 	if req.Escrow, err = json.Marshal(e); err != nil {
 		return err
 	}
-	for _, c := range chain {
-		req.Chain = append(req.Chain, c.Raw)
-	}
-	digest := attest.EscrowDigest(req.Escrow)
-	if req.Signature, err = a.Sign(digest[:]); err != nil {
+	if req.Chain, req.Signature, err = a.credentialed(attest.EscrowDigest(req.Escrow)); err != nil {
 		return err
 	}
+	if err := a.first(ctx, attest.PathEscrow, req, &struct{}{}); err != nil {
+		return err
+	}
+	a.Log.Info("recovery key in escrow", "device", device, "volume", fmt.Sprintf("%x", u.ID()))
+	return nil
+}
+
+// credentialed signs a digest with the credential in force.
+func (a *Attester) credentialed(digest attest.Digest) (chain [][]byte, signature []byte, err error) {
+	a.mu.Lock()
+	certs := a.chain
+	a.mu.Unlock()
+	for _, c := range certs {
+		chain = append(chain, c.Raw)
+	}
+	signature, err = a.Sign(digest[:])
+	return chain, signature, err
+}
+
+// first asks one verifier after the other until one grants the request.
+func (a *Attester) first(ctx context.Context, path string, question, answer any) error {
 	var errs []error
 	for _, r := range a.remotes {
-		err := r.callJSON(ctx, attest.PathEscrow, req, &struct{}{})
+		err := r.callJSON(ctx, path, question, answer)
 		if err == nil {
-			a.Log.Info("recovery key in escrow", "device", device, "volume", fmt.Sprintf("%x", u.ID()))
 			return nil
 		}
 		errs = append(errs, err)

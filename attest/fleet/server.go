@@ -123,6 +123,7 @@ func (a *api) routes() []route {
 		{pattern: "POST " + attest.PathAttest, handler: a.attest},
 		{pattern: "POST " + attest.PathEscrow, handler: a.escrow},
 		{pattern: "POST " + attest.PathNetwork, handler: a.network},
+		{pattern: "POST " + attest.PathLogon, handler: a.logon},
 		{pattern: "GET " + attest.PathRevocations, handler: a.revocations, stream: true},
 	}
 }

@@ -90,6 +90,8 @@ func ReferenceID(r attest.ReferenceValues) string { return r.Image + " " + r.Ver
 //	permits/SUBJECT     []Permit, whose enrolment they are for
 //	recovery/APPROVAL   Recovery, a release of a recovery key
 //	escrows/ID          []seal.Escrow, recovery keys that only the organisation opens
+//	card/ID             card: permits and request of a laptop's smart card
+//	logons/ID           []attest.LogonEvent of that card, the newest last
 //	enrolment/SESSION   pending, with a lease
 //	shared/...          what every verifier follows in memory, see shared
 type keys string
@@ -106,6 +108,8 @@ func (k keys) ticket(id string) string          { return string(k) + "ticket/" +
 func (k keys) purchase(d attest.Digest) string  { return string(k) + "purchase/" + d.String() }
 func (k keys) permits(id attest.Digest) string  { return string(k) + "permits/" + id.String() }
 func (k keys) escrows(id attest.Digest) string  { return string(k) + "escrows/" + id.String() }
+func (k keys) card(id attest.Digest) string     { return string(k) + "card/" + id.String() }
+func (k keys) logons(id attest.Digest) string   { return string(k) + "logons/" + id.String() }
 func (k keys) enrolment(session []byte) string  { return k.enrolments() + hex.EncodeToString(session) }
 func (k keys) enrolments() string               { return string(k) + "enrolment/" }
 func (k keys) shared() string                   { return string(k) + "shared/" }

@@ -122,6 +122,17 @@ func (c *Client) SaveLogonState(ctx context.Context, state []byte) error {
 	return err
 }
 
+// ReportLogon hands what is new of the card to a verifier, signed with the
+// credential in force, and returns its answer. attestd says which device it is.
+// ErrShut: no affirming result is in force, so nothing was sent.
+func (c *Client) ReportLogon(ctx context.Context, n attest.LogonNews) (a attest.LogonAnswer, err error) {
+	code, err := c.logon(ctx, http.MethodPost, "/v1/logon/report", n, &a)
+	if code == http.StatusForbidden {
+		return a, ErrShut
+	}
+	return a, err
+}
+
 // logon is one request. out is read from the answer unless it is nil.
 func (c *Client) logon(ctx context.Context, method, path string, in, out any) (int, error) {
 	ctx, cancel := context.WithTimeout(ctx, logonTimeout)

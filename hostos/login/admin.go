@@ -31,7 +31,7 @@ func (e *Engine) Setup(ctx context.Context, user, name string) (gate.LogonKey, e
 	guid[6], guid[8] = guid[6]&0xf|0x40, guid[8]&0x3f|0x80 // RFC 9562, version 4
 	e.Slot.Remove()
 	if err := e.store.change(ctx, func(st *State) {
-		*st = State{User: user, Name: name, GUID: guid, Key: &k, Events: st.Events}
+		*st = State{User: user, Name: name, GUID: guid, Key: &k, Events: st.Events, Stored: st.Stored, Used: st.Used}
 	}); err != nil {
 		return gate.LogonKey{}, err
 	}

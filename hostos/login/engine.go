@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/approval"
 	"sekisho/attest/gate"
 	"sekisho/hostos/login/fprint"
 	"sekisho/hostos/login/piv"
@@ -26,13 +28,14 @@ type Finger interface {
 
 // Config is what an Engine is made of.
 type Config struct {
-	Policy  attest.Logon
-	Agency  string // the organisation's name
-	Attestd Attestd
-	Disk    Disk
-	Touch   time.Duration // 0 is TouchTime
-	Now     func() time.Time
-	Log     *slog.Logger
+	Policy    attest.Logon
+	Approvers *approval.Approvers // whose permits count; nil: nobody's
+	Agency    string              // the organisation's name
+	Attestd   Attestd
+	Disk      Disk
+	Touch     time.Duration // 0 is TouchTime
+	Now       func() time.Time
+	Log       *slog.Logger
 }
 
 // Engine is the card with its gate. Its methods are safe for concurrent use;
@@ -44,6 +47,10 @@ type Engine struct {
 	count *piv.PIN // the PIN's counter, also where none is wanted
 	card  *piv.Card
 	Slot  *vscard.Slot
+	news  chan struct{} // wakes Report
+
+	request   []byte   // of Report alone: the certificate request of
+	requestOf [16]byte // this card
 
 	mu       sync.Mutex
 	attested gate.Status
@@ -65,7 +72,7 @@ func New(ctx context.Context, c Config) (*Engine, error) {
 	if c.Touch == 0 {
 		c.Touch = TouchTime
 	}
-	e := &Engine{Config: c, store: &store{disk: c.Disk}, change: make(chan struct{})}
+	e := &Engine{Config: c, store: &store{disk: c.Disk}, change: make(chan struct{}), news: make(chan struct{}, 1)}
 	if err := e.store.load(ctx); err != nil {
 		return nil, err
 	}
@@ -81,13 +88,30 @@ func New(ctx context.Context, c Config) (*Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	if e.card, err = piv.New(p, e, e.pin, c.Now); err != nil {
+	if e.card, err = piv.New(p, e, auditedPIN{e.pin, e}, c.Now); err != nil {
 		return nil, err
 	}
 	if e.Slot, err = vscard.NewSlot(e.card, piv.ATR()); err != nil {
 		return nil, err
 	}
 	return e, nil
+}
+
+// auditedPIN records PINs that were wrong.
+type auditedPIN struct {
+	piv.Verifier
+	e *Engine
+}
+
+func (a auditedPIN) Verify(pin []byte) error {
+	err := a.Verifier.Verify(pin)
+	switch {
+	case errors.Is(err, piv.ErrPIN):
+		a.e.record(context.Background(), Event{Slot: "PIN", Reason: PINWrong})
+	case errors.Is(err, piv.ErrBlocked):
+		a.e.record(context.Background(), Event{Slot: "PIN", Reason: PINBlocked})
+	}
+	return err
 }
 
 // optionalPIN takes any PIN while fingers do, and the right one while a permit
@@ -137,6 +161,7 @@ func (e *Engine) attest(s gate.Status) {
 	e.attested = s
 	e.mu.Unlock()
 	e.place()
+	e.hasNews()
 }
 
 // place puts the card in or takes it out. A lapse needs no news to come: the
@@ -233,7 +258,7 @@ func (e *Engine) Use(ctx context.Context, slot piv.Slot, op piv.Operation, input
 		}
 		return nil, err
 	}
-	e.record(ctx, slot, factor, Open)
+	e.record(ctx, Event{Slot: slot.String(), Factor: factor, Reason: Open})
 	return out, nil
 }
 
@@ -255,28 +280,30 @@ func (e *Engine) factor() string {
 
 // refuse records a refusal and is the card's answer.
 func (e *Engine) refuse(ctx context.Context, slot piv.Slot, why Reason) error {
-	e.record(ctx, slot, "", why)
+	e.record(ctx, Event{Slot: slot.String(), Reason: why})
 	_, en := why.Words()
 	return &piv.Refusal{Status: why.Status(), Why: en}
 }
 
-// record keeps an event for the audit.
-func (e *Engine) record(ctx context.Context, slot piv.Slot, factor string, why Reason) {
+// record keeps an event for the audit, with what it happened under.
+func (e *Engine) record(ctx context.Context, ev Event) {
 	e.mu.Lock()
-	result := e.attested.DeviceID + " until " + e.attested.NotAfter.UTC().Format(time.RFC3339)
+	ev.Result = e.attested.DeviceID + " until " + e.attested.NotAfter.UTC().Format(time.RFC3339)
 	e.mu.Unlock()
-	ev := Event{Time: e.Now().UTC(), User: e.store.get().User, Slot: slot.String(), Factor: factor, Reason: why, Result: result}
-	e.Log.Info("logon", "user", ev.User, "factor", factor, "reason", string(why))
 	err := e.store.change(context.WithoutCancel(ctx), func(st *State) {
-		events := append([]Event(nil), st.Events...)
-		if events = append(events, ev); len(events) > maxEvents {
-			events = events[len(events)-maxEvents:]
+		ev.Time, ev.User, ev.Number = e.Now().UTC(), st.User, 1
+		events := slices.Clone(st.Events)
+		if n := len(events); n > 0 {
+			ev.Number = events[n-1].Number + 1
 		}
-		st.Events = events
+		events = append(events, ev)
+		st.Events = events[max(0, len(events)-maxEvents):]
 	})
+	e.Log.Info("logon", "user", ev.User, "what", ev.Slot, "factor", ev.Factor, "reason", string(ev.Reason), "permit", ev.Permit)
 	if err != nil {
 		e.Log.Error("a logon was not recorded", "error", err)
 	}
+	e.hasNews()
 }
 
 // touch waits for a finger of user. Open: it matched.

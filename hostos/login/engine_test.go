@@ -235,8 +235,8 @@ func TestLogon(t *testing.T) {
 		if sw := sign(t, e, ""); sw != piv.SecurityStatus || e.lastEvent().Reason != PINWanted {
 			t.Errorf("no PIN: %04X, %s", uint16(sw), e.lastEvent().Reason)
 		}
-		if sw := sign(t, e, "000000"); sw != piv.VerifyFailed+2 {
-			t.Errorf("wrong PIN: %04X", uint16(sw))
+		if sw := sign(t, e, "000000"); sw != piv.VerifyFailed+2 || e.lastEvent().Reason != PINWrong {
+			t.Errorf("wrong PIN: %04X, %s", uint16(sw), e.lastEvent().Reason)
 		}
 		for range 3 {
 			w.match <- fprint.ErrNoMatch

@@ -33,6 +33,7 @@ const (
 	NotSet       Reason = "not-set-up"   // no user, key or certificate
 	NotAttested  Reason = "not-attested" // no affirming result in force
 	PINBlocked   Reason = "pin-blocked"
+	PINWrong     Reason = "pin-wrong"
 	PINWanted    Reason = "pin-wanted"
 	FingerLocked Reason = "finger-locked"
 	FingerWanted Reason = "finger-wanted"
@@ -45,6 +46,7 @@ var words = map[Reason][2]string{
 	NotSet:       {"カードはまだ準備されていません。管理者に依頼してください。", "the card is not set up yet; ask an administrator"},
 	NotAttested:  {"この端末の状態が確認されていないため、サインインできません。", "this laptop is not attested, so nobody can sign in"},
 	PINBlocked:   {"PIN がロックされています。管理者に解除を依頼してください。", "the PIN is blocked; ask an administrator to unblock it"},
+	PINWrong:     {"PIN が違います。", "wrong PIN"},
 	PINWanted:    {"PIN を入力してください。", "enter the PIN"},
 	FingerLocked: {"指紋の不一致が続いたため、しばらく使えません。", "too many fingers that did not match; wait"},
 	FingerWanted: {"指紋センサーに指を置いてください。", "put your finger on the reader"},

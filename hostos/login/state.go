@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"sekisho/attest"
 	"sekisho/attest/gate"
 	"sekisho/hostos/login/piv"
 )
@@ -28,16 +29,25 @@ type State struct {
 	Locked   time.Time         `json:"locked,omitzero"`   // until when fingers are locked out
 	PINOnly  time.Time         `json:"pin_only,omitzero"` // until when the PIN may stand alone
 	Events   []Event           `json:"events,omitempty"`  // the newest last
+	Stored   uint64            `json:"stored,omitempty"`  // number of the newest event that a verifier keeps
+	Used     []UsedPermit      `json:"used,omitempty"`
 }
 
 // Event is one logon, or one that was refused, for the organisation's audit.
 type Event struct {
+	Number uint64    `json:"number"` // rises by one
 	Time   time.Time `json:"time"`
 	User   string    `json:"user"`
-	Slot   string    `json:"slot"`
+	Slot   string    `json:"slot"`   // of the key, or what a permit let happen
 	Factor string    `json:"factor"` // "finger+pin", "finger", "pin"; empty when refused
 	Reason Reason    `json:"reason"` // Open, or why it was refused
 	Result string    `json:"result"` // device and end of the attestation result it was made under
+	Permit string    `json:"permit,omitempty"`
+}
+
+// audit is the event as a verifier keeps it.
+func (e Event) audit() attest.LogonEvent {
+	return attest.LogonEvent{Number: e.Number, Time: e.Time, User: e.User, What: e.Slot, Factor: e.Factor, Reason: string(e.Reason), Result: e.Result, Permit: e.Permit}
 }
 
 // maxEvents bounds the events that are kept.

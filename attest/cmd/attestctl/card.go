@@ -21,10 +21,13 @@ import (
 	"sekisho/attest/tpm"
 )
 
-// cardOptions are the flags of card check.
+// cardOptions are the flags of the card commands.
 type cardOptions struct {
 	release, ak, report, verifierKey, kind string
 	unbound                                bool
+
+	user, name, do, finger, chain string
+	minutes                       int
 }
 
 func (o *cardOptions) flags(f *flag.FlagSet) {
@@ -33,6 +36,12 @@ func (o *cardOptions) flags(f *flag.FlagSet) {
 	f.StringVar(&o.ak, "ak", "", "the device's attestation key, as a TPM public area: `file`")
 	f.StringVar(&o.report, "report", "", "a report of the device, with -verifier-key: `file`")
 	f.StringVar(&o.verifierKey, "verifier-key", "", "verifier's public key (report key), PEM `file`")
+	f.StringVar(&o.user, "user", "", "`account` whose card it is, such as taro@EXAMPLE.LG.JP")
+	f.StringVar(&o.name, "name", "", "card permit -do setup: the user's `name` for people")
+	f.StringVar(&o.do, "do", "", "card permit: `action`")
+	f.StringVar(&o.finger, "finger", "right-index-finger", "card permit -do enrol, delete: `finger`, by fprintd's names")
+	f.StringVar(&o.chain, "chain", "", "card permit -do import: certificate and its issuers, PEM `file`")
+	f.IntVar(&o.minutes, "minutes", 0, "card permit -do pin-only: for how many `minutes` the PIN stands alone; 0 ends it")
 	f.StringVar(&o.kind, "kind", "", "rsa-2048 or p-256: the organisation's `kind` of logon key (default: the request's)")
 }
 

@@ -52,7 +52,7 @@ func commands() map[string]command {
 	maps.Copy(all, identityCommands())
 	maps.Copy(all, sealCommands())
 	maps.Copy(all, policyCommands())
-	all["card check"] = command{1, checkCard, show(printCard)}
+	maps.Copy(all, cardCommands())
 	return all
 }
 

@@ -62,6 +62,13 @@ commands
                                           is this certificate request for a smart card by a key in that
                                           device's TPM? REQUEST is of "logind request -json", FILE of
                                           "seal sign"; a device of the verifier, or offline
+  card permit -device ID -user ACCOUNT -do ACTION -reason WHY [-expires 8h]
+                                          a permit for that laptop's card, to be signed by two: setup
+                                          [-name N], import -chain FILE, pin < PIN, unblock, enrol or
+                                          delete [-finger F], pin-only -minutes N
+  card add FILE                           present it; the laptop fetches it and does it once
+  card show DEVICE | request DEVICE       its permits; its certificate request, for card check
+  card logons DEVICE                      the audit: who signed in when, by what, or was refused
 
   verify REPORT | explain REPORT | diff A B   check reports offline: attestctl verify -h
   eventlog LOG | ek CERT | quote          judge anyone's samples without a verifier: attestctl eventlog -h

@@ -34,6 +34,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sekisho/attest"
+	"sekisho/attest/approval"
 	"sekisho/attest/gate"
 	"sekisho/hostos/login"
 	"sekisho/hostos/login/fprint"
@@ -93,6 +94,12 @@ func run(ctx context.Context, args []string) error {
 	if org.Logon == nil {
 		return errors.New("the organisation has no logon")
 	}
+	var approvers *approval.Approvers
+	if org.Logon.Approvers != "" {
+		if approvers, err = approval.ParseApprovers([]byte(org.Logon.Approvers), 2); err != nil {
+			return err
+		}
+	}
 	api, err := listen(*socket)
 	if err != nil {
 		return err
@@ -107,7 +114,7 @@ func run(ctx context.Context, args []string) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return login.KeepAlive(ctx, notify) })
 	client := gate.NewClient(*attestd)
-	e, err := login.NewWhenReady(ctx, login.Config{Policy: *org.Logon, Agency: org.Name, Attestd: client, Disk: client, Now: time.Now, Log: log})
+	e, err := login.NewWhenReady(ctx, login.Config{Policy: *org.Logon, Approvers: approvers, Agency: org.Name, Attestd: client, Disk: client, Now: time.Now, Log: log})
 	if err != nil {
 		return errors.Join(err, api.Close(), card.Close())
 	}
@@ -115,6 +122,7 @@ func run(ctx context.Context, args []string) error {
 	g.Go(func() error { return e.Serve(ctx, api) })
 	g.Go(func() error { return e.ServeCard(ctx, card, uint32(*vmm)) })
 	g.Go(func() error { return e.Notify(ctx, notify) })
+	g.Go(func() error { return e.Report(ctx, client) })
 	if org.Logon.Finger {
 		g.Go(func() error { return e.RunReader(ctx, fprint.Config{Dir: *dir + "/fprint", Env: readerEnv(*dir)}) })
 	}

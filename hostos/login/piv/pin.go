@@ -2,13 +2,12 @@ package piv
 
 import (
 	"bytes"
-	"crypto/pbkdf2"
-	"crypto/rand"
-	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
 	"fmt"
 	"sync"
+
+	"sekisho/attest"
 )
 
 // A PIN is six to eight digits, filled up with 0xFF (part 1, section 2.4.3).
@@ -18,15 +17,11 @@ const (
 	filler  = 0xff
 )
 
-// iterations of PBKDF2. Ten million PINs are few whatever this is: the store
-// is sealed to the TPM, and the counter is what stops guessing.
-const iterations = 100_000
-
 // PINState is what a Store keeps of a PIN. The zero value is a PIN that was
 // never set: nothing verifies against it.
 type PINState struct {
 	Salt []byte `json:"salt,omitempty"`
-	Hash []byte `json:"hash,omitempty"` // PBKDF2-HMAC-SHA-256 of the eight bytes
+	Hash []byte `json:"hash,omitempty"` // attest.HashCardPIN of the eight bytes
 	Left int    `json:"left"`           // tries left
 	Max  int    `json:"max"`            // tries after each success
 }
@@ -99,7 +94,7 @@ func (p *PIN) Verify(pin []byte) error {
 	if err := p.save(next); err != nil {
 		return err
 	}
-	hash, err := derive(pin, p.state.Salt)
+	hash, err := attest.HashCardPIN(pin, p.state.Salt)
 	if err != nil {
 		return err
 	}
@@ -119,15 +114,18 @@ func (p *PIN) Set(pin []byte) error {
 	if !wellFormed(pin) {
 		return ErrForm
 	}
-	salt := make([]byte, 16)
-	rand.Read(salt)
-	hash, err := derive(pin, salt)
+	hash, err := attest.NewCardPINHash(pin)
 	if err != nil {
 		return err
 	}
+	return p.SetHash(hash)
+}
+
+// SetHash is Set for a PIN of which only the hash is known.
+func (p *PIN) SetHash(h attest.CardPINHash) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.save(PINState{Salt: salt, Hash: hash, Left: p.state.Max, Max: p.state.Max})
+	return p.save(PINState{Salt: h.Salt, Hash: h.Hash, Left: p.state.Max, Max: p.state.Max})
 }
 
 // Limit sets how many tries there are, and gives them all back.
@@ -146,10 +144,6 @@ func (p *PIN) save(s PINState) error {
 	}
 	p.state = s
 	return nil
-}
-
-func derive(pin, salt []byte) ([]byte, error) {
-	return pbkdf2.Key(sha256.New, string(pin), salt, iterations, sha256.Size)
 }
 
 // Pad gives a PIN of six to eight digits the form in which it goes to a card.

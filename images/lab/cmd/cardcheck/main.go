@@ -6,7 +6,8 @@
 //
 // Synopsis:
 //
-//	cardcheck
+//	cardcheck         as PID 1
+//	cardcheck pcscd   waits for the card reader and becomes pcscd
 //
 // Its lines begin with "card:"; "card: remove" asks whoever reads them to take
 // the card out.
@@ -22,6 +23,7 @@ import (
 	"time"
 
 	"github.com/u-root/u-root/pkg/kmodule"
+	"golang.org/x/sys/unix"
 
 	"sekisho/images/work"
 )
@@ -29,7 +31,20 @@ import (
 // limit bounds each wait; the machine that runs this may be an emulated one.
 const limit = 2 * time.Minute
 
+var (
+	pcscd       = []string{"/usr/sbin/pcscd", "--foreground", "--disable-polkit"}
+	environment = []string{"PATH=/usr/bin", "HOME=/"}
+)
+
 func main() {
+	if len(os.Args) == 2 && os.Args[1] == "pcscd" {
+		err := reader()
+		if err == nil {
+			err = unix.Exec(pcscd[0], pcscd, environment)
+		}
+		fmt.Fprintln(os.Stderr, "cardcheck:", err)
+		os.Exit(1)
+	}
 	if err := check(); err != nil {
 		fmt.Println("card: failed:", err)
 	}
@@ -43,16 +58,10 @@ func check() error {
 	if err := work.Mount(); err != nil {
 		return err
 	}
-	if err := kmodule.Probe("xhci_pci", ""); err != nil {
+	if err := reader(); err != nil {
 		return err
 	}
-	// There is no udev to tell pcscd of a reader that comes later.
-	for end := time.Now().Add(limit); !readerThere(); time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(end) {
-			return fmt.Errorf("no card reader on USB in %v", limit)
-		}
-	}
-	if err := start("/usr/sbin/pcscd", "--foreground", "--disable-polkit"); err != nil {
+	if err := command(pcscd[0], pcscd[1:]...).Start(); err != nil {
 		return err
 	}
 	if err := await("Yes"); err != nil {
@@ -72,6 +81,20 @@ func check() error {
 	return await("No ")
 }
 
+// reader waits for the card reader: there is no udev to tell pcscd of one that
+// comes later.
+func reader() error {
+	if err := kmodule.Probe("xhci_pci", ""); err != nil {
+		return err
+	}
+	for end := time.Now().Add(limit); !readerThere(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			return fmt.Errorf("no card reader on USB in %v", limit)
+		}
+	}
+	return nil
+}
+
 // readerThere reports whether the kernel has set up a USB interface of class
 // smart card (CCID 1.1, section 4.3); a root hub has interfaces too.
 func readerThere() bool {
@@ -84,12 +107,8 @@ func readerThere() bool {
 
 func command(name string, args ...string) *exec.Cmd {
 	cmd := exec.Command(name, args...)
-	cmd.Env = []string{"PATH=/usr/bin", "HOME=/"}
+	cmd.Env = environment
 	return cmd
-}
-
-func start(name string, args ...string) error {
-	return command(name, args...).Start()
 }
 
 // run prints what a program says and how it ended.
