@@ -19,6 +19,8 @@ import (
 	"encoding/hex"
 	"encoding/pem"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"sekisho/attest"
@@ -114,6 +116,28 @@ func (c *Certificate) isIDevID() bool {
 	return false
 }
 
+// endorsement is tcg-kp-EKCertificate (TCG EK Credential Profile, extended key
+// usage): not every maker has it, but who names uses and not this one has
+// certified something else.
+var endorsement = asn1.ObjectIdentifier{2, 23, 133, 8, 1}
+
+func (c *Certificate) forEndorsement() bool {
+	return len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) == 0 || slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageAny) ||
+		slices.ContainsFunc(c.UnknownExtKeyUsage, endorsement.Equal)
+}
+
+// usages lists the extended key usages.
+func (c *Certificate) usages() string {
+	var list []string
+	for _, u := range c.ExtKeyUsage {
+		list = append(list, u.String())
+	}
+	for _, u := range c.UnknownExtKeyUsage {
+		list = append(list, u.String())
+	}
+	return strings.Join(list, ", ")
+}
+
 // Kind is what a certificate is for. The zero value is unknown.
 type Kind string
 
@@ -162,8 +186,8 @@ func (r *Report) find(s attest.Severity, code attest.Reason, ja, en string, a ..
 }
 
 // Judge judges a certificate by the pinned ones. Accepted proves: the
-// certificate is no CA's; its key is of a kind that an endorsement key can be
-// used with, or it is a device identity; it is signed by a pinned certificate
+// certificate is no CA's, nor for another use; its key is of a kind that an
+// endorsement key can be used with, or it is a device identity; it is signed by a pinned certificate
 // or by one that a pinned certificate signed. Expiry is a warning: makers'
 // certificates expire while their TPMs live on.
 func Judge(c *Certificate, roots *Roots, now time.Time) *Report {
@@ -176,6 +200,8 @@ func Judge(c *Certificate, roots *Roots, now time.Time) *Report {
 		r.find(warn, attest.ReasonEKAttributes, "種類 %s の鍵を持つ機器識別用の証明書です。エンドースメント鍵のものではなく、TPM の登録には使えません。", "certificate of a device identity with a key of type %s; it is no endorsement key's and no TPM enrols with it", r.KeyType)
 	case c.PublicKey == nil:
 		r.find(block, attest.ReasonEKAttributes, "種類 %s の鍵は使用できません。この TPM は登録できません。", "key of type %s cannot be used; this TPM cannot enrol", r.KeyType)
+	case !c.forEndorsement():
+		r.find(block, attest.ReasonEKAttributes, "別の用途の証明書で（拡張鍵用途 %s）、エンドースメント鍵のものではありません。", "certificate is for another use (extended key usage %s) and no endorsement key's", c.usages())
 	case c.KeyUsage != 0 && c.KeyUsage&(x509.KeyUsageKeyEncipherment|x509.KeyUsageKeyAgreement) == 0:
 		r.find(warn, attest.ReasonEKAttributes, "署名用の鍵で、エンドースメント用ではありません。証明鍵の証明書かもしれません。", "key is for signing, not for endorsement: perhaps an attestation key's certificate")
 	}

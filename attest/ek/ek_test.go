@@ -2,8 +2,14 @@ package ek_test
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/asn1"
 	"encoding/pem"
 	"errors"
+	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
@@ -180,6 +186,43 @@ func TestFormsOfTPMs(t *testing.T) {
 		var r *attest.Refusal
 		if err := ek.Check(c.key, c.raw, c.roots, time.Now()); !errors.As(err, &r) || r.Reason != c.want {
 			t.Errorf("%s: %v, want %v", c.name, err, c.want)
+		}
+	}
+}
+
+// TestOtherUses refuses, by its use, what a maker certified for something else
+// than endorsement, such as a server or an attestation key.
+func TestOtherUses(t *testing.T) {
+	maker, key := authority(t)
+	leaf, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	endorsement, attestation := asn1.ObjectIdentifier{2, 23, 133, 8, 1}, asn1.ObjectIdentifier{2, 23, 133, 8, 3}
+	for _, c := range []struct {
+		known   []x509.ExtKeyUsage
+		unknown []asn1.ObjectIdentifier
+		want    bool
+	}{
+		{nil, nil, true}, // as Google's
+		{nil, []asn1.ObjectIdentifier{endorsement}, true},
+		{[]x509.ExtKeyUsage{x509.ExtKeyUsageAny}, nil, true},
+		{[]x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, []asn1.ObjectIdentifier{attestation, endorsement}, true},
+		{nil, []asn1.ObjectIdentifier{attestation}, false},
+		{[]x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, nil, false},
+	} {
+		template := &x509.Certificate{SerialNumber: big.NewInt(2), NotBefore: maker.NotBefore, NotAfter: maker.NotAfter,
+			KeyUsage: x509.KeyUsageKeyAgreement, ExtKeyUsage: c.known, UnknownExtKeyUsage: c.unknown}
+		der, err := x509.CreateCertificate(rand.Reader, template, maker, leaf.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert, err := ek.Parse(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r := ek.Judge(cert, ek.NewRoots(maker), time.Now()); r.Accepted != c.want {
+			t.Errorf("%v %v: %s, %+v", c.known, c.unknown, r.Verdict, r.Findings)
 		}
 	}
 }

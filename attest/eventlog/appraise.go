@@ -247,6 +247,8 @@ func (a *appraisal) compare() {
 			line.State = a.judge(pcr, value, replayed)
 		} else if p.events == 0 {
 			continue
+		} else if a.PCRs != nil && pcr <= 7 {
+			a.findPCR(attest.SeverityWarn, attest.ReasonPCRSelection, pcr, say("PCR %d の値がありません。そのイベントは何も証明されていません。", "no value of PCR %d was given: nothing in its events is proven", pcr))
 		}
 		a.report.PCRs = append(a.report.PCRs, line)
 	}

@@ -53,6 +53,8 @@ func hashOf(message []byte) crypto.Hash {
 		return crypto.SHA1
 	case len(s.PCRDigest) == crypto.SHA384.Size():
 		return crypto.SHA384
+	case len(s.PCRDigest) == crypto.SHA512.Size():
+		return crypto.SHA512
 	}
 	return crypto.SHA256
 }

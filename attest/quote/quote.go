@@ -21,7 +21,7 @@ import (
 type Input struct {
 	Key       *tpm.Signer
 	Message   []byte                           // TPMS_ATTEST, or TPM2B_ATTEST
-	Signature []byte                           // TPMT_SIGNATURE, or plain over SHA-256
+	Signature []byte                           // TPMT_SIGNATURE, or plain
 	Nonce     []byte                           // nil: not judged
 	Values    map[eventlog.Bank]map[int][]byte // nil: not judged
 	Log       *eventlog.Log                    // nil: not judged; needs Values
@@ -116,7 +116,7 @@ func (j *judgement) head() bool {
 func (j *judgement) signed() (ok bool) {
 	var err error
 	if j.signature = j.Input.signature; j.signature == nil {
-		j.signature, err = j.Key.ParseSignature(j.Signature)
+		j.signature, err = j.Key.ParseSignature(j.Signature, hashOf(j.Message))
 	}
 	if err != nil {
 		return j.refuse(attest.ReasonSignatureInvalid, "署名を読み取れません（%v）。", "%v", err)

@@ -29,8 +29,8 @@ type Signer struct {
 	Area *Public
 }
 
-// ParseSigner reads a public key as PEM (SubjectPublicKeyInfo or certificate),
-// as TPMT_PUBLIC, as TPM2B_PUBLIC, or from a key blob of Windows' Platform
+// ParseSigner reads a public key as SubjectPublicKeyInfo or certificate, in PEM
+// or DER, as TPMT_PUBLIC, as TPM2B_PUBLIC, or from a key blob of Windows' Platform
 // Crypto Provider (PCP_KEY_BLOB_WIN8 of the TSS.MSR sources: a header that
 // states its length, then TPM2B_PUBLIC).
 func ParseSigner(data []byte) (*Signer, error) {
@@ -38,6 +38,13 @@ func ParseSigner(data []byte) (*Signer, error) {
 		return nil, fmt.Errorf("attestation key: %d bytes, at most %d: %w", len(data), attest.MaxTPMBytes, attest.ErrTooLarge)
 	}
 	if b, _ := pem.Decode(data); b != nil {
+		return parsePEM(b)
+	}
+	if len(data) > 0 && data[0] == 0x30 { // SEQUENCE, which begins nothing of a TPM's
+		b := &pem.Block{Type: "PUBLIC KEY", Bytes: data}
+		if _, err := x509.ParseCertificate(data); err == nil {
+			b.Type = "CERTIFICATE"
+		}
 		return parsePEM(b)
 	}
 	if bytes.HasPrefix(data, []byte("PCPM")) && len(data) >= 8 {
@@ -55,15 +62,29 @@ func ParseSigner(data []byte) (*Signer, error) {
 	if len(data) > 2 && int(binary.BigEndian.Uint16(data)) == len(data)-2 {
 		data = data[2:]
 	}
-	p, err := ParsePublic(data)
+	area, err := parse[tpm2.TPMTPublic](data)
 	if err != nil {
-		return nil, fmt.Errorf("attestation key: neither PEM nor a public area: %w", err)
+		return nil, fmt.Errorf("attestation key: neither PEM, DER nor a public area: %w", err)
 	}
-	key, err := p.Key()
+	key, err := tpm2.Pub(*area)
 	if err != nil {
 		return nil, fmt.Errorf("attestation key: %w", err)
 	}
-	return &Signer{key, p}, nil
+	return newSigner(key, &Public{Bytes: bytes.Clone(data), area: *area})
+}
+
+// newSigner refuses keys that sign no quotes, and points off their curve.
+func newSigner(key crypto.PublicKey, area *Public) (*Signer, error) {
+	switch k := key.(type) {
+	case *rsa.PublicKey:
+		return &Signer{key, area}, nil
+	case *ecdsa.PublicKey:
+		if _, err := k.Bytes(); err != nil {
+			return nil, fmt.Errorf("attestation key: %w", err)
+		}
+		return &Signer{key, area}, nil
+	}
+	return nil, fmt.Errorf("attestation key of type %T, want ECDSA or RSA", key)
 }
 
 func parsePEM(b *pem.Block) (*Signer, error) {
@@ -83,11 +104,7 @@ func parsePEM(b *pem.Block) (*Signer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attestation key: %w", err)
 	}
-	switch key.(type) {
-	case *ecdsa.PublicKey, *rsa.PublicKey:
-		return &Signer{Key: key}, nil
-	}
-	return nil, fmt.Errorf("attestation key of type %T, want ECDSA or RSA", key)
+	return newSigner(key, nil)
 }
 
 // Restricted reports whether the key is known to sign only what its TPM made,
@@ -147,14 +164,14 @@ func ParseSignature(data []byte) (*Signature, error) {
 }
 
 // ParseSignature reads a TPMT_SIGNATURE, or the plain form of tpm2-tools and
-// others, which is over SHA-256: an RSASSA signature as long as the modulus, or
-// an ECDSA signature in DER.
-func (s *Signer) ParseSignature(data []byte) (*Signature, error) {
+// others, which is over hash: an RSASSA signature as long as the modulus, or an
+// ECDSA signature in DER.
+func (s *Signer) ParseSignature(data []byte, hash crypto.Hash) (*Signature, error) {
 	sig, err := ParseSignature(data)
 	if err == nil {
 		return sig, nil
 	}
-	if plain := s.PlainSignature(data, crypto.SHA256); plain != nil {
+	if plain := s.PlainSignature(data, hash); plain != nil {
 		return plain, nil
 	}
 	return nil, err

@@ -7,11 +7,14 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
+	"crypto/sha512"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"os"
 	"testing"
+
+	"github.com/google/go-tpm/tpm2"
 
 	"sekisho/attest"
 	"sekisho/attest/tpm"
@@ -39,11 +42,14 @@ func TestPlainSignatures(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if bare, err := tpm.ParseSigner(der); err != nil || !key.Public().(interface{ Equal(crypto.PublicKey) bool }).Equal(bare.Key) {
+			t.Errorf("in DER: %v", err)
+		}
 		plain, err := key.Sign(rand.Reader, digest[:], crypto.SHA256)
 		if err != nil {
 			t.Fatal(err)
 		}
-		sig, err := s.ParseSignature(plain)
+		sig, err := s.ParseSignature(plain, crypto.SHA256)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -53,7 +59,7 @@ func TestPlainSignatures(t *testing.T) {
 		if s.Verify([]byte("another"), sig) == nil || s.Restricted() {
 			t.Error("another message was accepted, or a PEM key taken for restricted")
 		}
-		if _, err := s.ParseSignature(plain[:len(plain)-1]); err == nil {
+		if _, err := s.ParseSignature(plain[:len(plain)-1], crypto.SHA256); err == nil {
 			t.Error("a truncated signature was read")
 		}
 	}
@@ -84,6 +90,53 @@ func TestSignerForms(t *testing.T) {
 	}
 }
 
+// TestSignerP384 is a key of machines that work in SHA-384 throughout.
+func TestSignerP384(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	point, err := key.PublicKey.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	area := tpm2.TPMTPublic{
+		Type: tpm2.TPMAlgECC, NameAlg: tpm2.TPMAlgSHA384,
+		ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true, UserWithAuth: true, Restricted: true, SignEncrypt: true},
+		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{CurveID: tpm2.TPMECCNistP384, Scheme: tpm2.TPMTECCScheme{
+			Scheme: tpm2.TPMAlgECDSA, Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA384})}}),
+		Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{X: tpm2.TPM2BECCParameter{Buffer: point[1:49]}, Y: tpm2.TPM2BECCParameter{Buffer: point[49:]}}),
+	}
+	s, err := tpm.ParseSigner(tpm2.Marshal(area))
+	if err != nil || !s.Restricted() || !key.PublicKey.Equal(s.Key) {
+		t.Fatal(err)
+	}
+	digest := sha512.Sum384([]byte("message"))
+	r, v, err := ecdsa.Sign(rand.Reader, key, digest[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	sig, err := s.ParseSignature(tpm2.Marshal(tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgECDSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgECDSA, &tpm2.TPMSSignatureECC{
+		Hash: tpm2.TPMAlgSHA384, SignatureR: tpm2.TPM2BECCParameter{Buffer: r.Bytes()}, SignatureS: tpm2.TPM2BECCParameter{Buffer: v.Bytes()}})}), crypto.SHA256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Verify([]byte("message"), sig); err != nil {
+		t.Error(err)
+	}
+	if s.Verify([]byte("another"), sig) == nil {
+		t.Error("another message was accepted")
+	}
+	if err := s.Area.CheckAK(); err == nil {
+		t.Error("a P-384 key is taken for an attestation key of ours")
+	}
+	off, _ := area.Unique.ECC()
+	off.Y.Buffer[0] ^= 1
+	if _, err := tpm.ParseSigner(tpm2.Marshal(area)); err == nil {
+		t.Error("a point off the curve was read")
+	}
+}
+
 func FuzzParseSigner(f *testing.F) {
 	dev := faketpm.New()
 	p, err := dev.Attest(attest.Digest{})
@@ -97,7 +150,7 @@ func FuzzParseSigner(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if v, err := s.ParseSignature(sig); err == nil && s.Verify([]byte("never signed"), v) == nil {
+		if v, err := s.ParseSignature(sig, crypto.SHA256); err == nil && s.Verify([]byte("never signed"), v) == nil {
 			t.Error("a forged signature was accepted")
 		}
 	})

@@ -154,6 +154,9 @@ func (i *Issuer) Issue(device attest.Digest, key *ecdsa.PublicKey, result string
 	if !ok || len(result) != 32 || serial.Sign() == 0 {
 		return nil, fmt.Errorf("issue: result id %.64q, want 32 hexadecimal digits", result)
 	}
+	if now.After(i.ca.NotAfter) {
+		return nil, fmt.Errorf("issue: the CA certificate of %q expired on %s; nobody accepts what it signs, give the verifier a new one", i.ca.Subject, i.ca.NotAfter.UTC().Format(time.DateOnly))
+	}
 	spki, err := x509.MarshalPKIXPublicKey(key)
 	if err != nil {
 		return nil, fmt.Errorf("issue: %w", err)

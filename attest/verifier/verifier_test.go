@@ -9,8 +9,10 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"math/big"
+	mathrand "math/rand/v2"
 	"strings"
 	"testing"
 	"time"
@@ -387,6 +389,89 @@ func TestIssue(t *testing.T) {
 			if _, err := NewIssuer(ca, key, c.organization, life); err == nil {
 				t.Errorf("a lifetime of %v was accepted", life)
 			}
+		}
+	}
+}
+
+// TestIssueLikeCryptoX509 makes certificates of any device, result, key and
+// time, on both sides of 2050, by CAs with and without a key identifier: what is
+// signed must be what crypto/x509 makes.
+func TestIssueLikeCryptoX509(t *testing.T) {
+	random := mathrand.New(mathrand.NewPCG(1, 2))
+	text := func(n int) []byte {
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = byte(random.Uint32())
+		}
+		return b
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var leaves []*ecdsa.PublicKey
+	for _, curve := range []elliptic.Curve{elliptic.P256(), elliptic.P384()} {
+		leaf, err := ecdsa.GenerateKey(curve, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaves = append(leaves, &leaf.PublicKey)
+	}
+	for _, id := range [][]byte{nil, text(20)} {
+		template := &x509.Certificate{
+			SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "devices", Country: []string{"JP"}, Organization: []string{"試験市"}}, IsCA: true, BasicConstraintsValid: true,
+			KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Date(1990, 1, 1, 0, 0, 0, 0, time.UTC), NotAfter: time.Date(2070, 1, 1, 0, 0, 0, 0, time.UTC),
+		}
+		if template.SubjectKeyId = id; id == nil {
+			template.IsCA, template.BasicConstraintsValid = false, false // crypto/x509 would give it one
+		}
+		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ca, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ca.IsCA = true
+		for range 100 {
+			lifetime := MinLifetime + time.Duration(random.Int64N(int64(MaxLifetime-MinLifetime)))
+			issuer, err := NewIssuer(ca, key, "City", lifetime)
+			if err != nil {
+				t.Fatal(err)
+			}
+			now := time.Unix(631152000+random.Int64N(79*365*24*3600), random.Int64N(1e9)).In(time.FixedZone("JST", 9*3600))
+			if random.IntN(3) == 0 {
+				now = time.Date(2049, 12, 31, 23, 59, 59, 0, time.UTC).Add(time.Duration(random.Int64N(int64(2*lifetime))) - lifetime)
+			}
+			device, result := attest.Digest(text(32)), hex.EncodeToString(text(16))
+			serial, _ := new(big.Int).SetString(result, 16)
+			leaf := leaves[random.IntN(2)]
+			der, err := issuer.Issue(device, leaf, result, now)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ours, err := x509.ParseCertificate(der)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if der, err = x509.CreateCertificate(rand.Reader, issuer.template(device, serial, now), ca, leaf, key); err != nil {
+				t.Fatal(err)
+			}
+			theirs, err := x509.ParseCertificate(der)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(ours.RawTBSCertificate, theirs.RawTBSCertificate) || ours.CheckSignatureFrom(ca) != nil && id != nil {
+				t.Fatalf("%s, %s, %s:\n%x\nwant\n%x", device, result, now, ours.RawTBSCertificate, theirs.RawTBSCertificate)
+			}
+		}
+		issuer, err := NewIssuer(ca, key, "City", MaxLifetime)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := issuer.Issue(attest.Digest{}, leaves[0], strings.Repeat("1", 32), ca.NotAfter.Add(time.Second)); err == nil {
+			t.Error("an expired CA certified a key")
 		}
 	}
 }

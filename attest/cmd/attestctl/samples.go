@@ -43,8 +43,8 @@ judge anyone's samples, without a device or a server
             into the log must be by that key and of the events before it.
   ek        endorsement key certificate, DER or PEM, as the TPM keeps it; by the
             makers' certificates built into this program, or those in -roots
-  quote     AK is a public key as PEM, TPMT_PUBLIC, TPM2B_PUBLIC or Windows key
-            blob; M a TPMS_ATTEST, S a TPMT_SIGNATURE or plain over SHA-256
+  quote     AK is a public key as PEM, DER, TPMT_PUBLIC, TPM2B_PUBLIC or Windows
+            key blob; M a TPMS_ATTEST, S a TPMT_SIGNATURE or plain
 
 exit status: 0 pass, 1 refuse, 2 could not appraise
 
