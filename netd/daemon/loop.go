@@ -105,9 +105,9 @@ func (l *loop) pipe(state netd.State) {
 	switch {
 	case l.d.Pipe == nil:
 	case state == netd.Office:
-		l.d.Pipe.Open(l.in.office.Proof.Until)
+		l.d.Pipe.Open(l.in.office.Proof.Until, still(l.in.office.Proof.Path))
 	default:
-		l.d.Pipe.Open(time.Time{})
+		l.d.Pipe.Open(time.Time{}, nil)
 	}
 }
 

@@ -14,7 +14,7 @@ import (
 
 // Pipe is the work domain's way to the office's LAN: office.Pipe.
 type Pipe interface {
-	Open(until time.Time)
+	Open(until time.Time, still func() bool)
 }
 
 // watchOffice looks for beacons on the paths that the loop gives.
@@ -27,6 +27,15 @@ func (d *Daemon) watchOffice(ctx context.Context) {
 		Report: func(f office.Finding) { d.update(func(r *reports) { r.office = f }) },
 	}
 	w.Run(ctx, d.paths)
+}
+
+// still reports, while packets go to an office, whether the link's carrier has
+// neither come nor gone since the proof: the loop may not have heard of it yet.
+func still(p office.Path) func() bool {
+	return func() bool {
+		flaps, err := kernel.Flaps(p.Index)
+		return err == nil && flaps == p.Flaps
+	}
 }
 
 // path is where an office may be: none unless attestation opens its gate. It

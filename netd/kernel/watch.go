@@ -64,30 +64,52 @@ func (n *Namespace) Links() ([]Link, error) {
 	return out, n.do(func() error { return describe(out) })
 }
 
-// flaps returns the carrier changes of every link by its index; the netlink
-// package does not read them.
-func (n *Namespace) flaps() (map[int]uint32, error) {
-	out := map[int]uint32{}
-	return out, n.do(func() error {
-		req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_DUMP)
-		req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-		messages, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
-		if err != nil {
-			return err
-		}
-		for _, m := range messages {
-			attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
-			if err != nil {
-				return err
-			}
-			for _, a := range attrs {
-				if a.Attr.Type == unix.IFLA_CARRIER_CHANGES && len(a.Value) == 4 {
-					out[int(nl.DeserializeIfInfomsg(m).Index)] = binary.NativeEndian.Uint32(a.Value)
-				}
-			}
-		}
-		return nil
+// flaps returns the carrier changes of every link by its index.
+func (n *Namespace) flaps() (out map[int]uint32, err error) {
+	err = n.do(func() (err error) {
+		out, err = carrierChanges(unix.NLM_F_DUMP, 0)
+		return err
 	})
+	return out, err
+}
+
+// Flaps returns how often the carrier of a link of the calling namespace has
+// come or gone. See Link.
+func Flaps(index int) (uint32, error) {
+	all, err := carrierChanges(0, index)
+	if err != nil {
+		return 0, fmt.Errorf("carrier changes of link %d: %w", index, err)
+	}
+	flaps, ok := all[index]
+	if !ok {
+		return 0, fmt.Errorf("carrier changes of link %d: the kernel does not say", index)
+	}
+	return flaps, nil
+}
+
+// carrierChanges asks the kernel; the netlink package does not read them.
+func carrierChanges(flags, index int) (map[int]uint32, error) {
+	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, flags)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(index)
+	req.AddData(msg)
+	messages, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
+	if err != nil {
+		return nil, err
+	}
+	out := map[int]uint32{}
+	for _, m := range messages {
+		attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
+		if err != nil {
+			return nil, err
+		}
+		for _, a := range attrs {
+			if a.Attr.Type == unix.IFLA_CARRIER_CHANGES && len(a.Value) == 4 {
+				out[int(nl.DeserializeIfInfomsg(m).Index)] = binary.NativeEndian.Uint32(a.Value)
+			}
+		}
+	}
+	return out, nil
 }
 
 // Watch returns a channel that holds a value whenever a link, address or route

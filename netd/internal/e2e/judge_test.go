@@ -36,6 +36,7 @@ type tap struct {
 	stop    chan struct{}
 	done    chan error
 	end     func() error
+	lans    []netip.Prefix // those of the world
 	offices []netip.Prefix // what the laptop may reach here directly
 }
 
@@ -134,6 +135,7 @@ func (w *world) judge() verdict {
 	var v verdict
 	mac := w.hardware
 	for _, c := range w.tapped.taps {
+		c.lans = w.lans
 		if err := c.end(); err != nil {
 			w.t.Fatal(err)
 		}
@@ -263,12 +265,34 @@ func (v *verdict) leak(info gopacket.CaptureInfo, data []byte, why string) {
 	}
 }
 
+// names says why an ARP frame (RFC 826) of the laptop is wrong, empty if it is
+// not: it names addresses of LANs only, never an inner one or a server. Those of
+// the LAN before may be among them: until netd hears of the change, the kernel
+// looks for the router that was there.
+func (c *tap) names(data []byte) string {
+	if len(data) < 42 {
+		return "malformed ARP"
+	}
+	for _, at := range []int{28, 38} { // sender's and target's address
+		a := netip.AddrFrom4([4]byte(data[at:]))
+		if !a.IsUnspecified() && !slices.ContainsFunc(c.lans, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			return fmt.Sprintf("ARP names %s, which is of no LAN here", a)
+		}
+	}
+	return ""
+}
+
 // wrong says why the laptop may not send a frame, empty if it may: ARP, 802.1X,
 // DHCP, TCP or UDP to a server's very endpoint without the work domain's
 // content, and anything to an office's networks from an address in them.
 func wrong(data []byte, c *tap, servers []netip.AddrPort) string {
+	if bytes.Contains(data, []byte(secret)) && len(c.offices) == 0 {
+		return "the work domain's content in the clear"
+	}
 	switch kind := layers.EthernetType(binary.BigEndian.Uint16(data[12:])); kind {
-	case layers.EthernetTypeARP, layers.EthernetTypeEAPOL:
+	case layers.EthernetTypeARP:
+		return c.names(data)
+	case layers.EthernetTypeEAPOL:
 		return ""
 	case layers.EthernetTypeIPv4:
 	default:

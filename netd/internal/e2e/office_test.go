@@ -75,6 +75,7 @@ func (w *world) lookalike(name string) *desk { return w.lan(name, "10.20.0") }
 // lan builds a LAN of a /24 that begins so, with DHCP by dnsmasq and its arguments.
 func (w *world) lan(name, net24 string, dhcp ...string) *desk {
 	d := &desk{w: w, router: nstest.New(w.t, name), servers: nstest.New(w.t, name+"-servers")}
+	w.lans = append(w.lans, netip.MustParsePrefix(net24+".0/24"))
 	d.router.Run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
 	d.servers.Run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
 	d.router.Run("ip", "link", "add", "br0", "address", "02:20:00:00:00:01", "up", "type", "bridge", "forward_delay", "0")

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"encoding/binary"
 	"net"
 	"sync"
 	"time"
@@ -15,7 +16,7 @@ import (
 // combination of sources, destinations and protocols, each with the secret in
 // it. It returns a function that stops it.
 func (w *world) pester() (stop func()) {
-	packets := hostile()
+	packets, odd := hostile(), malformed()
 	done := make(chan struct{})
 	var all sync.WaitGroup
 	all.Go(func() {
@@ -26,8 +27,11 @@ func (w *world) pester() (stop func()) {
 			for k := range 63 {
 				batch = append(batch, packets[(i*63+k)%len(packets)])
 			}
-			if w.port.Write(batch) == nil {
+			if w.inject(batch) == nil {
 				w.tapped.sent.Add(int64(len(batch)))
+			}
+			if w.inject([][]byte{odd[i%len(odd)]}) == nil { // alone: the kernel takes some of these from nobody
+				w.tapped.sent.Add(1)
 			}
 			select {
 			case <-done:
@@ -127,6 +131,31 @@ func serializeIPv4() []byte {
 	udp := &layers.UDP{SrcPort: 40000, DstPort: 53}
 	udp.SetNetworkLayerForChecksum(ip)
 	return serialize(ip, udp)
+}
+
+// malformed are packets that no kernel makes: an honest one with wrong lengths,
+// versions, checksums and fragments.
+func malformed() (out [][]byte) {
+	ip := ip4("10.80.0.2", "10.1.0.80", layers.IPProtocolUDP)
+	whole := serialize(ip, udp(ip, 40000, 80), gopacket.Payload(secret))
+	change := func(f func(p []byte) []byte) { out = append(out, f(append([]byte(nil), whole...))) }
+	for _, first := range []byte{0x00, 0x05, 0x35, 0x40, 0x44, 0x4f, 0x55, 0x65, 0xf5} { // version and header length
+		change(func(p []byte) []byte { p[0] = first; return p })
+	}
+	for _, length := range []uint16{0, 1, 19, 20, 27, uint16(len(whole) - 1), uint16(len(whole) + 1), 1400, 65535} {
+		change(func(p []byte) []byte { binary.BigEndian.PutUint16(p[2:], length); return p })
+		change(func(p []byte) []byte { binary.BigEndian.PutUint16(p[24:], length); return p }) // UDP's
+	}
+	for _, flags := range []uint16{0x2000, 0x2001, 0x1fff, 0x3fff, 0x4001, 0x8000} {
+		change(func(p []byte) []byte { binary.BigEndian.PutUint16(p[6:], flags); return p })
+	}
+	for n := range 28 { // cut off
+		change(func(p []byte) []byte { return p[:n+1] })
+	}
+	change(func(p []byte) []byte { p[10] ^= 0xff; return p })
+	change(func(p []byte) []byte { p[26] ^= 0xff; return p })
+	change(func(p []byte) []byte { return append(p, make([]byte, 1400)...) })
+	return out
 }
 
 func serialize(l ...gopacket.SerializableLayer) []byte {

@@ -97,7 +97,7 @@ func scenarios() []scenario {
 		}
 		return out
 	}
-	return []scenario{
+	return append([]scenario{
 		{name: "TunnelVision 0/1 and 128/1", dhcp: force("121,0.0.0.0/1,192.168.50.1,128.0.0.0/1,192.168.50.1", "249,0.0.0.0/1,192.168.50.1,128.0.0.0/1,192.168.50.1"), run: again},
 		{name: "TunnelVision /32 of the server", dhcp: force("121,10.1.0.80/32,192.168.50.1", "33,10.1.0.80,192.168.50.1"), run: again},
 		{name: "DHCP names resolvers, proxies and portals", dhcp: force("6,192.168.50.1", "252,http://192.168.50.1/wpad.dat", "114,http://192.168.50.1/portal", "43,01:04:c0:a8:32:01"), run: again},
@@ -199,13 +199,16 @@ func scenarios() []scenario {
 		{name: "no network card, then one under another name", run: renamed},
 		{name: "captive portal that fakes 204", dark: true, before: func(w *world) { w.portal() }, run: portalThenOpen},
 		{name: "true office appears and vanishes", before: func(w *world) { w.newDesk() }, run: comesAndGoes},
-		{name: "kill -9 in every state", before: func(w *world) { w.newDesk() }, run: killedEverywhere},
+		{name: "netd: kill -9 in every state", dark: true, before: func(w *world) { w.newDesk() }, run: inEveryState((*world).killNetd)},
+		{name: "attestd: kill -9 in every state", dark: true, before: func(w *world) { w.newDesk() }, run: inEveryState((*world).killAttestd)},
+		{name: "linkd: kill -9 in every state", dark: true, before: func(w *world) { w.newDesk() }, run: inEveryState((*world).killLinkd)},
+		{name: "all three: kill -9 in every state", dark: true, before: func(w *world) { w.newDesk() }, run: inEveryState((*world).killLinkd, (*world).killAttestd, (*world).killNetd)},
 		{name: "flood into an uplink of 1 Mbit/s", run: floodSlow},
 		{name: "1,000 ruleset swaps under flood", before: func(w *world) { w.newDesk() }, run: swaps},
 		{name: "packets before the rules and before netd", dark: true, before: func(w *world) { <-time.After(2 * time.Second) }, run: func(t *testing.T, w *world) {
 			w.waitState(30*time.Second, netd.Tunnel, "")
 		}},
-	}
+	}, attacks()...)
 }
 
 // firewall adds a rule to what the home forwards.
@@ -271,6 +274,11 @@ func absurdThenGood(t *testing.T, w *world) {
 
 // evilDHCP answers in the place of the home's DHCP server.
 func (w *world) evilDHCP(modify ...dhcpv4.Modifier) {
+	w.dhcpServer(func(*dhcpv4.DHCPv4) []dhcpv4.Modifier { return modify })
+}
+
+// dhcpServer does, with what answer changes of a sound lease.
+func (w *world) dhcpServer(answer func(*dhcpv4.DHCPv4) []dhcpv4.Modifier) {
 	w.kill(w.dhcp)
 	var server *server4.Server
 	handler := func(conn net.PacketConn, peer net.Addr, m *dhcpv4.DHCPv4) {
@@ -282,7 +290,7 @@ func (w *world) evilDHCP(modify ...dhcpv4.Modifier) {
 			dhcpv4.WithMessageType(kind), dhcpv4.WithYourIP(net.IPv4(192, 168, 50, 99)), dhcpv4.WithServerIP(net.IPv4(192, 168, 50, 1)),
 			dhcpv4.WithOption(dhcpv4.OptServerIdentifier(net.IPv4(192, 168, 50, 1))), dhcpv4.WithNetmask(net.CIDRMask(24, 32)),
 			dhcpv4.WithRouter(net.IPv4(192, 168, 50, 1)), dhcpv4.WithLeaseTime(3600),
-		}, modify...)...)
+		}, answer(m)...)...)
 		if err == nil {
 			conn.WriteTo(r.ToBytes(), &net.UDPAddr{IP: net.IPv4bcast, Port: 68})
 		}
@@ -464,41 +472,6 @@ func comesAndGoes(t *testing.T, w *world) {
 	w.readPage(20 * time.Second)
 }
 
-// killedEverywhere kills each program in each state.
-func killedEverywhere(t *testing.T, w *world) {
-	shut := func(when string) {
-		if r := w.inside.Run("ip", "route"); strings.Contains(r, "tun0") || strings.Contains(r, "office0") {
-			t.Errorf("%s: a way out without netd: %s", when, r)
-		}
-	}
-	w.kill(w.netd) // in Tunnel
-	shut("Tunnel")
-	w.attestd.set(gate.StateRefused, 0)
-	w.startNetd()
-	w.waitState(30*time.Second, netd.Attesting, "")
-	w.kill(w.netd)
-	shut("Attesting")
-	w.attestd.set(gate.StateAffirming, time.Hour)
-	w.plug(w.home, w.desk.router)
-	w.startNetd()
-	w.desk.startBeacon(w.desk.officeCA)
-	w.waitState(60*time.Second, netd.Office, "")
-	w.kill(w.netd)
-	shut("Office")
-	// The cable goes home while nobody watches.
-	w.plug(w.desk.router, w.home)
-	<-time.After(time.Second)
-	w.startNetd()
-	w.waitState(30*time.Second, netd.Tunnel, "")
-	w.kill(w.gateway)
-	w.waitState(20*time.Second, netd.Attesting, "")
-	w.kill(w.netd)
-	shut("gateway away")
-	w.startGateway()
-	w.startNetd()
-	w.readPage(30 * time.Second)
-}
-
 // floodSlow sends as fast as the work domain can into a slow uplink.
 func floodSlow(t *testing.T, w *world) {
 	w.home.Run("tc", "qdisc", "add", "dev", "wan0", "root", "tbf", "rate", "1mbit", "burst", "16kb", "latency", "100ms")
@@ -511,7 +484,7 @@ func floodSlow(t *testing.T, w *world) {
 	}
 	bytes := 0
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
-		if w.port.Write(batch) == nil {
+		if w.inject(batch) == nil {
 			bytes += len(batch) * len(packet)
 			w.tapped.sent.Add(int64(len(batch)))
 		}
@@ -565,7 +538,7 @@ func swaps(t *testing.T, w *world) {
 		}
 	}()
 	pipe := office.NewPipe(device(ns[1], netd.OfficeLink), device(ns[0], netd.OfficeOuterLink))
-	pipe.Open(time.Now().Add(time.Hour))
+	pipe.Open(time.Now().Add(time.Hour), func() bool { return true })
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() { done <- pipe.Run(ctx) }()

@@ -98,12 +98,21 @@ type world struct {
 	dnsmasq                               []string // extra arguments of the home's DHCP server
 
 	tapped   tapped
+	lans     []netip.Prefix // of all LANs
 	desk     *desk          // the true office, if there is one
 	hardware []byte         // address of the laptop's eth0
-	port     *tunnel.Device // what is written here comes from the work domain, whatever it is
 
 	mu     sync.Mutex
 	config guestlink.Config // what netd told linkd
+	port   *tunnel.Device   // what is written here comes from the work domain, whatever it is
+	unlink func()           // ends the stand-in of linkd
+}
+
+// inject sends packets as the work domain.
+func (w *world) inject(packets [][]byte) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.port.Write(packets)
 }
 
 // newWorld builds everything but starts neither netd nor the gateway.
@@ -113,6 +122,7 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 	w := &world{t: t, dir: t.TempDir()}
 	w.laptop, w.inside, w.work = nstest.New(t, "laptop"), nstest.New(t, "inside"), nstest.New(t, "work")
 	w.home, w.site, w.web = nstest.New(t, "home"), nstest.New(t, "site"), nstest.New(t, "web")
+	w.lans = []netip.Prefix{netip.MustParsePrefix("192.168.50.0/24")}
 	nstest.Pair(w.home, "wan0", "203.0.113.1/24", w.site, "wan0", "203.0.113.20/24")
 	w.site.Run("ip", "address", "add", "203.0.113.10/24", "dev", "wan0")
 	w.site.Run("ip", "route", "add", "192.168.50.0/24", "via", "203.0.113.1")
@@ -235,7 +245,7 @@ func (w *world) kill(cmd *exec.Cmd) {
 // inside, guest0 in the namespace work, packets passed between them, and the
 // configuration obeyed that netd puts.
 func (w *world) linkd() {
-	ends := make([]*tunnel.Device, 2)
+	ends, closers := make([]*tunnel.Device, 2), []func() error{}
 	for i, end := range []struct {
 		ns   *nstest.NS
 		name string
@@ -250,9 +260,11 @@ func (w *world) linkd() {
 			w.t.Fatal(err)
 		}
 		ends[i] = tunnel.NewDevice(dev)
-		w.t.Cleanup(func() { dev.Close() })
+		closers = append(closers, dev.Close)
 	}
-	w.port = ends[0]
+	w.mu.Lock()
+	w.port, w.config = ends[0], guestlink.Config{}
+	w.mu.Unlock()
 	pump := func(from, to *tunnel.Device) {
 		for {
 			f, err := from.Read()
@@ -264,6 +276,7 @@ func (w *world) linkd() {
 	}
 	go pump(ends[0], ends[1])
 	go pump(ends[1], ends[0])
+	os.Remove(w.path("linkd.sock"))
 	l, err := net.Listen("unix", w.path("linkd.sock"))
 	if err != nil {
 		w.t.Fatal(err)
@@ -289,7 +302,15 @@ func (w *world) linkd() {
 		w.config = c
 	})}
 	go server.Serve(l)
-	w.t.Cleanup(func() { server.Close() })
+	w.unlink = sync.OnceFunc(func() {
+		server.Close()
+		w.mu.Lock() // nothing is being written
+		defer w.mu.Unlock()
+		for _, c := range closers {
+			c()
+		}
+	})
+	w.t.Cleanup(w.unlink)
 }
 
 // fetch reads a page from the work domain.
@@ -435,16 +456,16 @@ type attestd struct {
 	status gate.Status
 	chain  string
 	change chan struct{} // closed with every change
+
+	socket string
+	mux    *http.ServeMux
+	server *http.Server
 }
 
 func newAttestd(t testing.TB, socket string, ca *authority) *attestd {
-	a := &attestd{t: t, ca: ca, key: newKey(t), change: make(chan struct{})}
-	a.set(gate.StateAttesting, 0)
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
 	mux := http.NewServeMux()
+	a := &attestd{t: t, ca: ca, key: newKey(t), change: make(chan struct{}), socket: socket, mux: mux}
+	a.set(gate.StateAttesting, 0)
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
 		after, _ := strconv.ParseUint(r.URL.Query().Get("after"), 10, 64)
 		a.mu.Lock()
@@ -483,11 +504,24 @@ func newAttestd(t testing.TB, socket string, ca *authority) *attestd {
 		}
 		json.NewEncoder(w).Encode(gate.SignResponse{Signature: sig})
 	})
-	server := &http.Server{Handler: mux}
-	go server.Serve(l)
-	t.Cleanup(func() { server.Close() })
+	a.start()
+	t.Cleanup(func() { a.server.Close() })
 	return a
 }
+
+// start opens the socket, anew after a stop.
+func (a *attestd) start() {
+	os.Remove(a.socket)
+	l, err := net.Listen("unix", a.socket)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	a.server = &http.Server{Handler: a.mux}
+	go a.server.Serve(l)
+}
+
+// stop is what clients see of attestd when it is killed.
+func (a *attestd) stop() { a.server.Close() }
 
 // set enters a state. life is that of the certificate granted with it; 0
 // grants none, but leaves an earlier one in force unless the state is refused.
