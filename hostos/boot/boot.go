@@ -179,6 +179,8 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 			h.console.line("init", "warning: %v", err)
 		}
 	}
+	clock := h.newClock()
+	clock.recall() // before netd starts
 	for _, svc := range services {
 		if _, err := h.sup.add(ctx, svc); err != nil {
 			h.console.line("init", "warning: %v", err)
@@ -195,6 +197,11 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 		until, cancel := h.untilOff(ctx)
 		defer cancel()
 		h.watchGood(until)
+	})
+	h.late.Go(func() {
+		until, cancel := h.untilOff(ctx)
+		defer cancel()
+		clock.watch(until)
 	})
 	if len(d.missing) > 0 {
 		h.late.Go(func() { h.awaitLate(ctx, wg, d) })

@@ -19,6 +19,7 @@ const (
 	Size        = 1 << 20
 	VolumePlace = 0         // of hostos/disk
 	SlotsPlace  = 256 << 10 // of hostos/update
+	TimePlace   = 512 << 10 // of hostos/boot: the last signed time
 )
 
 // A record is

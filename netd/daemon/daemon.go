@@ -60,7 +60,13 @@ type Uplinks interface {
 	SetDevice(ctx context.Context, id string)
 }
 
-// Config is what a Daemon works with. Every field is needed but Notify, SetClock and Pipe.
+// Times keeps the last signed time: path.Kept.
+type Times interface {
+	Load() (time.Time, error)
+	Store(time.Time) error
+}
+
+// Config is what a Daemon works with. Every field is needed but Notify, SetClock, Times and Pipe.
 type Config struct {
 	Organization    *attest.Organization
 	Outside, Inside Namespace
@@ -78,6 +84,8 @@ type Config struct {
 	Notify func(string)
 	// SetClock sets the system's clock to a signed time. Nil: nobody does.
 	SetClock func(time.Time) error
+	// Times keeps the last signed time over restarts; it may be nil.
+	Times Times
 	// Pipe is the way to an office's LAN, whose ends are netd.OfficeLink and
 	// netd.OfficeOuterLink. Nil: there is none.
 	Pipe Pipe

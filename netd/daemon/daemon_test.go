@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"math/big"
 	"net"
@@ -223,7 +224,7 @@ func newCA(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().AddDate(0, -1, 0), NotAfter: time.Now().AddDate(1, 0, 0), IsCA: true, BasicConstraintsValid: true}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
@@ -518,4 +519,40 @@ func TestClock(t *testing.T) {
 			}
 		})
 	})
+}
+
+// kept is a Times.
+type kept struct {
+	at  time.Time
+	err error
+}
+
+func (k *kept) Load() (time.Time, error) { return k.at, k.err }
+func (k *kept) Store(at time.Time) error { k.at, k.err = at, nil; return nil }
+
+// TestRecall: what was signed before a restart is past after it. A clock from
+// before it is put there; a floor that cannot be is not used.
+func TestRecall(t *testing.T) {
+	roots := certificates(newCA(t))
+	begin, end, now := roots[0].NotBefore, roots[0].NotAfter, time.Now()
+	for name, c := range map[string]struct {
+		times Times
+		floor time.Time
+		set   bool // the clock
+	}{
+		"nobody keeps it":     {nil, begin, false},
+		"a new laptop":        {&kept{err: fs.ErrNotExist}, begin, false},
+		"damaged":             {&kept{at: now, err: errors.New("damaged")}, begin, false},
+		"from before the CA":  {&kept{at: begin.Add(-time.Hour)}, begin, false},
+		"of a minute ago":     {&kept{at: now.Add(-time.Minute)}, now.Add(-time.Minute), false},
+		"the clock went back": {&kept{at: now.Add(time.Minute)}, now.Add(time.Minute), true},
+		"from after the CA":   {&kept{at: end.Add(time.Hour)}, begin, false},
+	} {
+		var set []time.Time
+		d := New(Config{Organization: &attest.Organization{}, Times: c.times, Log: slog.New(slog.DiscardHandler),
+			SetClock: func(at time.Time) error { set = append(set, at); return nil }})
+		if got := d.recall(roots); !got.Equal(c.floor) || len(set) == 1 != c.set || c.set && !set[0].Equal(c.floor) {
+			t.Errorf("%s: floor %s, want %s; clock set to %v", name, got, c.floor, set)
+		}
+	}
 }

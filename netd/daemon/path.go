@@ -6,7 +6,9 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"net/netip"
 	"sync"
@@ -52,7 +54,7 @@ func (d *Daemon) watchPath(ctx context.Context) {
 		d.Log.Error("no path probe", "err", err)
 		return
 	}
-	floor := path.Floor(certificates(d.Organization.CA))
+	floor := d.recall(certificates(d.Organization.CA))
 	var last, want asked
 	var clocked time.Time // when the verifier signed the time last
 	for ctx.Err() == nil {
@@ -71,6 +73,48 @@ func (d *Daemon) watchPath(ctx context.Context) {
 		last = want
 		wait(ctx, askEvery/2+rand.N(askEvery/2), d.asker)
 	}
+}
+
+// recall returns the floor to begin with, and puts the clock there if it is
+// behind: a laptop that was off has not gone back in time. A kept time from
+// after the end of the organisation's CA is a fault of whatever kept it.
+func (d *Daemon) recall(roots []*x509.Certificate) time.Time {
+	floor, end := path.Floor(roots), time.Time{}
+	for _, c := range roots {
+		if c.NotAfter.After(end) {
+			end = c.NotAfter
+		}
+	}
+	if d.Times == nil {
+		return floor
+	}
+	kept, err := d.Times.Load()
+	switch {
+	case errors.Is(err, fs.ErrNotExist): // of a new laptop
+	case err != nil, kept.After(end):
+		d.Log.Warn("no use of the last signed time", "kept", kept, "err", err)
+	case kept.After(floor):
+		floor = kept
+	}
+	if local := time.Now(); local.Before(floor.Add(-path.Tolerance)) {
+		d.setClock(local, floor, "the last signed time", "前回の署名付き時刻")
+	}
+	return floor
+}
+
+// setClock sets the clock and notes it, with the reason in both languages.
+func (d *Daemon) setClock(local, right time.Time, why, whyJA string) {
+	err := d.SetClock(right)
+	was, is := local.UTC().Format(time.RFC3339), right.UTC().Format(time.RFC3339)
+	d.Log.Warn("clock", "was", was, "right", is, "why", why, "err", err)
+	e := journal.Event{At: right, Kind: journal.Clock, Code: "set",
+		EN: fmt.Sprintf("clock was %s, set to %s, %s", was, is, why),
+		JA: fmt.Sprintf("時計を %s から %s に修正（%s）", was, is, whyJA)}
+	if err != nil {
+		e.Code, e.EN, e.JA = "wrong", e.EN+": "+err.Error(), e.JA+": 失敗"
+	}
+	d.Journal.Add(e)
+	signal(d.wake)
 }
 
 // askPath asks every server once. It returns the floor for the next time, and
@@ -122,16 +166,12 @@ func (d *Daemon) correct(r path.Result, floor time.Time) (time.Time, bool) {
 		return floor, false
 	}
 	if set {
-		err := d.SetClock(right)
-		d.Log.Warn("clock", "was", local.UTC().Format(time.RFC3339), "right", right.UTC().Format(time.RFC3339), "err", err)
-		e := journal.Event{At: right, Kind: journal.Clock, Code: "set",
-			EN: fmt.Sprintf("clock was %s, set to %s, signed by %s", local.UTC().Format(time.RFC3339), right.UTC().Format(time.RFC3339), r.Endpoint),
-			JA: fmt.Sprintf("時計を %s から %s に修正（%s の署名付き時刻）", local.UTC().Format(time.RFC3339), right.UTC().Format(time.RFC3339), r.Endpoint)}
-		if err != nil {
-			e.Code, e.EN, e.JA = "wrong", e.EN+": "+err.Error(), e.JA+": 失敗"
+		d.setClock(local, right, fmt.Sprintf("signed by %s", r.Endpoint), fmt.Sprintf("%s の署名付き時刻", r.Endpoint))
+	}
+	if d.Times != nil {
+		if err := d.Times.Store(right); err != nil {
+			d.Log.Warn("the signed time is not kept", "err", err)
 		}
-		d.Journal.Add(e)
-		signal(d.wake)
 	}
 	return right, true
 }

@@ -11,7 +11,8 @@
 // The time is the Date of the verifier's answer over that connection. Because
 // the laptop's clock may be anything, chains are judged at the earliest moment
 // that can be: the floor, which is when the organisation's CA began or what
-// signed time was seen last.
+// signed time was seen last, before a restart too (Kept). The time that a server
+// signs has to be one at which its own chain is valid.
 package path
 
 import (
@@ -81,6 +82,17 @@ func Floor(roots []*x509.Certificate) (floor time.Time) {
 		}
 	}
 	return floor
+}
+
+// within reports whether a chain is valid at a moment, give or take Tolerance.
+func within(chain []*x509.Certificate, at time.Time) error {
+	for _, c := range chain {
+		if at.Add(Tolerance).Before(c.NotBefore) || at.Add(-Tolerance).After(c.NotAfter) {
+			return fmt.Errorf("signed time %s, but the signer's certificate is for %s to %s",
+				at.UTC().Format(time.RFC3339), c.NotBefore.UTC().Format(time.RFC3339), c.NotAfter.UTC().Format(time.RFC3339))
+		}
+	}
+	return nil
 }
 
 // verify judges a chain by roots at the earliest moment from floor on at which

@@ -94,6 +94,10 @@ func pki(t *testing.T, from, to time.Time) (*x509.CertPool, tls.Certificate, *x5
 func TestAsk(t *testing.T) {
 	year := time.Now().AddDate(-1, 0, 0)
 	roots, own, root := pki(t, year, year.AddDate(0, 6, 0))
+	right := year.AddDate(0, 1, 0) // by the server's clock
+	says := func(at time.Time) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Date", at.UTC().Format(http.TimeFormat)) })
+	}
 	_, other, _ := pki(t, year, time.Now().AddDate(1, 0, 0))
 	serve := func(h http.Handler, certificate *tls.Certificate) string {
 		s := httptest.NewUnstartedServer(h)
@@ -132,7 +136,7 @@ func TestAsk(t *testing.T) {
 		address string
 		want    Answer
 	}{
-		"ours":                       {serve(http.NotFoundHandler(), &own), Ours},
+		"ours":                       {serve(says(right), &own), Ours},
 		"portal with a certificate":  {serve(fakes204, &other), Foreign},
 		"portal that fakes 204":      {serve(fakes204, nil), Foreign},
 		"portal that redirects":      {serve(http.RedirectHandler("http://portal/", http.StatusFound), nil), Foreign},
@@ -144,8 +148,16 @@ func TestAsk(t *testing.T) {
 		if r.Answer != c.want {
 			t.Errorf("%s: %s (%s), want %s", name, r.Answer, r.What, c.want)
 		}
-		if signed := !r.Time.IsZero(); signed != (c.want == Ours) || signed && time.Since(r.Time).Abs() > Tolerance {
+		if signed := !r.Time.IsZero(); signed != (c.want == Ours) || signed && r.Time.Sub(right).Abs() > Tolerance {
 			t.Errorf("%s: time %s", name, r.Time)
+		}
+	}
+	// A time at which the signer's chain is not valid is none.
+	for _, at := range []time.Time{year.AddDate(0, 0, -1), year.AddDate(0, 7, 0), {}} {
+		p := Prober{Roots: roots, Floor: Floor([]*x509.Certificate{root})}
+		r := p.Ask(t.Context(), attest.Endpoint{Address: netip.MustParseAddrPort(serve(says(at), &own)), ServerName: "verifier.test"}, true)
+		if r.Answer != Ours || !r.Time.IsZero() || r.What == "" {
+			t.Errorf("signed %s: %+v", at, r)
 		}
 	}
 	// A chain that had lapsed before what is known to be past is not ours.

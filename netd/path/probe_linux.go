@@ -77,8 +77,14 @@ func (p Prober) Ask(ctx context.Context, e attest.Endpoint, clock bool) Result {
 	}
 	r.Answer = Ours
 	if clock {
-		if r.Time, r.Trip, err = date(ctx, conn, e.ServerName); err != nil {
+		at, trip, err := date(ctx, conn, e.ServerName)
+		if err == nil {
+			err = within(conn.ConnectionState().PeerCertificates, at)
+		}
+		if err != nil {
 			r.What = err.Error()
+		} else {
+			r.Time, r.Trip = at, trip
 		}
 	}
 	return r

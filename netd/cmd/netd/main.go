@@ -57,7 +57,7 @@ var errUsage = errors.New("wrong usage")
 // options are the flags of every subcommand.
 type options struct {
 	config, attestd, linkd, inside, socket, save string
-	wpa, networks                                string
+	wpa, networks, times                         string
 	json                                         bool
 }
 
@@ -97,6 +97,7 @@ func command(ctx context.Context, args []string) int {
 	flags.StringVar(&o.socket, "socket", "/run/sekisho/netd.sock", "own socket, unless LISTEN_FDS passes it")
 	flags.StringVar(&o.save, "save", "", "write the journal to this file")
 	flags.StringVar(&o.wpa, "wpa", "", "directory of wpa_supplicant's control sockets; empty: no Wi-Fi, no 802.1X")
+	flags.StringVar(&o.times, "time", "/run/sekisho/netd/time", "file of the last signed time")
 	flags.StringVar(&o.networks, "networks", "/run/sekisho/netd/networks", "file in memory of what gets the laptop into networks, for a netd that is started anew")
 	flags.BoolVar(&o.json, "json", false, "print JSON")
 	switch err := flags.Parse(args[1:]); {

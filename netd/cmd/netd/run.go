@@ -24,6 +24,7 @@ import (
 	"sekisho/netd/internal/api"
 	"sekisho/netd/kernel"
 	"sekisho/netd/office"
+	"sekisho/netd/path"
 	"sekisho/netd/plan"
 	"sekisho/netd/tunnel"
 	"sekisho/netd/tunnel/connectip"
@@ -73,6 +74,7 @@ func run(ctx context.Context, o options) error {
 		Configure:   func(ctx context.Context, c guestlink.Config) error { return configure(ctx, o.linkd, c) },
 		Notify:      func(s string) { notify.SdNotify(false, s) },
 		SetClock:    setClock,
+		Times:       path.Kept{Path: o.times},
 		Watchdog:    watchdog > 0,
 		Unserved:    func() []netd.Unserved { return kernel.Unserved(os.DirFS("/sys")) },
 		Log:         log,

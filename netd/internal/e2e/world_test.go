@@ -230,7 +230,7 @@ func (w *world) startNetd() {
 	os.Chmod(w.path("organization.json"), 0o644)
 	w.netd = w.laptop.Start("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all,"+caps, "--ambient-caps=-all,"+caps, "--bounding-set=-all,"+caps, "--no-new-privs",
 		filepath.Join(programs, "netd"), "run", "-config", w.path("organization.json"), "-attestd", w.path("attestd.sock"),
-		"-linkd", w.path("linkd.sock"), "-inside", w.inside.Path, "-socket", w.path("netd.sock"))
+		"-linkd", w.path("linkd.sock"), "-inside", w.inside.Path, "-socket", w.path("netd.sock"), "-time", w.path("time"))
 }
 
 // kill ends a program as the kernel does: at once and without a word.
@@ -412,7 +412,7 @@ func newKey(t testing.TB) *ecdsa.PrivateKey {
 func newAuthority(t testing.TB, name string) *authority {
 	key := newKey(t)
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(100, 0, 0),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	return &authority{issue(t, template, template, key.Public(), key), key}
@@ -438,7 +438,7 @@ func certPEM(c *x509.Certificate) string {
 
 func (a *authority) server(t testing.TB, name string) (chain, key []byte) {
 	k := newKey(t)
-	template := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
+	template := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(100, 0, 0), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
 	der, err := x509.MarshalECPrivateKey(k)
 	if err != nil {
 		t.Fatal(err)
