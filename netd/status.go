@@ -39,6 +39,7 @@ const (
 	ReasonNoNetwork   = "no-network"           // no saved Wi-Fi network is in reach
 	ReasonWrongSecret = "wrong-secret"         // the network did not accept the passphrase or the certificate
 	ReasonNoRadio     = "no-radio"             // wpa_supplicant does not answer
+	ReasonNoIdentity  = "no-identity"          // the network asks for a network identity, and there is none yet
 	ReasonAttestd     = "attestd-unreachable"  // attestd's socket does not answer
 	ReasonVerifier    = "verifier-unreachable" // attestd cannot reach any verifier
 	ReasonAttestation = "not-affirming"        // attestd gave no code of its own
@@ -119,6 +120,20 @@ func (u Unserved) String() string {
 	return fmt.Sprintf("%s (%s): driver %s made no link, its firmware may be missing", u.Device, u.ID, u.Driver)
 }
 
+// Words says it to the person at the laptop.
+func (u Unserved) Words() Words {
+	if u.Driver == "" {
+		return Words{u.String(), fmt.Sprintf("%s（%s）: ドライバーがありません。", u.Device, u.ID)}
+	}
+	return Words{u.String(), fmt.Sprintf("%s（%s）: ドライバー %s が動作していません。ファームウェアがない可能性があります。", u.Device, u.ID, u.Driver)}
+}
+
+// SignalSample is how well a radio heard its network at a moment.
+type SignalSample struct {
+	At  time.Time `json:"at"`
+	DBM int       `json:"dbm"` // 0: not joined
+}
+
 // Counters count one direction pair of a tunnel session since it opened.
 type Counters struct {
 	SentPackets     uint64 `json:"sent_packets"`
@@ -169,6 +184,10 @@ type Status struct {
 	Words   Words     `json:"words"`             // for the person at the laptop
 	Uplink  Uplink    `json:"uplink"`            // the one in use
 	Uplinks []Uplink  `json:"uplinks,omitempty"` // all there are, the one in use among them
+	// Signals is the history of each radio's signal by the link's name, oldest
+	// first, bounded: a sample for each change of 3 dB, and each minute at most
+	// for a smaller one.
+	Signals map[string][]SignalSample `json:"signals,omitempty"`
 	// Unserved names network hardware that the kernel makes no link of.
 	Unserved []Unserved    `json:"unserved,omitempty"`
 	Tunnel   *TunnelStatus `json:"tunnel,omitempty"`

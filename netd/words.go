@@ -22,6 +22,7 @@ func reasons() map[string]Words {
 		ReasonNoNetwork:   {"no known Wi-Fi network is in reach", "登録済みの Wi-Fi が見つかりません。"},
 		ReasonWrongSecret: {"the Wi-Fi password was not accepted", "Wi-Fi のパスワードが違います。"},
 		ReasonNoRadio:     {"Wi-Fi is not working; restart the laptop if it stays so", "Wi-Fi が動作していません。続く場合は再起動してください。"},
+		ReasonNoIdentity:  {"this network wants the laptop's network identity, which it has not got yet; connect once by another network", "このネットワークには端末の証明書が必要ですが、まだ発行されていません。一度、別のネットワークに接続してください。"},
 		ReasonAttestd:     {"the security check has not started yet", "セキュリティ検査がまだ開始されていません。"},
 		ReasonVerifier:    {"the organisation's verifier does not answer over this network", "検証サーバーに接続できません。"},
 		ReasonAttestation: {"the security check is under way", "セキュリティ検査を実施しています。"},
@@ -71,6 +72,10 @@ func (s Status) Say() Words {
 	why, known := reasons()[s.Reason]
 	if !known { // attestation's own
 		why = Words{"the security check does not admit this laptop (" + s.Reason + "); tell the help desk", "セキュリティ検査により接続が許可されていません（" + s.Reason + "）。ヘルプデスクに連絡してください。"}
+	}
+	if s.State == Dark && len(s.Unserved) > 0 { // it may be the one that people wait for
+		w := s.Unserved[0].Words()
+		why = Words{why.EN + "; " + w.EN, why.JA + w.JA}
 	}
 	return Words{"Blocked: " + why.EN, "遮断中: " + why.JA}
 }

@@ -46,6 +46,24 @@ func TestSay(t *testing.T) {
 	}
 }
 
+func TestUnservedIsSaid(t *testing.T) {
+	s := Status{State: Dark, Reason: ReasonNoCarrier, Unserved: []Unserved{{Device: "pci 0000:00:14.3", ID: "8086:a0f0", Driver: "iwlwifi"}}}
+	w := s.Say()
+	for text, want := range map[string]string{w.EN: "its firmware may be missing", w.JA: "ファームウェアがない可能性があります"} {
+		if !strings.Contains(text, want) || !strings.Contains(text, "8086:a0f0") {
+			t.Errorf("%q does not say %q", text, want)
+		}
+	}
+	s.Unserved[0].Driver = ""
+	if w := s.Say(); !strings.Contains(w.EN, "has no driver") || !strings.Contains(w.JA, "ドライバーがありません") {
+		t.Errorf("%+v", w)
+	}
+	s.State = Tunnel // nobody waits for it
+	if w := s.Say(); strings.Contains(w.EN, "8086") {
+		t.Errorf("%+v", w)
+	}
+}
+
 func TestPlain(t *testing.T) {
 	for s, want := range map[string]string{
 		"ホテルの証明書":                     "ホテルの証明書",

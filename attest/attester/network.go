@@ -158,11 +158,14 @@ func (a *Attester) networkRoutes(mux *http.ServeMux) {
 			return
 		}
 		cert, err := a.NetworkCertificate(r.Context(), req.Request)
-		if err != nil {
+		switch {
+		case errors.Is(err, errShut):
+			http.Error(w, err.Error(), http.StatusConflict)
+		case err != nil:
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
+		default:
+			writeJSON(w, gate.NetworkCertificate{Certificate: cert})
 		}
-		writeJSON(w, gate.NetworkCertificate{Certificate: cert})
 	}))
 }
 

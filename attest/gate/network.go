@@ -50,10 +50,13 @@ func (c *Client) SaveNetworkState(ctx context.Context, state []byte) error {
 
 // NetworkCertificate has a verifier certify the key of a request (PKCS #10,
 // DER) as this laptop's network identity, and returns the certificate in DER.
-// It needs a credential in force.
+// ErrNoCredential: none is in force, and nobody was asked.
 func (c *Client) NetworkCertificate(ctx context.Context, request []byte) ([]byte, error) {
 	var answer NetworkCertificate
-	_, err := c.network(ctx, http.MethodPost, "/v1/network/certificate", NetworkRequest{request}, &answer)
+	code, err := c.network(ctx, http.MethodPost, "/v1/network/certificate", NetworkRequest{request}, &answer)
+	if code == http.StatusConflict {
+		return nil, ErrNoCredential
+	}
 	return answer.Certificate, err
 }
 

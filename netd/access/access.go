@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	rand2 "math/rand/v2"
 	"sync"
 	"time"
 
@@ -29,10 +30,12 @@ import (
 )
 
 // Pauses before the next attempt after one that failed, and before an identity
-// is looked at again.
+// is looked at again. A verifier that refuses is asked less and less often, with
+// full jitter, for a whole fleet may ask it.
 const (
 	retryVault    = 2 * time.Second
 	retryIdentity = 15 * time.Second
+	maxDoublings  = 8
 	lookAgain     = time.Hour
 )
 
@@ -61,8 +64,9 @@ type Config struct {
 // with New, and Run it.
 type Keeper struct {
 	Config
-	root []byte // of Access, DER
-	wake chan struct{}
+	root     []byte // of Access, DER
+	wake     chan struct{}
+	refusals int // of identities in a row; of Run's goroutine alone
 
 	mu     sync.Mutex
 	kept   kept
@@ -164,6 +168,7 @@ func (k *Keeper) Run(ctx context.Context) {
 	k.tell()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	failures := 0 // of the vault, in a row
 	for {
 		select {
 		case <-ctx.Done():
@@ -173,7 +178,10 @@ func (k *Keeper) Run(ctx context.Context) {
 		}
 		pause := lookAgain
 		if err := k.keep(ctx); err != nil {
-			pause = retryVault
+			pause = retryVault << min(failures, 5)
+			failures++
+		} else {
+			failures = 0
 		}
 		if next := k.identify(ctx); next < pause {
 			pause = next
@@ -307,11 +315,18 @@ func (k *Keeper) identify(ctx context.Context) time.Duration {
 			return min(left, lookAgain)
 		}
 	}
-	if err := k.renew(ctx); err != nil {
-		k.Log.Debug("no new network identity yet", "err", err)
+	switch err := k.renew(ctx); {
+	case err == nil:
+		k.refusals = 0
+		return lookAgain
+	case errors.Is(err, gate.ErrNoCredential):
 		return retryIdentity
+	default:
+		k.Log.Warn("no new network identity", "err", err)
+		most := retryIdentity << k.refusals
+		k.refusals = min(k.refusals+1, maxDoublings)
+		return retryIdentity + rand2.N(most)
 	}
-	return lookAgain
 }
 
 // renew has a verifier certify a new key. It needs a credential in force.

@@ -35,6 +35,8 @@ type vault struct {
 	err    error // of every request about the state
 	issuer *issuer
 	issued int
+	asked  int   // for certificates
+	fault  error // of a verifier
 }
 
 func (v *vault) NetworkState(context.Context) ([]byte, error) {
@@ -55,8 +57,12 @@ func (v *vault) SaveNetworkState(_ context.Context, data []byte) error {
 func (v *vault) NetworkCertificate(_ context.Context, request []byte) ([]byte, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	v.asked++
+	if v.fault != nil {
+		return nil, v.fault
+	}
 	if v.issuer == nil {
-		return nil, errors.New("no credential in force")
+		return nil, gate.ErrNoCredential
 	}
 	v.issued++
 	return v.issuer.issue(request)
@@ -287,6 +293,21 @@ func TestIdentity(t *testing.T) {
 		held, err := decode(v.data)
 		if l.identity != nil || err != nil || len(held.Key) != 0 {
 			t.Errorf("an identity that nobody asks for is still there: %v", err)
+		}
+		l.stop()
+	})
+}
+
+// TestRefusedIdentity: a verifier that issues none is asked less and less often,
+// and soon once there is one to ask.
+func TestRefusedIdentity(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := &vault{fault: errors.New("this verifier issues no network identities")}
+		l := newLaptop(t, v, inMemory(t), &attest.NetworkAccess{})
+		time.Sleep(24 * time.Hour)
+		synctest.Wait()
+		if v.asked < 10 || v.asked > 200 {
+			t.Errorf("asked %d times in a day", v.asked)
 		}
 		l.stop()
 	})

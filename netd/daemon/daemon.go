@@ -118,6 +118,7 @@ type Daemon struct {
 	ask    asked
 	status netd.Status
 	ready  bool
+	radio  signals
 }
 
 // reports is what the parts have seen last.
@@ -152,7 +153,7 @@ type wanted struct {
 func New(c Config) *Daemon {
 	d := &Daemon{
 		Config: c, wake: make(chan struct{}, 1), links: make(chan []uplink.Link, 1),
-		keeper: make(chan struct{}, 1), pusher: make(chan struct{}, 1), paths: make(chan office.Path, 1), asker: make(chan struct{}, 1),
+		radio: signals{}, keeper: make(chan struct{}, 1), pusher: make(chan struct{}, 1), paths: make(chan office.Path, 1), asker: make(chan struct{}, 1),
 		probe: func(ctx context.Context, p path.Prober, e attest.Endpoint, clock bool) path.Result {
 			return p.Ask(ctx, e, clock)
 		},
@@ -237,6 +238,7 @@ func (d *Daemon) Status() netd.Status {
 	d.mu.Lock()
 	s := d.status
 	s.History = slices.Clone(s.History)
+	s.Signals = d.radio.clone()
 	d.mu.Unlock()
 	s.Tunnel = d.tunnelStatus()
 	if d.Access != nil {
@@ -281,7 +283,10 @@ func signal(c chan<- struct{}) {
 }
 
 func (d *Daemon) reportUplinks(list []uplink.Candidate) {
-	d.update(func(r *reports) { r.candidates = list })
+	d.update(func(r *reports) {
+		r.candidates = list
+		d.radio.note(list, time.Now())
+	})
 }
 
 // watch wakes the loop with every change in ns.

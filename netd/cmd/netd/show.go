@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -55,7 +57,10 @@ func printStatus(w io.Writer, s netd.Status) error {
 		if i == 0 {
 			label = "unserved"
 		}
-		fmt.Fprintf(t, "%s\t%s\n", label, u)
+		fmt.Fprintf(t, "%s\t%s / %s\n", label, u.Words().EN, u.Words().JA)
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.Signals)) {
+		fmt.Fprintf(t, "signal\t%s %s\n", name, heard(s.Signals[name]))
 	}
 	if n := s.Tunnel; n != nil {
 		fmt.Fprintf(t, "tunnel\tinner %s gateway %s by %s mtu %d\n", n.Inner, n.Gateway, n.Carriage, n.MTU)
@@ -90,6 +95,24 @@ func printStatus(w io.Writer, s netd.Status) error {
 		fmt.Fprintf(t, "%s\t%s %s %s\n", label, h.At.Format(time.DateTime), h.State, h.Detail)
 	}
 	return t.Flush()
+}
+
+// heard is a radio's history in one line.
+func heard(list []netd.SignalSample) string {
+	last := list[len(list)-1]
+	best, worst, lost := -200, 0, 0
+	for _, s := range list {
+		if s.DBM == 0 {
+			lost++
+			continue
+		}
+		best, worst = max(best, s.DBM), min(worst, s.DBM)
+	}
+	now := "not joined"
+	if last.DBM != 0 {
+		now = fmt.Sprintf("%d dBm", last.DBM)
+	}
+	return fmt.Sprintf("%s; %d to %d dBm since %s, without a network %d times", now, worst, best, list[0].At.Format(time.DateTime), lost)
 }
 
 // showJournal is "netd journal".

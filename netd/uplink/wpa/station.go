@@ -38,7 +38,7 @@ type Facts struct {
 	Signal  int    // dBm, 0 while unknown
 	// Joined rises with every network that let us in.
 	Joined int
-	Reason string // netd.ReasonNoNetwork, ReasonWrongSecret or ReasonNoRadio; empty when all is well
+	Reason string // netd.ReasonNoNetwork, WrongSecret, NoRadio or NoIdentity; empty when all is well
 	Detail string
 }
 
@@ -148,11 +148,11 @@ func (s *Supplicant) follow(ctx context.Context, name, driver string, networks f
 		}
 		s.log.Debug("wpa_supplicant", "link", name, "err", err)
 		var missing *missingError
-		pause := again
+		pause, reason := again, netd.ReasonNoRadio
 		if errors.As(err, &missing) { // until a change, for there is nothing to say to anybody
-			pause = missingPause
+			pause, reason = missingPause, netd.ReasonNoIdentity
 		}
-		facts = Facts{Joined: facts.Joined, Reason: netd.ReasonNoRadio, Detail: fmt.Sprintf("%s: %v", name, err)}
+		facts = Facts{Joined: facts.Joined, Reason: reason, Detail: fmt.Sprintf("%s: %v", name, err)}
 		report(facts)
 		timer := time.NewTimer(pause)
 		select {

@@ -123,6 +123,7 @@ func (l *lan) supplicant(identity *Identity) *Supplicant {
 
 // watched collects what a station reports.
 type watched struct {
+	*Supplicant
 	mu   sync.Mutex
 	last Facts
 }
@@ -144,9 +145,9 @@ func (w *watched) until(t *testing.T, what string, holds func(Facts) bool) {
 func (l *lan) run(t *testing.T, identity *Identity, server string, script func(*watched)) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	var w watched
+	w := watched{Supplicant: l.supplicant(identity)}
 	done := make(chan struct{})
-	go func() { defer close(done); l.supplicant(identity).Wired(ctx, "eth0", server, w.report) }()
+	go func() { defer close(done); w.Wired(ctx, "eth0", server, w.report) }()
 	script(&w)
 	cancel()
 	<-done
@@ -183,11 +184,16 @@ func TestWired(t *testing.T) {
 			})
 		})
 	}
-	t.Run("no identity", func(t *testing.T) {
-		newLAN(t).run(t, nil, radius, func(w *watched) {
+	t.Run("no identity, then one", func(t *testing.T) {
+		l := newLAN(t)
+		l.run(t, nil, radius, func(w *watched) {
 			w.until(t, "a reason", func(f Facts) bool {
-				return f.Reason == netd.ReasonNoRadio && strings.Contains(f.Detail, "no network identity")
+				return f.Reason == netd.ReasonNoIdentity && strings.Contains(f.Detail, "no network identity")
 			})
+			w.SetIdentity(l.identity())
+			w.until(t, "joined", func(f Facts) bool { return f.Reason == "" && f.Joined > 0 })
+			w.SetIdentity(nil)
+			w.until(t, "a reason", func(f Facts) bool { return f.Reason == netd.ReasonNoIdentity })
 		})
 	})
 }
