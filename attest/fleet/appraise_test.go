@@ -378,9 +378,14 @@ func TestCommons(t *testing.T) {
 	b := newBench(t)
 	b.full(false)
 	var last *attest.Firmware
-	for range 3 {
+	for n := range 3 {
 		d, id := b.enrolled()
 		b.boot(d, id, image)
+		until(t, "the firmware of the devices counted", func() bool { // a watch brings it
+			b.service.Commons.mu.Lock()
+			defer b.service.Commons.mu.Unlock()
+			return len(b.service.Commons.devices) == n+1
+		})
 		last = b.boot(d, id, image).Result.Firmware
 	}
 	if last == nil || last.Devices != 2 || last.Organizations != 1 {

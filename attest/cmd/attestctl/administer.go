@@ -100,13 +100,5 @@ func (o *options) run(ctx context.Context, args []string, stdout io.Writer) (any
 		e.SetIndent("", "  ")
 		return result, e.Encode(result)
 	}
-	return result, c.print(printer{stdout, o.language}, result)
-}
-
-// speaks is the language of whoever reads w.
-func speaks(w io.Writer) string {
-	if p, ok := w.(printer); ok {
-		return p.language
-	}
-	return "en"
+	return result, c.print(printer{harmless{stdout}, o.language}, result)
 }

@@ -9,9 +9,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"strings"
-	"text/tabwriter"
 
 	"sekisho/attest"
 	"sekisho/attest/gate"
@@ -214,11 +212,10 @@ func parseCSR(data []byte) (*x509.CertificateRequest, error) {
 	return csr, nil
 }
 
-func printCard(w io.Writer, r *cardReport) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	p := printer{t, speaks(w)}
+func printCard(w printer, r *cardReport) error {
+	p, flush := w.table("", "")
 	p.verdict(r.Verdict)
-	p.say("申請者\t%s", "subject\t%s", strings.Map(printable, r.Subject))
+	p.say("申請者\t%s", "subject\t%s", r.Subject)
 	p.say("鍵\t%s", "key\t%s", r.Kind)
 	p.say("証明鍵\t%s", "attestation key\t%s", r.AK)
 	if r.Policy == (attest.Digest{}) {
@@ -227,5 +224,5 @@ func printCard(w io.Writer, r *cardReport) error {
 		p.say("ポリシー\t%s", "policy\t%s", r.Policy)
 	}
 	p.findings(r.Findings)
-	return t.Flush()
+	return flush()
 }

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"sekisho/attest"
@@ -77,22 +76,21 @@ func addCardPermit(ctx context.Context, o *options, args []string) (any, error) 
 	return o.admin().AddCardPermit(ctx, data)
 }
 
-func printCardPermit(w io.Writer, p fleet.CardPermit) error {
-	_, err := fmt.Fprintf(w, "%.16s  %s %s until %s\n", p.ID, p.Permit.Do, p.Permit.User, when(p.Permit.Expires))
-	return err
+func printCardPermit(w printer, p fleet.CardPermit) error {
+	return w.say("%.16s  %s %s、%s まで", "%.16s  %s %s until %s", p.ID, p.Permit.Do, p.Permit.User, w.when(p.Permit.Expires))
 }
 
 func showCard(ctx context.Context, o *options, args []string) (any, error) {
 	return o.admin().Card(ctx, args[0])
 }
 
-func printCardState(w io.Writer, c fleet.Card) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(t, "certificate request\t%v\nPERMIT\tDO\tUSER\tEXPIRES\tSIGNERS\tREASON\n", len(c.Request) > 0)
+func printCardState(w printer, c fleet.Card) error {
+	t, flush := w.table("", "")
+	t.say("証明書要求\t%v\n許可\t操作\t利用者\t有効期限\t署名者数\t理由", "certificate request\t%v\nPERMIT\tDO\tUSER\tEXPIRES\tSIGNERS\tREASON", len(c.Request) > 0)
 	for _, p := range c.Permits {
-		fmt.Fprintf(t, "%.16s\t%s\t%s\t%s\t%d\t%s\n", p.ID, p.Permit.Do, p.Permit.User, when(p.Permit.Expires), len(p.Signers), p.Permit.Reason)
+		t.row(fmt.Sprintf("%.16s", p.ID), p.Permit.Do, p.Permit.User, t.when(p.Permit.Expires), len(p.Signers), p.Permit.Reason)
 	}
-	return t.Flush()
+	return flush()
 }
 
 // fetchRequest fetches what card check judges.
@@ -111,15 +109,14 @@ func cardLogons(ctx context.Context, o *options, args []string) (any, error) {
 	return o.admin().Logons(ctx, args[0])
 }
 
-func printLogons(w io.Writer, list []attest.LogonEvent) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "NUMBER\tTIME\tUSER\tWHAT\tFACTOR\tREASON\tUNDER")
+func printLogons(w printer, list []attest.LogonEvent) error {
+	t, flush := w.table("番号\t時刻\t利用者\t内容\t認証\t理由\t根拠", "NUMBER\tTIME\tUSER\tWHAT\tFACTOR\tREASON\tUNDER")
 	for _, e := range list {
 		under := e.Result
 		if e.Permit != "" {
-			under = "permit " + e.Permit
+			under = attest.Say("許可 %s", "permit %s", e.Permit).In(t.language)
 		}
-		fmt.Fprintf(t, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Number, when(e.Time), strings.Map(printable, e.User), strings.Map(printable, e.What), strings.Map(printable, e.Factor), strings.Map(printable, e.Reason), strings.Map(printable, under))
+		t.row(e.Number, t.when(e.Time), e.User, e.What, e.Factor, e.Reason, under)
 	}
-	return t.Flush()
+	return flush()
 }

@@ -8,7 +8,6 @@ import (
 	"maps"
 	"os"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"sekisho/attest"
@@ -35,7 +34,7 @@ type options struct {
 type command struct {
 	args  int
 	run   func(context.Context, *options, []string) (any, error)
-	print func(io.Writer, any) error
+	print func(printer, any) error
 }
 
 func commands() map[string]command {
@@ -57,8 +56,8 @@ func commands() map[string]command {
 }
 
 // show adapts a printer of one type.
-func show[T any](f func(io.Writer, T) error) func(io.Writer, any) error {
-	return func(w io.Writer, v any) error {
+func show[T any](f func(printer, T) error) func(printer, any) error {
+	return func(w printer, v any) error {
 		t, ok := v.(T)
 		if !ok {
 			return fmt.Errorf("cannot print a %T", v)
@@ -77,8 +76,8 @@ func createTicket(ctx context.Context, o *options, _ []string) (any, error) {
 }
 
 // printTicket prints the text alone on standard output, to be passed on.
-func printTicket(w io.Writer, t fleet.TicketResponse) error {
-	fmt.Fprintf(os.Stderr, "ticket %s: %d uses, expires %s; it is not shown again\n", t.ID, t.Uses, t.Expires.Format(time.RFC3339))
+func printTicket(w printer, t fleet.TicketResponse) error {
+	printer{os.Stderr, w.language}.say("登録チケット %s：%d 回まで、有効期限 %s。再表示はできません。", "ticket %s: %d uses, expires %s; it is not shown again", t.ID, t.Uses, t.Expires.Format(time.RFC3339))
 	_, err := fmt.Fprintln(w, t.Ticket)
 	return err
 }
@@ -95,33 +94,32 @@ func writeTicket(_ context.Context, o *options, _ []string) (any, error) {
 	return struct{}{}, attester.WriteTicket(f, attest.NewTicket(strings.TrimSpace(string(text))))
 }
 
-func printNothing(io.Writer, struct{}) error { return nil }
+func printNothing(printer, struct{}) error { return nil }
 
 func listDevices(ctx context.Context, o *options, _ []string) (any, error) {
 	return o.admin().Devices(ctx)
 }
 
-func printDevices(w io.Writer, list []fleet.Device) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "DEVICE\tENROLLED\tAFFIRMED\tIMAGE")
+func printDevices(w printer, list []fleet.Device) error {
+	t, flush := w.table("端末\t登録\t最終承認\tイメージ", "DEVICE\tENROLLED\tAFFIRMED\tIMAGE")
 	for _, d := range list {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", d.ID, when(d.Enrolled), when(d.Affirmed), d.Image)
+		t.row(d.ID, t.when(d.Enrolled), t.when(d.Affirmed), d.Image)
 	}
-	return t.Flush()
+	return flush()
 }
 
 func showDevice(ctx context.Context, o *options, args []string) (any, error) {
 	return o.admin().Device(ctx, args[0])
 }
 
-func printDevice(w io.Writer, d fleet.Device) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(t, "device\t%s\nticket\t%s\nenrolled\t%s\naffirmed\t%s\nimage\t%s\nTPM firmware\t%016x\n",
-		d.ID, d.TicketID, when(d.Enrolled), when(d.Affirmed), d.Image, d.Firmware)
+func printDevice(w printer, d fleet.Device) error {
+	t, flush := w.table("", "")
+	t.say("端末\t%s\nチケット\t%s\n登録\t%s\n最終承認\t%s\nイメージ\t%s\nTPM ファームウェア\t%016x", "device\t%s\nticket\t%s\nenrolled\t%s\naffirmed\t%s\nimage\t%s\nTPM firmware\t%016x",
+		d.ID, d.TicketID, t.when(d.Enrolled), t.when(d.Affirmed), d.Image, d.Firmware)
 	if d.Clock != nil {
-		fmt.Fprintf(t, "TPM resets\t%d\n", d.Clock.ResetCount)
+		t.say("TPM リセット\t%d 回", "TPM resets\t%d", d.Clock.ResetCount)
 	}
-	return t.Flush()
+	return flush()
 }
 
 func lastResult(ctx context.Context, o *options, _ []string) (any, error) {
@@ -137,30 +135,30 @@ func lastResult(ctx context.Context, o *options, _ []string) (any, error) {
 	return nil, errors.New("no result since the verifier started")
 }
 
-func printResult(w io.Writer, r attest.Result) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(t, "status\t%s\ndevice\t%s\ntime\t%s\n", r.Status, r.Device, when(time.Unix(r.IssuedAt, 0)))
+func printResult(w printer, r attest.Result) error {
+	t, flush := w.table("", "")
+	t.say("判定\t%s\n端末\t%s\n時刻\t%s", "status\t%s\ndevice\t%s\ntime\t%s", r.Status, r.Device, t.when(time.Unix(r.IssuedAt, 0)))
 	if r.Image != "" {
-		fmt.Fprintf(t, "image\t%s\n", r.Image)
+		t.say("イメージ\t%s", "image\t%s", r.Image)
 	}
 	for _, e := range r.Events {
-		fmt.Fprintf(t, "event\t%s\n", e)
+		t.say("起動後のイベント\t%s", "event\t%s", e)
 	}
 	if r.Policy != nil {
-		fmt.Fprintf(t, "policy\t%s\n", r.Policy)
+		t.say("ポリシー\t%s", "policy\t%s", r.Policy)
 	}
 	if r.Report != "" {
-		fmt.Fprintf(t, "report\t%s\n", r.Report)
+		t.say("レポート\t%s", "report\t%s", r.Report)
 	}
 	if r.Reason != attest.ReasonNone {
-		fmt.Fprintf(t, "reason\t%s\ndetail\t%s\n", r.Reason, r.Detail)
+		t.say("理由\t%[1]s：%[3]s\n詳細\t%[2]s", "reason\t%[1]s\ndetail\t%[2]s", r.Reason, r.Detail, r.Reason.Words().Sentence.JA)
 	}
 	for _, f := range r.Findings {
 		f = f.Explained()
-		fmt.Fprintf(t, "finding\t%s %s: %s\n\t%s\n\texpected %s\n\tseen     %s\n\t→ %s\n",
-			f.Severity, f.Reason, f.Sentence.In(speaks(w)), f, f.Expected, f.Seen, f.Action.In(speaks(w)))
+		t.say("所見\t%s %s：%s\n\t%s\n\t期待値 %s\n\t実際　 %s\n\t→ %s", "finding\t%s %s: %s\n\t%s\n\texpected %s\n\tseen     %s\n\t→ %s",
+			f.Severity, f.Reason, f.Sentence.In(t.language), f, f.Expected, f.Seen, f.Action.In(t.language))
 	}
-	return t.Flush()
+	return flush()
 }
 
 func addReference(ctx context.Context, o *options, args []string) (any, error) {
@@ -171,7 +169,7 @@ func addReference(ctx context.Context, o *options, args []string) (any, error) {
 	return o.admin().AddReference(ctx, data)
 }
 
-func printReference(w io.Writer, r fleet.Reference) error {
+func printReference(w printer, r fleet.Reference) error {
 	_, err := fmt.Fprintln(w, r.ID)
 	return err
 }
@@ -180,22 +178,14 @@ func listReferences(ctx context.Context, o *options, _ []string) (any, error) {
 	return o.admin().References(ctx)
 }
 
-func printReferences(w io.Writer, list []fleet.Reference) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "IMAGE\tFROM\tPCRS")
+func printReferences(w printer, list []fleet.Reference) error {
+	t, flush := w.table("イメージ\t出所\tPCR 数", "IMAGE\tFROM\tPCRS")
 	for _, r := range list {
-		fmt.Fprintf(t, "%s\t%s\t%d\n", r.ID, r.Source, len(r.PCRs))
+		t.row(r.ID, r.Source, len(r.PCRs))
 	}
-	return t.Flush()
+	return flush()
 }
 
 func removeReference(ctx context.Context, o *options, args []string) (any, error) {
 	return struct{}{}, o.admin().RemoveReference(ctx, args[0])
-}
-
-func when(t time.Time) string {
-	if t.IsZero() || t.Unix() == 0 {
-		return "never"
-	}
-	return t.UTC().Format(time.RFC3339)
 }

@@ -304,7 +304,7 @@ func TestPolicyLife(t *testing.T) {
 	}
 	// A laptop counts as affirmed a moment before its report is in the archive.
 	o.until("every laptop's report", func(s string) bool { return strings.Contains(s, fmt.Sprintf("%d would be refused", laptops)) }, "policy", "simulate", o.file("p2.json"))
-	if s := o.ctl(1, "policy", "simulate", o.file("p2.json"), "-lang", "ja"); !strings.Contains(s, fmt.Sprintf("%d would be refused", laptops)) || !strings.Contains(s, "承認された値と異なります") {
+	if s := o.ctl(1, "policy", "simulate", o.file("p2.json"), "-lang", "ja"); !strings.Contains(s, fmt.Sprintf("拒否されるもの %d 台", laptops)) || !strings.Contains(s, "承認された値と異なります") {
 		t.Error(s)
 	}
 	sign("p2.json", "p2.cose")

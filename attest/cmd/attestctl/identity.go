@@ -5,12 +5,10 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"os"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"sekisho/attest"
@@ -39,13 +37,12 @@ func listTickets(ctx context.Context, o *options, _ []string) (any, error) {
 	return o.admin().Tickets(ctx)
 }
 
-func printTickets(w io.Writer, list []fleet.Ticket) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "TICKET\tUSES LEFT\tEXPIRES")
+func printTickets(w printer, list []fleet.Ticket) error {
+	t, flush := w.table("チケット\t残り回数\t有効期限", "TICKET\tUSES LEFT\tEXPIRES")
 	for _, x := range list {
-		fmt.Fprintf(t, "%s\t%d\t%s\n", x.ID, x.Uses, when(x.Expires))
+		t.row(x.ID, x.Uses, t.when(x.Expires))
 	}
-	return t.Flush()
+	return flush()
 }
 
 func revokeTicket(ctx context.Context, o *options, args []string) (any, error) {
@@ -56,20 +53,19 @@ func deviceHistory(ctx context.Context, o *options, args []string) (any, error) 
 	return o.admin().Former(ctx, args[0])
 }
 
-func printFormer(w io.Writer, list []fleet.Former) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "DEVICE\tENROLLED\tENDED\tREPLACED BY\tPERMIT OR REASON")
+func printFormer(w printer, list []fleet.Former) error {
+	t, flush := w.table("端末\t登録\t終了\t後継\t許可または理由", "DEVICE\tENROLLED\tENDED\tREPLACED BY\tPERMIT OR REASON")
 	for _, f := range list {
 		by, why := f.ReplacedBy.String(), f.Permit.String()[:16]
 		switch f.ReplacedBy {
 		case f.ID:
-			by = "new key of the same device"
+			by = attest.Say("同じ端末の新しい鍵", "new key of the same device").In(t.language)
 		case attest.Digest{}:
-			by, why = "nobody", f.Reason
+			by, why = attest.Say("なし", "nobody").In(t.language), f.Reason
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", f.ID, when(f.Enrolled), when(f.Ended), by, why)
+		t.row(f.ID, t.when(f.Enrolled), t.when(f.Ended), by, why)
 	}
-	return t.Flush()
+	return flush()
 }
 
 // storeBackup writes a new file, readable by its owner alone.
@@ -85,16 +81,15 @@ func storeBackup(ctx context.Context, o *options, args []string) (_ any, err err
 	return b, nil
 }
 
-func printBackup(w io.Writer, b store.Backup) error {
-	_, err := fmt.Fprintf(w, "%d records, as of %s\n", b.Records, when(b.Time))
-	return err
+func printBackup(w printer, b store.Backup) error {
+	return w.say("%d 件の記録、%s 時点", "%d records, as of %s", b.Records, w.when(b.Time))
 }
 
 func retireDevice(ctx context.Context, o *options, args []string) (any, error) {
 	return o.admin().Retire(ctx, args[0], o.reason)
 }
 
-func printRetired(w io.Writer, f fleet.Former) error { return printFormer(w, []fleet.Former{f}) }
+func printRetired(w printer, f fleet.Former) error { return printFormer(w, []fleet.Former{f}) }
 
 func newPermit(_ context.Context, o *options, _ []string) (any, error) {
 	r := fleet.PermitRequest{Serial: rand.Text(), Reason: o.reason, Expires: o.until(24 * time.Hour)}
@@ -130,23 +125,22 @@ func addPermit(ctx context.Context, o *options, args []string) (any, error) {
 	return o.admin().AddPermit(ctx, data)
 }
 
-func printPermit(w io.Writer, p fleet.Permit) error { return printPermits(w, []fleet.Permit{p}) }
+func printPermit(w printer, p fleet.Permit) error { return printPermits(w, []fleet.Permit{p}) }
 
 func listPermits(ctx context.Context, o *options, _ []string) (any, error) {
 	return o.admin().Permits(ctx)
 }
 
-func printPermits(w io.Writer, list []fleet.Permit) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "PERMIT\tDEVICE\tREPLACEMENT\tEXPIRES\tUSED\tSIGNERS\tREASON")
+func printPermits(w printer, list []fleet.Permit) error {
+	t, flush := w.table("許可\t端末\t後継\t有効期限\t使用\t署名者数\t理由", "PERMIT\tDEVICE\tREPLACEMENT\tEXPIRES\tUSED\tSIGNERS\tREASON")
 	for _, p := range list {
 		replacement := "-"
 		if p.Replacement != nil {
 			replacement = p.Replacement.String()
 		}
-		fmt.Fprintf(t, "%.16s\t%s\t%s\t%s\t%s\t%d\t%s\n", p.ID, p.Device, replacement, when(p.Expires), when(p.Used), len(p.Signers), p.Reason)
+		t.row(fmt.Sprintf("%.16s", p.ID), p.Device, replacement, t.when(p.Expires), t.when(p.Used), len(p.Signers), p.Reason)
 	}
-	return t.Flush()
+	return flush()
 }
 
 func addPurchase(ctx context.Context, o *options, args []string) (any, error) {
@@ -161,25 +155,23 @@ func addPurchase(ctx context.Context, o *options, args []string) (any, error) {
 	return o.admin().AddPurchase(ctx, fleet.PurchaseRequest{Source: o.reason, Keys: keys})
 }
 
-func printAdded(w io.Writer, n fleet.PurchaseResponse) error {
-	_, err := fmt.Fprintf(w, "%d new\n", n.Added)
-	return err
+func printAdded(w printer, n fleet.PurchaseResponse) error {
+	return w.say("%d 件を追加しました", "%d new", n.Added)
 }
 
 func listPurchase(ctx context.Context, o *options, _ []string) (any, error) {
 	return o.admin().Purchase(ctx)
 }
 
-func printPurchase(w io.Writer, list map[attest.Digest]fleet.Purchase) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "EK\tADDED\tENROLLED AS\tSOURCE")
+func printPurchase(w printer, list map[attest.Digest]fleet.Purchase) error {
+	t, flush := w.table("EK\t追加\t登録された端末\t出所", "EK\tADDED\tENROLLED AS\tSOURCE")
 	keys := slices.SortedFunc(maps.Keys(list), func(a, b attest.Digest) int { return strings.Compare(a.String(), b.String()) })
 	for _, k := range keys {
 		as := "-"
 		if d := list[k].Device; d != (attest.Digest{}) {
 			as = d.String()
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", k, when(list[k].Added), as, list[k].Source)
+		t.row(k, t.when(list[k].Added), as, list[k].Source)
 	}
-	return t.Flush()
+	return flush()
 }

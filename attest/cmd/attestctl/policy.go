@@ -15,7 +15,6 @@ import (
 	"io"
 	"os"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"sekisho/attest"
@@ -102,9 +101,8 @@ func create(name string, data []byte, mode os.FileMode) error {
 	return errors.Join(err, f.Close())
 }
 
-func printKey(w io.Writer, i keyInfo) error {
-	_, err := fmt.Fprintf(w, "key      %s\nprivate  %s (keep it offline)\npublic   %s (policy_keys of the verifier)\n", i.ID, i.Private, i.Public)
-	return err
+func printKey(w printer, i keyInfo) error {
+	return w.say("鍵      %s\n秘密鍵  %s（オフラインで保管してください）\n公開鍵  %s（検証サーバーの policy_keys）", "key      %s\nprivate  %s (keep it offline)\npublic   %s (policy_keys of the verifier)", i.ID, i.Private, i.Public)
 }
 
 // policyDraft writes a policy in JSON from the reference values of releases.
@@ -257,10 +255,10 @@ func policyVerify(_ context.Context, o *options, args []string) (any, error) {
 	return signedInfo{s.ID, args[0], len(s.Signers), s.Signers}, nil
 }
 
-func printSignedPolicy(w io.Writer, s signedInfo) error {
-	fmt.Fprintf(w, "%s  version %d of %s  %s\n", s.File, s.Version, s.Organization, s.Digest)
+func printSignedPolicy(w printer, s signedInfo) error {
+	w.say("%[1]s  %[3]s の第 %[2]d 版  %[4]s", "%[1]s  version %[2]d of %[3]s  %[4]s", s.File, s.Version, s.Organization, s.Digest)
 	for _, k := range s.Signers {
-		fmt.Fprintf(w, "signed by %s\n", k)
+		w.say("署名者 %s", "signed by %s", k)
 	}
 	return nil
 }
@@ -280,35 +278,41 @@ func policyShow(_ context.Context, _ *options, args []string) (any, error) {
 	return s.Bundle, nil
 }
 
-func printPolicy(w io.Writer, b *policy.Bundle) error {
+func printPolicy(w printer, b *policy.Bundle) error {
 	id, err := b.ID()
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(w, "organisation  %s\nversion       %d\ndigest        %s\nsupersedes    %s\nin force from %s\n", b.Organization, b.Version, id.Digest, b.Supersedes, from(time.Unix(b.NotBefore, 0)))
+	w.say("組織        %s\n版          %d\nダイジェスト %s\n前の版      %s\n効力発生    %s", "organisation  %s\nversion       %d\ndigest        %s\nsupersedes    %s\nin force from %s", b.Organization, b.Version, id.Digest, b.Supersedes, w.from(time.Unix(b.NotBefore, 0)))
 	for _, r := range b.References {
-		until := "no end"
+		until := attest.Say("期限なし", "no end")
 		if r.Until != 0 {
-			until = "until " + when(time.Unix(r.Until, 0))
+			until = attest.Say("%s まで", "until %s", w.when(time.Unix(r.Until, 0)))
 		}
-		fmt.Fprintf(w, "image         %s (%s)\n", fleet.ReferenceID(r.Values), until)
+		w.say("イメージ    %s（%s）", "image         %s (%s)", fleet.ReferenceID(r.Values), until.In(w.language))
 	}
 	for _, r := range b.Rules {
 		values := strings.Join(r.Values, ", ")
 		if len(r.Values) > 4 {
-			values = fmt.Sprintf("%d values", len(r.Values))
+			values = attest.Say("%d 個の値", "%d values", len(r.Values)).In(w.language)
 		}
-		fmt.Fprintf(w, "rule %s (%s): %s %s %s\n  %s\n  %s\n", r.ID, r.Severity, r.Fact, r.Op, values, r.Why.JA, r.Why.EN)
+		w.say("規則 %s（%s）：%s %s %s\n  %s\n  %s", "rule %s (%s): %s %s %s\n  %s\n  %s", r.ID, r.Severity, r.Fact, r.Op, values, r.Why.JA, r.Why.EN)
 	}
 	return nil
 }
 
 // from says since when a policy may be in force.
-func from(t time.Time) string {
+func (p printer) from(t time.Time) string {
 	if t.Unix() <= 0 {
-		return "its publication"
+		return attest.Say("公開時", "its publication").In(p.language)
 	}
-	return when(t)
+	return p.when(t)
+}
+
+// state says where a policy stands; what it is called in JSON is English.
+func (p printer) state(s string) string {
+	ja := map[string]string{"in force": "有効", "pending": "待機中", "superseded": "旧版", "shadow": "試行中"}[s]
+	return attest.Text{JA: ja, EN: s}.In(p.language)
 }
 
 func policyPublish(ctx context.Context, o *options, args []string) (any, error) {
@@ -319,9 +323,8 @@ func policyPublish(ctx context.Context, o *options, args []string) (any, error) 
 	return o.admin().Publish(ctx, data, o.policy.shadow, o.policy.force)
 }
 
-func printPublished(w io.Writer, i fleet.PolicyInfo) error {
-	_, err := fmt.Fprintf(w, "%s: %s, in force from %s\n", i.PolicyID, i.State, from(i.NotBefore))
-	return err
+func printPublished(w printer, i fleet.PolicyInfo) error {
+	return w.say("%s：%s、効力発生 %s", "%s: %s, in force from %s", i.PolicyID, w.state(i.State), w.from(i.NotBefore))
 }
 
 func policySimulate(ctx context.Context, o *options, args []string) (any, error) {
@@ -332,17 +335,17 @@ func policySimulate(ctx context.Context, o *options, args []string) (any, error)
 	return o.admin().Simulate(ctx, data)
 }
 
-func printSimulation(w io.Writer, s fleet.Simulation) error {
-	fmt.Fprintf(w, "policy %s\n%d devices: %d affirmed, %d would be refused that are affirmed now, %d without a report\n", s.Policy, s.Devices, s.Affirming, s.Refused, s.Unknown)
+func printSimulation(w printer, s fleet.Simulation) error {
+	w.say("ポリシー %s\n端末 %d 台：承認中 %d 台、うち拒否されるもの %d 台、レポートなし %d 台", "policy %s\n%d devices: %d affirmed, %d would be refused that are affirmed now, %d without a report", s.Policy, s.Devices, s.Affirming, s.Refused, s.Unknown)
 	for _, v := range s.Verdicts {
 		if v.Would == attest.StatusAffirming || v.Was == attest.StatusNone {
 			continue
 		}
-		fmt.Fprintf(w, "%s  %s, would be %s: %s: %s\n", v.Device, v.Was, v.Would, v.Reason, v.Detail)
+		w.say("%s  現在 %s、適用後 %s：%s: %s", "%s  %s, would be %s: %s: %s", v.Device, v.Was, v.Would, v.Reason, v.Detail)
 		last := attest.Text{}
 		for _, f := range v.Findings {
 			if f = f.Explained(); f.Sentence != last { // one kind of finding, one advice
-				fmt.Fprintf(w, "  %s %s\n  → %s\n", f.Severity, f.Sentence.In(speaks(w)), f.Action.In(speaks(w)))
+				fmt.Fprintf(w, "  %s %s\n  → %s\n", f.Severity, f.Sentence.In(w.language), f.Action.In(w.language))
 			}
 			last = f.Sentence
 		}
@@ -354,22 +357,22 @@ func policyStatus(ctx context.Context, o *options, _ []string) (any, error) {
 	return o.admin().Policies(ctx)
 }
 
-func printPolicyStatus(w io.Writer, s fleet.PolicyStatus) error {
+func printPolicyStatus(w printer, s fleet.PolicyStatus) error {
 	if !s.Needed {
-		fmt.Fprintln(w, "no policy_keys: unsigned reference values decide (development)")
+		w.say("policy_keys がありません。署名のない参照値で判定しています（開発用）。", "no policy_keys: unsigned reference values decide (development)")
 	}
 	if h := s.Hold; h != nil {
-		fmt.Fprintf(w, "HELD since %s: %d of %d devices refused within a minute; no policy after version %d comes into force\n", when(h.Since), h.Refused, h.Devices, h.Version)
+		w.say("%[1]s から保留中：1 分間に %[3]d 台中 %[2]d 台が拒否されました。第 %[4]d 版より後のポリシーは有効になりません。", "HELD since %[1]s: %[2]d of %[3]d devices refused within a minute; no policy after version %[4]d comes into force", w.when(h.Since), h.Refused, h.Devices, h.Version)
 		for r, n := range h.Reasons {
-			fmt.Fprintf(w, "  %d devices  %s: %s\n", n, r, r.Words().Sentence.In(speaks(w)))
+			w.say("  %d 台  %s：%s", "  %d devices  %s: %s", n, r, r.Words().Sentence.In(w.language))
 		}
-		fmt.Fprintln(w, "hint: look at the reports of these devices, then attestctl policy release")
+		w.say("ヒント：これらの端末のレポートを確認してから attestctl policy release を実行してください。", "hint: look at the reports of these devices, then attestctl policy release")
 	}
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	t, flush := w.table("", "")
 	for _, p := range s.Policies {
-		fmt.Fprintf(t, "%d\t%s\tfrom %s\t%d rules\t%s\t%s\n", p.Version, p.State, from(p.NotBefore), p.Rules, strings.Join(p.References, ", "), p.Digest)
+		t.say("%d\t%s\t%s から\t規則 %d 個\t%s\t%s", "%d\t%s\tfrom %s\t%d rules\t%s\t%s", p.Version, t.state(p.State), t.from(p.NotBefore), p.Rules, strings.Join(p.References, ", "), p.Digest)
 	}
-	return t.Flush()
+	return flush()
 }
 
 func policyRelease(ctx context.Context, o *options, _ []string) (any, error) {
@@ -384,13 +387,13 @@ func reportList(ctx context.Context, o *options, args []string) (any, error) {
 	return o.admin().Reports(ctx, args[0])
 }
 
-func printReports(w io.Writer, list []fleet.ReportInfo) error {
+func printReports(w printer, list []fleet.ReportInfo) error {
 	for _, r := range list {
-		verdict := "not affirmed"
+		verdict := attest.Say("否認", "not affirmed")
 		if r.Affirming {
-			verdict = "affirming"
+			verdict = attest.Say("承認", "affirming")
 		}
-		fmt.Fprintf(w, "%s  %s  %s\n", r.ID, when(r.Time), verdict)
+		fmt.Fprintf(w, "%s  %s  %s\n", r.ID, w.when(r.Time), verdict.In(w.language))
 	}
 	return nil
 }
@@ -414,16 +417,15 @@ func reportGet(ctx context.Context, o *options, args []string) (any, error) {
 	return reportFile{args[0], out, len(f.Data)}, os.WriteFile(out, f.Data, 0o600)
 }
 
-func printReportFile(w io.Writer, f reportFile) error {
-	_, err := fmt.Fprintf(w, "%s  %d bytes\n", f.File, f.Size)
-	return err
+func printReportFile(w printer, f reportFile) error {
+	return w.say("%s  %d バイト", "%s  %d bytes", f.File, f.Size)
 }
 
 func reportKey(ctx context.Context, o *options, _ []string) (any, error) {
 	return o.admin().ReportKey(ctx)
 }
 
-func printReportKey(w io.Writer, k fleet.ReportKey) error {
+func printReportKey(w printer, k fleet.ReportKey) error {
 	_, err := io.WriteString(w, k.PEM)
 	return err
 }
@@ -432,7 +434,7 @@ func firmwareExport(ctx context.Context, o *options, _ []string) (any, error) {
 	return o.admin().Firmware(ctx)
 }
 
-func printFirmware(w io.Writer, s fleet.FirmwareSummary) error {
+func printFirmware(w printer, s fleet.FirmwareSummary) error {
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
 	return e.Encode(s)

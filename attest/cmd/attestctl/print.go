@@ -5,6 +5,8 @@ import (
 	"io"
 	"os"
 	"strings"
+	"text/tabwriter"
+	"time"
 
 	"sekisho/attest"
 	"sekisho/attest/ek"
@@ -39,9 +41,67 @@ type printer struct {
 	language string
 }
 
-// say writes a line in the printer's language.
-func (p printer) say(ja, en string, a ...any) {
-	fmt.Fprintln(p, attest.Say(ja, en, a...).In(p.language))
+// say writes a line in the printer's language. No text among a breaks it.
+func (p printer) say(ja, en string, a ...any) error {
+	for i := range a {
+		a[i] = inLine(a[i])
+	}
+	_, err := fmt.Fprintln(p, attest.Say(ja, en, a...).In(p.language))
+	return err
+}
+
+// table is p with columns, which flush writes, under these headings if any.
+func (p printer) table(ja, en string) (t printer, flush func() error) {
+	w := tabwriter.NewWriter(p.Writer, 0, 0, 2, ' ', 0)
+	t = printer{w, p.language}
+	if en != "" {
+		fmt.Fprintln(t, attest.Text{JA: ja, EN: en}.In(p.language))
+	}
+	return t, w.Flush
+}
+
+// row writes a line of a table.
+func (p printer) row(cells ...any) {
+	for i := range cells {
+		cells[i] = fmt.Sprint(inLine(cells[i]))
+	}
+	fmt.Fprintf(p, strings.Repeat("%s\t", len(cells)-1)+"%s\n", cells...)
+}
+
+// inLine is a text without what would end its line or column: some of what is
+// shown comes from devices and files of others.
+func inLine(v any) any {
+	switch v := v.(type) {
+	case string:
+		return strings.Map(printable, v)
+	case fmt.Stringer:
+		return strings.Map(printable, v.String())
+	}
+	return v
+}
+
+// when is a time, if there was one.
+func (p printer) when(t time.Time) string {
+	if t.IsZero() || t.Unix() == 0 {
+		return attest.Say("なし", "never").In(p.language)
+	}
+	return t.UTC().Format(time.RFC3339)
+}
+
+// harmless writes text without what a terminal obeys.
+type harmless struct{ io.Writer }
+
+func (h harmless) Write(b []byte) (int, error) {
+	clean := strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' {
+			return r
+		}
+		return printable(r)
+	}, string(b))
+	if _, err := io.WriteString(h.Writer, clean); err != nil {
+		return 0, err
+	}
+	return len(b), nil
 }
 
 // verdict writes a verdict.
@@ -77,10 +137,10 @@ func (p printer) ek(r *ek.Report) {
 		p.say("形式\tTCG ヘッダー %t、証明書の後に %d バイト", "form\tTCG header %t, %d bytes behind the certificate", r.Header, r.Rest)
 	}
 	if i := r.Instance; i != nil {
-		fmt.Fprintf(p, "GCE\t%s\n", strings.Map(printable, fmt.Sprintf("%s (%s), %s, %s (%s)", i.Name, i.ID, i.Zone, i.ProjectID, i.ProjectNumber)))
+		p.row("GCE", fmt.Sprintf("%s (%s), %s, %s (%s)", i.Name, i.ID, i.Zone, i.ProjectID, i.ProjectNumber))
 	}
 	for i, l := range r.Chain {
-		p.say("チェーン %d\t%s\n\tsha256 %s", "chain %d\t%s\n\tsha256 %s", i, strings.Map(printable, subject(l)), l.Fingerprint)
+		p.say("チェーン %d\t%s\n\tsha256 %s", "chain %d\t%s\n\tsha256 %s", i, subject(l), l.Fingerprint)
 	}
 	p.findings(r.Findings)
 }
@@ -129,7 +189,7 @@ func (p printer) findings(list []attest.Remark) {
 		if f.PCR != nil {
 			where = fmt.Sprintf(" PCR %d", *f.PCR)
 		}
-		p.say("%[1]s\t%[3]s%[4]s: %[5]s", "%[2]s\t%[3]s%[4]s: %[5]s", severities[f.Severity], f.Severity, f.Code, where, strings.Map(printable, f.Sentence.In(p.language)))
+		p.say("%[1]s\t%[3]s%[4]s: %[5]s", "%[2]s\t%[3]s%[4]s: %[5]s", severities[f.Severity], f.Severity, f.Code, where, f.Sentence.In(p.language))
 		if f.Expected != "" || f.Seen != "" {
 			p.say("\t期待値 %s\n\t実際　 %s", "\texpected %s\n\tseen     %s", f.Expected, f.Seen)
 		}

@@ -78,6 +78,9 @@ func reports(args []string, stdout, stderr io.Writer) (exit int, ok bool) {
 		f.Usage()
 		return exitNone, true
 	}
+	if !o.json {
+		stdout = harmless{stdout}
+	}
 	run := map[string]func(*reportOptions, []string, io.Writer) (int, error){"verify": verifyReport, "explain": explainReport, "diff": diffReports}[args[0]]
 	if exit, err = run(&o, words, stdout); err != nil {
 		fmt.Fprintln(stderr, "attestctl:", err)
@@ -147,7 +150,7 @@ func verifyReport(o *reportOptions, args []string, w io.Writer) (int, error) {
 	}
 	a, p := v.Appraisal, printer{w, o.language}
 	p.say("判定       %s\n端末       %s\n時刻       %s\n検証       %s（%s）", "verdict    %s\ndevice     %s\ntime       %s\nverifier   %s of %s",
-		a.Status, v.Device, when(time.Unix(v.Claims.IssuedAt, 0)), v.Claims.Issuer, v.Claims.Audience)
+		a.Status, v.Device, p.when(time.Unix(v.Claims.IssuedAt, 0)), v.Claims.Issuer, v.Claims.Audience)
 	if a.Image != "" {
 		p.say("イメージ   %s", "image      %s", a.Image)
 	}
@@ -215,7 +218,7 @@ func explainReport(o *reportOptions, args []string, w io.Writer) (int, error) {
 	}
 	if len(a.Changes) > 0 {
 		fmt.Fprintf(w, "\n%s\n", say("前回の正常な起動との違い:", "since the last good boot:"))
-		printChanges(w, a.Changes)
+		printChanges(printer{w, o.language}, a.Changes)
 	}
 	if f := a.Firmware; f != nil {
 		fmt.Fprintf(w, "\n%s %s: %s\n", say("ファームウェア", "firmware"), f.Version,
@@ -227,7 +230,7 @@ func explainReport(o *reportOptions, args []string, w io.Writer) (int, error) {
 	return verdictExit(v), err
 }
 
-func printChanges(w io.Writer, list []attest.Change) {
+func printChanges(w printer, list []attest.Change) {
 	for _, c := range list {
 		mark := "~"
 		switch {
@@ -236,12 +239,12 @@ func printChanges(w io.Writer, list []attest.Change) {
 		case c.Is == "":
 			mark = "-"
 		}
-		fmt.Fprintf(w, "  %s PCR %-2d event %-3d %s %s\n", mark, c.PCR, c.Number, eventlog.TypeName(c.Type), c.Event)
+		w.say("  %s PCR %-2d イベント %-3d %s %s", "  %s PCR %-2d event %-3d %s %s", mark, c.PCR, c.Number, eventlog.TypeName(c.Type), c.Event)
 		if c.Was != "" {
-			fmt.Fprintf(w, "      was %s\n", c.Was)
+			w.say("      前 %s", "      was %s", c.Was)
 		}
 		if c.Is != "" {
-			fmt.Fprintf(w, "      is  %s\n", c.Is)
+			w.say("      今 %s", "      is  %s", c.Is)
 		}
 	}
 }
@@ -282,9 +285,9 @@ func diffReports(o *reportOptions, args []string, w io.Writer) (int, error) {
 		return exit, writeJSON(w, changes)
 	}
 	if len(changes) == 0 {
-		fmt.Fprintln(w, "no difference")
+		printer{w, o.language}.say("違いはありません。", "no difference")
 	}
-	printChanges(w, changes)
+	printChanges(printer{w, o.language}, changes)
 	return exit, nil
 }
 

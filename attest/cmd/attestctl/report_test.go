@@ -178,7 +178,7 @@ func TestPolicyCommands(t *testing.T) {
 		t.Errorf("%+v", b)
 	}
 	var out bytes.Buffer
-	if err := printPolicy(&out, run(policyShow, options{}, in("p.cose")).(*policy.Bundle)); err != nil || !strings.Contains(out.String(), "sekisho 1") {
+	if err := printPolicy(printer{&out, "en"}, run(policyShow, options{}, in("p.cose")).(*policy.Bundle)); err != nil || !strings.Contains(out.String(), "sekisho 1") {
 		t.Errorf("%v: %s", err, &out)
 	}
 }

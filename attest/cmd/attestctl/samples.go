@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"text/tabwriter"
 	"time"
 
 	"sekisho/attest"
@@ -140,9 +139,9 @@ func (o *sampleOptions) print(w io.Writer, v any, human func(printer)) error {
 		e.SetIndent("", "  ")
 		return e.Encode(v)
 	}
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	human(printer{t, o.language})
-	return t.Flush()
+	p, flush := printer{harmless{w}, o.language}.table("", "")
+	human(p)
+	return flush()
 }
 
 // readCapped reads a file of at most limit bytes.

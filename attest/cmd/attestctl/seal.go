@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"text/tabwriter"
 	"time"
 
 	"sekisho/attest"
@@ -105,7 +104,7 @@ func signApproval(_ context.Context, o *options, args []string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	fmt.Fprintf(os.Stderr, "signing %s: %s\n", s.Type, s.Payload)
+	printer{os.Stderr, o.language}.say("署名対象 %s：%s", "signing %s: %s", s.Type, s.Payload)
 	return s, s.Sign(key)
 }
 
@@ -123,7 +122,7 @@ func lastEscrow(ctx context.Context, o *options, args []string) (any, error) {
 }
 
 // printDocument prints the document itself, to be passed on.
-func printDocument[T any](w io.Writer, v T) error {
+func printDocument[T any](w printer, v T) error {
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
 	return e.Encode(v)
@@ -145,7 +144,7 @@ func sealSign(_ context.Context, o *options, args []string) (any, error) {
 	return seal.SignPolicy(key, refs, o.epoch)
 }
 
-func printRelease(w io.Writer, r *seal.Release) error {
+func printRelease(w printer, r *seal.Release) error {
 	data, err := r.Encode()
 	if err != nil {
 		return err
@@ -163,14 +162,14 @@ func sealShow(_ context.Context, _ *options, args []string) (any, error) {
 	return r, err
 }
 
-func explainRelease(w io.Writer, r *seal.Release) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(t, "image\t%s %s\nepoch\t%d\nrelease key\t%x\n", r.Image, r.Version, r.Epoch, sha256.Sum256(r.Key))
+func explainRelease(w printer, r *seal.Release) error {
+	t, flush := w.table("", "")
+	t.say("イメージ\t%s %s\nエポック\t%d\nリリース鍵\t%x", "image\t%s %s\nepoch\t%d\nrelease key\t%x", r.Image, r.Version, r.Epoch, sha256.Sum256(r.Key))
 	for _, i := range seal.PCRs {
 		fmt.Fprintf(t, "PCR %d\t%s\n", i, r.PCRs[i])
 	}
-	fmt.Fprintln(t, "signatures\tvalid for disk, logon, and the rollback counter")
-	return t.Flush()
+	t.say("署名\tディスク、ログオン、ロールバックカウンターのすべてで有効", "signatures\tvalid for disk, logon, and the rollback counter")
+	return flush()
 }
 
 func (o *options) readEscrow() (*seal.Escrow, error) {
@@ -246,8 +245,8 @@ func recoveryRelease(ctx context.Context, o *options, args []string) (any, error
 }
 
 // printRecovery prints the key alone on standard output.
-func printRecovery(w io.Writer, r recovery) error {
-	fmt.Fprintf(os.Stderr, "recovery key of device %s, released by %v; it is not logged\n", r.Device, r.Signers)
+func printRecovery(w printer, r recovery) error {
+	printer{os.Stderr, w.language}.say("端末 %s の回復キー（承認者 %v）。記録には残りません。", "recovery key of device %s, released by %v; it is not logged", r.Device, r.Signers)
 	_, err := fmt.Fprintln(w, r.Key)
 	return err
 }
@@ -256,11 +255,10 @@ func listRecoveries(ctx context.Context, o *options, _ []string) (any, error) {
 	return o.admin().Recoveries(ctx)
 }
 
-func printRecoveries(w io.Writer, list []fleet.Recovery) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "RELEASED\tDEVICE\tVOLUME\tSIGNERS\tREASON")
+func printRecoveries(w printer, list []fleet.Recovery) error {
+	t, flush := w.table("開示\t端末\tボリューム\t署名者数\t理由", "RELEASED\tDEVICE\tVOLUME\tSIGNERS\tREASON")
 	for _, r := range list {
-		fmt.Fprintf(t, "%s\t%s\t%x\t%d\t%s\n", when(r.Used), r.Device, r.Volume, len(r.Signers), r.Reason)
+		t.row(t.when(r.Used), r.Device, fmt.Sprintf("%x", r.Volume), len(r.Signers), r.Reason)
 	}
-	return t.Flush()
+	return flush()
 }

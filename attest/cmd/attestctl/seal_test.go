@@ -76,7 +76,7 @@ func (d *desk) run(out, command string, o options, args ...string) error {
 		return err
 	}
 	var b bytes.Buffer
-	if err := c.print(&b, result); err != nil {
+	if err := c.print(printer{&b, "en"}, result); err != nil {
 		d.t.Fatal(err)
 	}
 	d.write(out, b.Bytes())
