@@ -74,9 +74,9 @@ type Organization struct {
 	CA        string     `json:"ca"` // PEM, roots for the servers' certificates
 	Verifiers []Endpoint `json:"verifiers"`
 	Gateways  []Endpoint `json:"gateways"`
-	// Proxy is an HTTP proxy that laptops reach the gateways by (CONNECT, RFC
-	// 9110, section 9.3.6), where the network lets nothing else out. Without it
-	// they go straight there.
+	// Proxy is an HTTP proxy that laptops reach gateways and verifiers by
+	// (CONNECT, RFC 9110, section 9.3.6), where the network lets nothing else out.
+	// With it nothing goes there straight, without it everything does.
 	Proxy netip.AddrPort `json:"proxy,omitzero"`
 	// KeyAgreement is the least for the tunnel, the beacon and the verifiers,
 	// p256-mlkem768 if absent. The gateways' and beacons' own configurations

@@ -22,7 +22,7 @@ const module = "sekisho/"
 var allowed = map[string][]string{
 	"attest":    {},
 	"guestlink": {},
-	"netd":      {"attest", "attest/gate", "attest/cryptrec", "guestlink"},
+	"netd":      {"attest", "attest/gate", "attest/cryptrec", "attest/proxy", "guestlink"},
 	"hostos":    {"attest", "attest/approval", "attest/gate", "attest/cryptrec", "guestlink"},
 	"docs":      {},
 	"images":    {"attest", "guestlink", "netd", "hostos", "..."},

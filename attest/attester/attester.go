@@ -111,7 +111,7 @@ func New(c Config) (*Attester, error) {
 	}
 	a := &Attester{Config: c, change: make(chan struct{}), again: make(chan struct{}, 1)}
 	for _, e := range c.Organization.Verifiers {
-		a.remotes = append(a.remotes, newRemote(e, roots, c.Organization.KeyAgreement))
+		a.remotes = append(a.remotes, newRemote(e, roots, c.Organization.KeyAgreement, c.Organization.Proxy))
 	}
 	// Until the first fact is known: closed, and no alarm yet.
 	a.status = gate.Status{State: gate.StateAttesting, Since: c.Now().UTC(), Detail: "starting"}

@@ -11,10 +11,12 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"time"
 
 	"sekisho/attest"
 	"sekisho/attest/cryptrec"
+	"sekisho/attest/proxy"
 )
 
 // callTime bounds one request to a verifier.
@@ -40,21 +42,25 @@ type remote struct {
 	http     *http.Client
 }
 
-func newRemote(e attest.Endpoint, roots *x509.CertPool, agreement cryptrec.KeyAgreement) *remote {
+// newRemote returns a client of a verifier, by the HTTP proxy by if that is valid.
+func newRemote(e attest.Endpoint, roots *x509.CertPool, agreement cryptrec.KeyAgreement, by netip.AddrPort) *remote {
 	config := agreement.Config()
 	config.RootCAs = roots
 	config.ServerName = e.ServerName
-	dialer := &tls.Dialer{Config: config}
 	return &remote{e, &http.Client{
 		Timeout: callTime,
 		Transport: &http.Transport{
 			// The endpoint is an address; no name is ever asked for.
 			DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				c, err := dialer.DialContext(ctx, "tcp", e.Address.String())
+				raw, err := proxy.Dial(ctx, &net.Dialer{}, e.Address, by)
 				if err != nil {
 					return nil, err
 				}
-				if err := agreement.Check(c.(*tls.Conn).ConnectionState()); err != nil {
+				c := tls.Client(raw, config)
+				if err := c.HandshakeContext(ctx); err != nil {
+					return nil, errors.Join(err, raw.Close())
+				}
+				if err := agreement.Check(c.ConnectionState()); err != nil {
 					return nil, errors.Join(err, c.Close())
 				}
 				return c, nil

@@ -102,6 +102,7 @@ type site struct {
 	store     *store.Store
 	storeDir  string
 	address   string
+	proxy     netip.AddrPort // before it; may be zero
 	stop      func()
 }
 
@@ -185,7 +186,7 @@ func (s *site) organization() *attest.Organization {
 	return &attest.Organization{
 		Name: "Test City", CA: s.servers.pem(),
 		Verifiers: []attest.Endpoint{{Address: netip.MustParseAddrPort(s.address), ServerName: name}},
-		EscrowKey: s.escrowKey,
+		EscrowKey: s.escrowKey, Proxy: s.proxy,
 	}
 }
 

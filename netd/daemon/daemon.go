@@ -167,12 +167,12 @@ func New(c Config) *Daemon {
 			keeper.Claims = append(keeper.Claims, e.Address.Addr())
 		}
 	}
-	for _, e := range c.Organization.Verifiers {
-		d.endpoints = append(d.endpoints, e.Address)
-	}
-	if p := c.Organization.Proxy; p.IsValid() { // and no gateway straight
-		d.endpoints = append(d.endpoints, p)
+	if p := c.Organization.Proxy; p.IsValid() { // and no server straight
+		d.endpoints = []netip.AddrPort{p}
 	} else {
+		for _, e := range c.Organization.Verifiers {
+			d.endpoints = append(d.endpoints, e.Address)
+		}
 		for _, e := range c.Organization.Gateways {
 			d.endpoints, d.quic = append(d.endpoints, e.Address), append(d.quic, e.Address)
 		}

@@ -64,7 +64,7 @@ func (d *Daemon) watchPath(ctx context.Context) {
 		due := want != last && (want.closed || want.doubted != last.doubted) || want.closed || time.Since(clocked) > clockEvery
 		if want.link != "" && due {
 			var signed bool
-			if floor, signed = d.askPath(ctx, want, path.Prober{Agreement: d.Organization.KeyAgreement, Roots: roots, Floor: floor, Link: want.link, Source: want.source}); signed {
+			if floor, signed = d.askPath(ctx, want, path.Prober{Agreement: d.Organization.KeyAgreement, Proxy: d.Organization.Proxy, Roots: roots, Floor: floor, Link: want.link, Source: want.source}); signed {
 				clocked = time.Now()
 			} else if !want.closed {
 				clocked = time.Now().Add(askEvery - clockEvery) // soon again
@@ -131,7 +131,7 @@ func (d *Daemon) askPath(ctx context.Context, want asked, p path.Prober) (floor 
 	for _, e := range d.Organization.Verifiers {
 		all.Go(func() { ask(d.probe(ctx, p, e, true)) })
 	}
-	if want.closed && !d.Organization.Proxy.IsValid() {
+	if want.closed {
 		for _, e := range d.Organization.Gateways {
 			all.Go(func() { ask(d.probe(ctx, p, e, false)) })
 		}

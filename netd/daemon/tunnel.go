@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"sekisho/attest"
+	"sekisho/attest/proxy"
 	"sekisho/guestlink"
 	"sekisho/netd"
 	"sekisho/netd/tunnel"
@@ -231,14 +232,14 @@ func (d *Daemon) setTrouble(t trouble) {
 func diagnose(gateway netip.AddrPort, err error) trouble {
 	var (
 		refused *connectip.RefusedError
-		proxy   *tunnel.ProxyError
+		stopped *proxy.Error
 		remote  *net.OpError
 		cert    *tls.CertificateVerificationError
 	)
 	t := trouble{reason: netd.ReasonGateway, what: fmt.Sprintf("gateway %s unreachable", gateway), since: time.Now()}
 	switch {
-	case errors.As(err, &proxy) && proxy.Status != 0:
-		t.reason, t.what = netd.ReasonProxy, proxy.Error()
+	case errors.As(err, &stopped) && stopped.Status != 0:
+		t.reason, t.what = netd.ReasonProxy, stopped.Error()
 	case errors.As(err, &refused), errors.As(err, &cert),
 		errors.As(err, &remote) && remote.Op == "remote error": // a TLS alert (crypto/tls)
 		t.reason, t.what = netd.ReasonRefused, strings.ReplaceAll(err.Error(), "\n", "; ")

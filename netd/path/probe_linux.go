@@ -30,6 +30,7 @@ type Prober struct {
 	Floor     time.Time // no chain is judged at an earlier moment
 	Link      string    // the uplink
 	Source    netip.Addr
+	Proxy     netip.AddrPort // an HTTP proxy before the servers; zero is none
 }
 
 // Result is what came of one question.
@@ -46,11 +47,7 @@ func (p Prober) Ask(ctx context.Context, e attest.Endpoint, clock bool) Result {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	r := Result{Endpoint: e.Address}
-	d := net.Dialer{KeepAlive: -1, Control: tunnel.BindToLink(p.Link)}
-	if p.Source.IsValid() {
-		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(p.Source, 0))
-	}
-	raw, err := d.DialContext(ctx, "tcp", e.Address.String())
+	raw, err := tunnel.DialTCP(ctx, tunnel.Path{Link: p.Link, Source: p.Source}, e.Address, p.Proxy)
 	if err != nil {
 		r.What = err.Error()
 		return r

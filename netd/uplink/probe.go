@@ -139,9 +139,9 @@ func width(ctx context.Context, reach func(ctx context.Context, mtu int) error) 
 // Prober returns a Probe that reaches one of the organisation's servers: a TLS
 // handshake, over the uplink alone, with a server whose certificate the
 // organisation's CA signed. No captive portal and no local network can answer
-// it. A laptop whose attestation is in force (admitted) asks the gateways, by the
-// organisation's proxy if it has one, any other the verifiers: it has no
-// business with a gateway. The number is the MTU that packets must keep to, if the
+// it. A laptop whose attestation is in force (admitted) asks the gateways, any
+// other the verifiers: it has no business with a gateway. Both are asked by the
+// organisation's proxy if it has one. The number is the MTU that packets must keep to, if the
 // path swallows longer ones without a word.
 func Prober(org *attest.Organization, dial dialer, admitted func() bool) (func(context.Context, netd.Uplink) (int, error), error) {
 	roots, err := org.Roots()
@@ -156,9 +156,9 @@ func Prober(org *attest.Organization, dial dialer, admitted func() bool) (func(c
 			err error
 		}
 		results, n := make(chan result), 0
-		servers, proxy := org.Verifiers, netip.AddrPort{}
+		servers, proxy := org.Verifiers, org.Proxy
 		if admitted() {
-			servers, proxy = org.Gateways, org.Proxy
+			servers = org.Gateways
 		}
 		for _, g := range servers {
 			first := g.Address

@@ -167,8 +167,8 @@ func slicesOf(s []string) (out [][]byte) {
 func (w *world) allowed() []netip.AddrPort {
 	var out []netip.AddrPort
 	servers := slices.Concat(w.organization.Verifiers, w.organization.Gateways)
-	if p := w.organization.Proxy; p.IsValid() { // in place of the gateways
-		out, servers = append(out, p), w.organization.Verifiers
+	if p := w.organization.Proxy; p.IsValid() { // in their place
+		out, servers = []netip.AddrPort{p}, nil
 	}
 	for _, e := range servers {
 		out = append(out, e.Address)

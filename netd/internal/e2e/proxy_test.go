@@ -23,11 +23,12 @@ import (
 // nothing goes past it.
 func TestThroughAProxy(t *testing.T) {
 	w := newWorld(t)
-	w.home.Run("nft", "add table inet wall; add chain inet wall out { type filter hook forward priority 0; policy accept; }; add rule inet wall out ip daddr 203.0.113.20 drop")
+	w.home.Run("nft", "add table inet wall; add chain inet wall out { type filter hook forward priority 0; policy accept; }; add rule inet wall out ip daddr 203.0.113.0/24 drop")
 	w.organization.Proxy = netip.MustParseAddrPort("192.168.50.1:3128")
 	p := &proxy{w: w}
 	p.status.Store(http.StatusProxyAuthRequired)
 	go p.serve(w.home.Listen(w.organization.Proxy.String()))
+	w.verifierAt(time.Now().AddDate(0, 0, 1))
 	w.startGateway()
 	w.attestd.set(gate.StateAffirming, time.Hour)
 	w.startNetd()
@@ -46,11 +47,12 @@ func TestThroughAProxy(t *testing.T) {
 	w.readPage(10 * time.Second)
 	p.mu.Lock()
 	for _, to := range p.asked {
-		if to != gatewayAddr {
+		if to != gatewayAddr && to != verifierAddr {
 			t.Errorf("the proxy was asked for %s", to)
 		}
 	}
 	p.mu.Unlock()
+	clockSeen(t, w) // the verifier signed the time through the proxy
 
 	p.status.Store(http.StatusForbidden)
 	p.drop()
