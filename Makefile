@@ -33,6 +33,7 @@ bench: packages build
 	@echo "== guest link against its yardsticks"; set -o pipefail; $(GO) test ./guestlink/packet -run '^$$' -bench Ratio -benchtime 1x -v | grep -v '^goos\|^goarch\|^pkg' && \
 	 SEKISHO_TEST=all $(GO) test ./guestlink/guest -run '^$$' -bench Ratio -benchtime 1x -v | grep -v '^goos\|^goarch\|^pkg'
 	@echo "== the tunnel against wireguard-go and OpenVPN"; SEKISHO_TEST=all $(GO) test ./netd/internal/e2e -run '^$$' -bench 'Tunnel|GatewayMemory' -benchtime 5x
+	@echo "== moves between networks, and netd's memory"; SEKISHO_TEST=all $(GO) test ./netd/internal/e2e -run '^$$' -bench Moves -benchtime 3x
 	@bin/lab bench
 
 FUZZTIME ?= 10m

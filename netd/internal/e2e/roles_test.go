@@ -261,19 +261,8 @@ func (r *role) tell(o order) (report, error) {
 	return rep, err
 }
 
-// memory is the most that the role had resident, in MiB (proc_pid_status(5)).
-func (r *role) memory() float64 {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", r.cmd.Process.Pid))
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	_, rest, _ := strings.Cut(string(b), "VmHWM:")
-	kib, err := strconv.Atoi(strings.Fields(rest)[0])
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return float64(kib) / 1024
-}
+// memory is the most that the role had resident, in MiB.
+func (r *role) memory() float64 { return mostResident(r.t, r.cmd.Process.Pid) }
 
 // cpu is the processor time that the role has used (proc_pid_stat(5)).
 func (r *role) cpu() time.Duration {

@@ -214,13 +214,7 @@ func twoUplinks(t *testing.T, by connectip.Carriage) {
 	w.startNetd()
 	w.waitState(30*time.Second, netd.Tunnel, "")
 	w.readPage(10 * time.Second)
-	s := w.waitUplink("eth0")
-	nstest.Eventually(t, 20*time.Second, func() (err error) {
-		if s, err = w.status(); err == nil && (len(s.Uplinks) != 2 || s.Uplinks[0].Health != netd.HealthGood || s.Uplinks[1].Health != netd.HealthGood) {
-			err = fmt.Errorf("uplinks %+v, want two that are good", s.Uplinks)
-		}
-		return err
-	})
+	s := w.bothGood()
 	stop := w.pester()
 	e := w.startEcho(5 * time.Millisecond)
 	w.answering(e)
