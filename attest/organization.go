@@ -26,12 +26,6 @@ const OrganizationFile = "/etc/sekisho/organization.json"
 // maxOrganizationFile bounds ParseOrganization's input in bytes.
 const maxOrganizationFile = 256 << 10
 
-// Endpoint is a server that a laptop may talk to outside the tunnel.
-type Endpoint struct {
-	Address    netip.AddrPort `json:"address"`     // IP address and TCP port; never a host name
-	ServerName string         `json:"server_name"` // name in the server's certificate
-}
-
 // Firmware of the work domain.
 const (
 	FirmwareUEFI = "uefi"
@@ -135,7 +129,7 @@ func (o *Office) validate() error {
 		fail("%d beacons, want 1 to 1024", len(o.Beacons))
 	}
 	for i, b := range o.Beacons {
-		if !b.unicast() || b.ServerName == "" || b.Site == "" || len(b.Site) > 64 {
+		if !b.unicast() || b.Address6.IsValid() || b.ServerName == "" || b.Site == "" || len(b.Site) > 64 {
 			fail("beacons[%d]: want a unicast address with a port, a server_name, and a site of 1 to 64 bytes", i)
 		}
 	}
@@ -223,7 +217,7 @@ func (o *Organization) Validate() error {
 		}
 		for i, e := range list {
 			if !e.unicast() {
-				fail("%s[%d]: address %s is not a unicast address with a port", what, i, e.Address)
+				fail("%s[%d]: address %s is not a unicast address with a port, or address6 %s no IPv6 one beside an IPv4 one", what, i, e.Address, e.Address6)
 			}
 			if e.ServerName == "" {
 				fail("%s[%d]: server_name is empty", what, i)
@@ -286,12 +280,6 @@ func (o *Organization) Validate() error {
 		fail("work_domain: link %q: want %q or %q", l, LinkVsock, LinkSerial)
 	}
 	return errors.Join(errs...)
-}
-
-// unicast reports whether e is at an address that one host may have.
-func (e Endpoint) unicast() bool {
-	a := e.Address.Addr()
-	return e.Address.IsValid() && e.Address.Port() != 0 && !a.IsLoopback() && !a.IsMulticast() && !a.IsUnspecified()
 }
 
 // ErrNoEscrow: the organisation has no escrow key.

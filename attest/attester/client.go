@@ -52,13 +52,23 @@ func newRemote(e attest.Endpoint, roots *x509.CertPool, agreement cryptrec.KeyAg
 		Transport: &http.Transport{
 			// The endpoint is an address; no name is ever asked for.
 			DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				raw, err := proxy.Dial(ctx, &net.Dialer{}, e.Address, by)
+				addresses := e.Addresses()
+				if by.IsValid() { // its family is the path's
+					addresses = []netip.AddrPort{e.Address}
+				}
+				c, err := attest.First(ctx, addresses, func(ctx context.Context, a netip.AddrPort) (*tls.Conn, error) {
+					raw, err := proxy.Dial(ctx, &net.Dialer{}, a, by)
+					if err != nil {
+						return nil, err
+					}
+					c := tls.Client(raw, config)
+					if err := c.HandshakeContext(ctx); err != nil {
+						return nil, errors.Join(err, raw.Close())
+					}
+					return c, nil
+				}, func(c *tls.Conn) { c.Close() })
 				if err != nil {
 					return nil, err
-				}
-				c := tls.Client(raw, config)
-				if err := c.HandshakeContext(ctx); err != nil {
-					return nil, errors.Join(err, raw.Close())
 				}
 				if err := agreement.Check(c.ConnectionState()); err != nil {
 					return nil, errors.Join(err, c.Close())

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -100,7 +101,9 @@ func (r *Revocations) follow(ctx context.Context, v attest.Endpoint) error {
 	config.ServerName = v.ServerName
 	client := &http.Client{Transport: &http.Transport{
 		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			c, err := (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", v.Address.String())
+			c, err := attest.First(ctx, v.Addresses(), func(ctx context.Context, a netip.AddrPort) (net.Conn, error) {
+				return (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", a.String())
+			}, func(c net.Conn) { c.Close() })
 			if err != nil {
 				return nil, err
 			}
