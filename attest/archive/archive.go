@@ -46,8 +46,18 @@ type Entry struct {
 	Device attest.Digest
 	Time   time.Time
 	Data   []byte
-	Common [][]byte // parts of Data that other entries may have too
+	Common []Part // parts of Data that other entries may have too
 }
+
+// Part is what entries may have in common, by its SHA-256. That is the
+// caller's word: an event log's is known to whoever has judged it.
+type Part struct {
+	Digest attest.Digest
+	Data   []byte
+}
+
+// NewPart is a part whose digest is not known yet.
+func NewPart(data []byte) Part { return Part{sha256.Sum256(data), data} }
 
 // Retention bounds an archive; zero: no bound.
 type Retention struct {

@@ -39,7 +39,7 @@ func bytesOf(n int) []byte {
 // made is an entry of 45 KB, nearly all of it in common with the others.
 func made(n int, log []byte, at time.Time) Entry {
 	head, tail := fmt.Appendf(nil, "head %d ", n), fmt.Appendf(nil, " tail %d", n)
-	return Entry{ID: id(n), Time: at, Data: bytes.Join([][]byte{head, log, tail}, nil), Common: [][]byte{log, []byte("head")}}
+	return Entry{ID: id(n), Time: at, Data: bytes.Join([][]byte{head, log, tail}, nil), Common: []Part{NewPart(log), NewPart([]byte("head"))}}
 }
 
 func check(t *testing.T, a *Archive, e Entry) {

@@ -2,7 +2,6 @@ package archive
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -149,16 +148,15 @@ func (t *tail) put(kind byte, key, body []byte) (int64, error) {
 }
 
 // common returns where a part is; a new one is written.
-func (w *writer) common(data []byte, at time.Time) (place, error) {
-	d := sha256.Sum256(data)
-	if p, ok := w.a.known[d]; ok {
-		return p, nil
+func (w *writer) common(p Part, at time.Time) (place, error) {
+	if known, ok := w.a.known[p.Digest]; ok {
+		return known, nil
 	}
-	if offset, ok := w.parts.rows[string(d[:])]; ok {
+	if offset, ok := w.parts.rows[string(p.Digest[:])]; ok {
 		return place{w.parts.s.number, offset}, nil
 	}
 	w.parts.until = at
-	offset, err := w.parts.put(kindPart, d[:], data)
+	offset, err := w.parts.put(kindPart, p.Digest[:], p.Data)
 	return place{w.parts.s.number, offset}, err
 }
 
@@ -183,12 +181,12 @@ func (w *writer) add(e Entry) error {
 	x := entry{ID: e.ID[:], Device: e.Device[:], Time: e.Time.UnixMilli()}
 	rest := e.Data
 	for len(rest) > 0 { // the parts in their order
-		at, which := -1, []byte(nil)
+		at, which := -1, Part{}
 		for _, c := range e.Common {
-			if len(c) < minPart {
+			if len(c.Data) < minPart {
 				continue
 			}
-			if i := index(rest, c); i >= 0 && (at < 0 || i < at) {
+			if i := index(rest, c.Data); i >= 0 && (at < 0 || i < at) {
 				at, which = i, c
 			}
 		}
@@ -205,7 +203,7 @@ func (w *writer) add(e Entry) error {
 		}
 		x.Parts = append(x.Parts, part{Segment: p.segment, Offset: p.offset})
 		w.entries.refers = min(w.entries.refers, p.segment)
-		rest = rest[at+len(which):]
+		rest = rest[at+len(which.Data):]
 	}
 	body, err := cbor.Marshal(x)
 	if err != nil {

@@ -83,7 +83,7 @@ func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*at
 			return refused(id, err), nil
 		}
 		in, out := s.judge(e, rec, now)
-		if !fresh(out.Result) { // anyone can make such evidence: it leaves no trace
+		if !out.Bound { // anyone can make such evidence: it leaves no trace
 			return &attest.AttestResponse{Result: out.Result}, nil
 		}
 		ok, err := s.commit(ctx, id, rec, nonce, in, out, reportID)
@@ -110,7 +110,7 @@ func (s *Service) judge(e *attest.Evidence, rec record, now time.Time) (in verif
 	}
 	in.Firmware = s.Commons.Count(id, verifier.FirmwareOf(e))
 	out = verifier.Appraise(in)
-	if out.Result.Status != attest.StatusAffirming && fresh(out.Result) && s.Reports != nil {
+	if out.Result.Status != attest.StatusAffirming && out.Bound && s.Reports != nil {
 		// Once more, now with what changed since the last good boot. A report
 		// that cannot be read, such as one of a former report key, costs the
 		// refusal these words and not itself.
@@ -121,13 +121,6 @@ func (s *Service) judge(e *attest.Evidence, rec record, now time.Time) (in verif
 		out = verifier.Appraise(in)
 	}
 	return in, out
-}
-
-// fresh reports whether a result is of evidence that the device's own TPM has
-// signed for this very nonce: all else anyone on the network can make, and it
-// neither fills the archive nor uses up nonces nor pulls the brake.
-func fresh(r attest.Result) bool {
-	return r.Status == attest.StatusAffirming || r.Reason > attest.ReasonBindingMismatch
 }
 
 // commit records an appraisal if the device's record is still what it was
@@ -200,7 +193,7 @@ func (s *Service) conclude(ctx context.Context, evidence []byte, in verifier.Inp
 		return nil, err
 	}
 	resp.Token, resp.Result.Report = token, reportID
-	return resp, s.Reports.save(ctx, in, reportID, data)
+	return resp, s.Reports.save(ctx, in, out, reportID, data)
 }
 
 // brake tells the brake of a result and holds the roll-out of policies if it

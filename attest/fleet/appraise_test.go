@@ -309,7 +309,6 @@ func TestReportOfEachAppraisal(t *testing.T) {
 	}
 }
 
-// TestOnlyAuthenticEvidenceCounts sends evidence that anyone could make.
 // TestRefusedAfterNewReportKey: the last good boot's report, of a former report
 // key, cannot be read. A bad boot is refused all the same, and a simulation
 // counts the device as unknown.
@@ -334,10 +333,32 @@ func TestRefusedAfterNewReportKey(t *testing.T) {
 	}
 }
 
+// TestOnlyAuthenticEvidenceCounts sends evidence that anyone could make: by
+// another TPM, and old evidence of the device, as its reports hold it, with
+// something in it exchanged.
 func TestOnlyAuthenticEvidenceCounts(t *testing.T) {
 	b := newBench(t)
 	b.full(false)
-	_, id := b.enrolled()
+	d, id := b.enrolled()
+	old := b.evidenceOf(d, id, make([]byte, 64), image)
+	for _, change := range []func(*attest.Evidence){
+		func(*attest.Evidence) {},
+		func(e *attest.Evidence) { e.Key = []byte{1} },
+		func(e *attest.Evidence) { e.Key = b.device().Identity().EK },
+		func(e *attest.Evidence) { e.EventLog = nil },
+		func(e *attest.Evidence) { e.PCRs = nil },
+		func(e *attest.Evidence) { e.RunLog = []byte{1} },
+		func(e *attest.Evidence) { e.Certify = nil },
+	} {
+		e := *old
+		e.Nonce = b.nonce(id)
+		change(&e)
+		for range 3 * brakeDevices { // the nonce stays good for the device
+			if r := b.attest(&e).Result; r.Reason == attest.ReasonNonceReused || r.Status != attest.StatusContraindicated {
+				t.Fatalf("%+v", r)
+			}
+		}
+	}
 	thief := b.device()
 	for range 3 * brakeDevices {
 		if r := b.boot(thief, id, image).Result; r.Reason != attest.ReasonSignatureInvalid {

@@ -111,17 +111,17 @@ func (r *Reports) lastGood(seen Seen) ([]byte, error) {
 }
 
 // save keeps the report of an appraisal. It returns when it is on disk.
-func (r *Reports) save(ctx context.Context, in verifier.Input, id string, data []byte) error {
+func (r *Reports) save(ctx context.Context, in verifier.Input, out verifier.Outcome, id string, data []byte) error {
 	x, err := archive.ParseID(id)
 	if err != nil {
 		return fmt.Errorf("report: %w", err)
 	}
-	e := archive.Entry{ID: x, Device: in.Evidence.DeviceID(), Time: in.Now, Data: data, Common: [][]byte{in.Evidence.EventLog, in.LastGood}}
+	e := archive.Entry{ID: x, Device: in.Evidence.DeviceID(), Time: in.Now, Data: data, Common: []archive.Part{{Digest: out.EventLog, Data: in.Evidence.EventLog}, archive.NewPart(in.LastGood)}}
 	if in.Policy != nil {
-		e.Common = append(e.Common, in.Policy.Data)
+		e.Common = append(e.Common, archive.NewPart(in.Policy.Data))
 	}
 	if in.Shadow != nil {
-		e.Common = append(e.Common, in.Shadow.Data)
+		e.Common = append(e.Common, archive.NewPart(in.Shadow.Data))
 	}
 	if err := r.Append(ctx, e); err != nil {
 		return fmt.Errorf("report: %w", err)

@@ -52,7 +52,11 @@ type Input struct {
 
 // Outcome is a Result and, only if that is affirming, what it entitles to.
 type Outcome struct {
-	Result   attest.Result
+	Result attest.Result
+	// Bound says that the device's own TPM has signed the evidence for this very
+	// nonce: all else anyone on the network can make, from reports too.
+	Bound    bool
+	EventLog attest.Digest    // SHA-256 of the evidence's; zero unless Bound
 	Key      *ecdsa.PublicKey // to certify; nil unless affirming
 	Clock    tpm.Clock        // to record; zero unless affirming
 	Firmware uint64           // of the TPM, to record; zero unless affirming
@@ -83,9 +87,10 @@ type Outcome struct {
 //   - no rule of the signed policy that blocks or degrades is unmet.
 //
 // The nonce itself is judged by Nonces before.
-func Appraise(in Input) Outcome {
-	out := Outcome{Result: newResult(in)}
+func Appraise(in Input) (out Outcome) {
+	out.Result = newResult(in)
 	a := &appraisal{in: in}
+	defer func() { out.Bound, out.EventLog = a.bound, a.digest }()
 	for _, check := range []func() error{a.addressee, a.signature, a.quote, a.binding, a.pcrs, a.clock, a.credentialKey, a.runTime, a.log, a.inForce, a.policy, a.rules} {
 		if err := check(); err != nil {
 			refuse(&out.Result, err, a.findings)
@@ -139,7 +144,8 @@ type appraisal struct {
 	in        Input
 	ak        *tpm.Public
 	statement *tpm.Statement
-	digest    attest.Digest // SHA-256 of the event log
+	bound     bool          // extra is what the quote was made for
+	digest    attest.Digest // SHA-256 of the event log, once bound
 	extra     attest.Digest
 	values    map[int]attest.Digest // as quoted
 	boot      map[int]attest.Digest // values without the run-time events
@@ -203,10 +209,10 @@ func (a *appraisal) binding() error {
 	if err != nil {
 		return attest.Refuse(attest.ReasonKeyAttributes, "credential key: %v", err)
 	}
-	a.digest = sha256.Sum256(e.EventLog)
+	digest := attest.Digest(sha256.Sum256(e.EventLog))
 	a.extra, err = attest.Binding{
 		Nonce: e.Nonce, Device: a.in.Device.ID, Verifier: a.in.Verifier, Purpose: e.Purpose,
-		Key: sha256.Sum256(spki), EventLog: a.digest, RunLog: e.RunLog, Model: e.Model,
+		Key: sha256.Sum256(spki), EventLog: digest, RunLog: e.RunLog, Model: e.Model,
 	}.Digest()
 	if err != nil {
 		return err
@@ -214,6 +220,7 @@ func (a *appraisal) binding() error {
 	if !bytes.Equal(a.statement.ExtraData, a.extra[:]) {
 		return attest.Refuse(attest.ReasonBindingMismatch, "quote was made for another nonce, device, verifier, purpose, key or event log")
 	}
+	a.bound, a.digest = true, digest
 	return nil
 }
 
