@@ -87,6 +87,7 @@ type Archive struct {
 	parts   row
 	known   map[attest.Digest]place // parts that new entries may refer to
 	broken  error                   // why nothing can be appended any more
+	unseen  uint64                  // segments of entries from this one on stay, see Keep
 }
 
 // place is where a part is.
@@ -110,7 +111,7 @@ func Open(dir string, keep Retention, now func() time.Time, room func() error) (
 	if err != nil {
 		return nil, fmt.Errorf("archive: %w", err)
 	}
-	a := &Archive{dir: root, keep: keep, now: now, room: room, queue: make(chan *request), stop: make(chan struct{})}
+	a := &Archive{dir: root, keep: keep, now: now, room: room, queue: make(chan *request), stop: make(chan struct{}), unseen: nobody}
 	if err := a.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("archive %s: %w", dir, err), a.close())
 	}
@@ -294,7 +295,7 @@ func (a *Archive) trim() error {
 		if err := a.trimParts(); err != nil {
 			return err
 		}
-		if len(a.entries.full) == 0 {
+		if len(a.entries.full) == 0 || a.entries.full[0].number >= a.unseen {
 			return nil
 		}
 		old := a.keep.Age > 0 && a.now().Sub(a.entries.full[0].until) > a.keep.Age

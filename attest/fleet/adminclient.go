@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"time"
 
 	"sekisho/attest"
@@ -87,6 +88,14 @@ func (a *Admin) RemoveReference(ctx context.Context, id string) error {
 // signatures are missing, or the time is not right.
 var ErrRefused = errors.New("refused")
 
+// notFound is what the verifier says of what is not there; it is
+// os.ErrNotExist.
+type notFound struct{ why string }
+
+func (e *notFound) Error() string { return e.why }
+
+func (e *notFound) Is(target error) bool { return target == os.ErrNotExist }
+
 // Backup writes all records of the verifier's store, once it has seen that the
 // backup is whole.
 func (a *Admin) Backup(ctx context.Context, to io.ReadWriteSeeker) (b store.Backup, err error) {
@@ -134,6 +143,9 @@ func (a *Admin) do(ctx context.Context, method, path string, body []byte, answer
 		}
 		if resp.StatusCode == http.StatusForbidden || resp.StatusCode == http.StatusConflict {
 			return fmt.Errorf("%w: %s", ErrRefused, e.Error)
+		}
+		if resp.StatusCode == http.StatusNotFound {
+			return &notFound{e.Error}
 		}
 		return errors.New(e.Error)
 	}

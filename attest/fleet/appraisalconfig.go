@@ -17,20 +17,22 @@ const (
 	defaultGiB  = 16
 )
 
+// inStore is a file of that name, or one in the store if it has none.
+func (c *ServerConfig) inStore(name, file string) string {
+	if name != "" {
+		return name
+	}
+	return filepath.Join(c.Store, file)
+}
+
 // openAppraisal opens what appraisal needs beside the registry: keys, policies
 // and the archive of reports. Files that the configuration does not name are
 // in the store.
 func (c *ServerConfig) openAppraisal(to *Config) (err error) {
-	inStore := func(name, file string) string {
-		if name != "" {
-			return name
-		}
-		return filepath.Join(c.Store, file)
-	}
-	if to.NonceKey, err = loadNonceKey(inStore(c.NonceKey, "nonce.key")); err != nil {
+	if to.NonceKey, err = loadNonceKey(c.inStore(c.NonceKey, "nonce.key")); err != nil {
 		return err
 	}
-	key, err := loadReportKey(inStore(c.ReportKey, "report.key"))
+	key, err := loadReportKey(c.inStore(c.ReportKey, "report.key"))
 	if err != nil {
 		return err
 	}

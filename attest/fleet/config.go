@@ -63,6 +63,7 @@ type ServerConfig struct {
 
 	NonceKey           string   `json:"nonce_key"`            // file, shared by the organisation's verifiers; made on first use
 	ReportKey          string   `json:"report_key"`           // PEM file that signs results and reports; made on first use
+	LogKey             string   `json:"log_key"`              // file: key that signs the log of reports; made on first use
 	PolicyKeys         []string `json:"policy_keys"`          // PEM files: whose policies are accepted; given: nothing is affirmed without a policy
 	PolicyThreshold    int      `json:"policy_threshold"`     // how many of them must sign; all, if absent
 	ReportDays         int      `json:"report_days"`          // how long reports are kept; 90, if absent
@@ -281,6 +282,10 @@ func (c *ServerConfig) Open(ctx context.Context, now func() time.Time, log *slog
 	}
 	x := &Server{Certificate: cert}
 	x.closers = append(x.closers, config.Reports.Close)
+	if config.Audit, err = openAudit(ctx, c.inStore(c.LogKey, "log.key"), filepath.Join(c.Store, "log"), &config); err != nil {
+		return fail(errors.Join(err, x.Close()))
+	}
+	x.closers = append(x.closers, config.Audit.Close)
 	if config.Store, err = c.OpenStore(ctx, log); err != nil {
 		return fail(errors.Join(err, x.Close()))
 	}

@@ -7,6 +7,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -25,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sekisho/attest"
+	"sekisho/attest/auditlog"
 	"sekisho/attest/cryptrec"
 	"sekisho/attest/store"
 	"sekisho/attest/tpm/faketpm"
@@ -313,8 +315,8 @@ func TestFaultKilledAfterRevocation(t *testing.T) {
 }
 
 // TestFaultKilledAtWork kills the verifier while laptops attest: each result
-// that one of them has heard is there afterwards, with its report, and none of
-// their nonces is good again.
+// that one of them has heard is there afterwards, with its report, which is in
+// the log once, and none of their nonces is good again.
 func TestFaultKilledAtWork(t *testing.T) {
 	p := newProcess(t, filepath.Join(t.TempDir(), "store"))
 	type heard struct {
@@ -360,6 +362,50 @@ func TestFaultKilledAtWork(t *testing.T) {
 		}
 		if r, err := p.attest(h.evidence); err != nil || r.Result.Reason != attest.ReasonNonceReused {
 			t.Errorf("evidence again: %v %v", r.Result.Reason, err)
+		}
+	}
+	reports := make(map[string]int)
+	for _, h := range all {
+		reports[h.report] = 0
+	}
+	p.logged(reports)
+	p.restart()
+	p.logged(reports)
+}
+
+// logged waits until all these reports are in the log and demands that each of
+// the log is there once.
+func (p *process) logged(reports map[string]int) {
+	p.t.Helper()
+	k, err := p.admin().AuditKey(p.t.Context())
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	key, err := auditlog.ParsePublicKey([]byte(k.Key))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	for until, missing := time.Now().Add(time.Minute), 1; missing > 0; {
+		if time.Now().After(until) {
+			p.t.Fatalf("%d of %d reports are not in the log", missing, len(reports))
+		}
+		seen := make(map[string]int)
+		dir := p.t.TempDir()
+		if _, err := auditlog.Copy(p.t.Context(), AuditLog{p.admin()}, key, dir); err != nil {
+			p.t.Fatal(err)
+		}
+		if _, err := auditlog.Check(p.t.Context(), auditlog.Dir(dir), key, nil, func(_ uint64, l auditlog.Leaf) error {
+			id := hex.EncodeToString(l.Report[:])
+			if seen[id]++; seen[id] > 1 {
+				return fmt.Errorf("report %s is in the log twice", id)
+			}
+			return nil
+		}); err != nil {
+			p.t.Fatal(err)
+		}
+		missing = 0
+		for id := range reports {
+			missing += 1 - seen[id]
 		}
 	}
 }

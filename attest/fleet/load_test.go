@@ -141,6 +141,11 @@ func newLoad(b *testing.B, log []byte, pcrs map[int][]byte) *load {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { a.Close() })
+	config := Config{Verifier: name, Organization: org, Reports: &Reports{a, key}, Log: slog.New(slog.DiscardHandler)}
+	if config.Audit, err = openAudit(b.Context(), filepath.Join(dir, "log.key"), filepath.Join(dir, "log"), &config); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { config.Audit.Close() })
 	ref := attest.ReferenceValues{Image: "windows", Version: "1", PCRs: make(map[int]attest.Digest)}
 	boot := make(map[int]attest.Digest)
 	for _, i := range attest.QuotedPCRs {

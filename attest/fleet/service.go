@@ -21,6 +21,7 @@ import (
 
 	"sekisho/attest"
 	"sekisho/attest/approval"
+	"sekisho/attest/auditlog"
 	"sekisho/attest/ek"
 	"sekisho/attest/eventlog/second"
 	"sekisho/attest/policy"
@@ -54,6 +55,7 @@ type Config struct {
 	Lifetime   time.Duration   // of certificates, in results
 	PolicyKeys *policy.Keyring // nil: unsigned reference values decide
 	Reports    *Reports        // nil: no reports and no signed results
+	Audit      *auditlog.Log   // of the reports; nil: none is kept
 	Brake      *Brake          // nil: mass refusals are not noticed
 	Gateways   *x509.CertPool  // whose clients may hear of revocations; nil: nobody
 	Escrows    bool            // recovery keys are kept

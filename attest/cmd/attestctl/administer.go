@@ -21,7 +21,7 @@ func administer(ctx context.Context, args []string, stdout, stderr io.Writer) in
 	var o options
 	f := flag.NewFlagSet("attestctl", flag.ContinueOnError)
 	f.SetOutput(stderr)
-	f.StringVar(&o.socket, "socket", "/run/sekisho-verifier/admin.sock", "verifier's admin socket")
+	f.StringVar(&o.socket, "socket", defaultSocket, "verifier's admin socket")
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	f.StringVar(&o.language, "lang", "", "`language`: ja or en (default: the locale's)")
 	f.IntVar(&o.uses, "uses", 1, "devices that a ticket may enrol")

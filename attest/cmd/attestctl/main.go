@@ -70,6 +70,8 @@ commands
   card show DEVICE | request DEVICE       its permits; its certificate request, for card check
   card logons DEVICE                      the audit: who signed in when, by what, or was refused
 
+  audit key | copy DIR | proof REPORT | verify COPY
+                                          the log of all reports: attestctl audit -h
   verify REPORT | explain REPORT | diff A B   check reports offline: attestctl verify -h
   eventlog LOG | ek CERT | quote          judge anyone's samples without a verifier: attestctl eventlog -h
 
@@ -84,11 +86,14 @@ by enough (policy verify, recovery release); 2 it could not be done or judged
 flags
 `
 
+// defaultSocket is where a verifier's admin socket is.
+const defaultSocket = "/run/sekisho-verifier/admin.sock"
+
 // errUsage is a wrong command line.
 var errUsage = errors.New("wrong command line; attestctl -h shows the commands")
 
 func main() {
-	for _, run := range []func([]string, io.Writer, io.Writer) (int, bool){samples, reports} {
+	for _, run := range []func([]string, io.Writer, io.Writer) (int, bool){samples, reports, audits} {
 		if exit, ok := run(os.Args[1:], os.Stdout, os.Stderr); ok {
 			os.Exit(exit)
 		}

@@ -37,6 +37,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
+	"k8s.io/klog/v2"
 
 	"sekisho/attest/fleet"
 	"sekisho/attest/internal/service"
@@ -73,6 +74,7 @@ func main() {
 	}
 	flags.Parse(os.Args[2:])
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	klog.SetSlogLogger(log) // Tessera's
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	var err error
