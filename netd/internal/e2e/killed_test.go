@@ -53,7 +53,7 @@ func inEveryState(kill ...func(*world) func()) func(*testing.T, *world) {
 				w.attestd.set(gate.StateRefused, 0)
 				w.home.Run("ip", "link", "set", "lan0", "up")
 				w.startDHCP()
-				w.waitState(60*time.Second, netd.Attesting, "")
+				w.waitState(60*time.Second, netd.Attesting, netd.ReasonAttestation)
 				w.attestd.stop()
 			}},
 			{netd.Portal, func() {
