@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -49,6 +50,67 @@ func TestNarrowPath(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestHTTP3BecomesNarrow: long packets are swallowed from some moment on, while
+// short ones pass all the time. The session is suspected all the same, and the
+// next one finds the width.
+func TestHTTP3BecomesNarrow(t *testing.T) {
+	nstest.Require(t)
+	near, far := nstest.New(t, "near"), nstest.New(t, "far")
+	link := impair(t, "eth0", near, outerNear, far, outerFar, time.Millisecond)
+	p := newPaper(t)
+	newGateway(t, p, far, roleConfig{Tun: "tun0", Listen: outerFar + ":443"})
+	l := newLaptop(t, p, near, roleConfig{Tun: "tun0", Gateway: outerFar + ":443", Only: connectip.HTTP3})
+	path := tunnel.Path{Link: "eth0", Source: netip.MustParseAddr(outerNear)}
+	if _, err := l.tell(order{Up: &path}); err != nil {
+		t.Fatal(err)
+	}
+	inner(near, far, "tun0", "10.80.0.2", "10.80.0.1", connectip.DefaultMTU)
+	var received atomic.Int64
+	serveFar(t, far, &received)
+	rate(t, near, "10.80.0.1", 1, 1, &received, time.Second) // QUIC finds out how long packets may be
+	calls := make(chan struct{})
+	go func() { defer close(calls); pings(t, near, "10.80.0.1", 10*time.Second) }()
+	still, at := uint64(0), time.Now() // nothing long is on its way any more
+	nstest.Eventually(t, 20*time.Second, func() error {
+		r, err := l.tell(order{})
+		if n := r.Counters.SentBytes + r.Counters.ReceivedBytes; n > still+100_000 {
+			still, at = n, time.Now()
+		}
+		if err == nil && time.Since(at) < 2*time.Second {
+			err = errors.New("still carrying")
+		}
+		return err
+	})
+
+	link.narrow.Store(1300)
+	start := time.Now()
+	nstest.Eventually(t, 15*time.Second, func() error {
+		if r, err := l.tell(order{}); err != nil || !r.Suspect {
+			return fmt.Errorf("not suspected, %v", err)
+		}
+		return nil
+	})
+	found := time.Since(start)
+	if _, err := l.tell(order{Rebind: &path}); err != nil {
+		t.Fatal(err)
+	}
+	moved := time.Since(start)
+	t.Logf("found after %v, moved after %v", found.Round(10*time.Millisecond), moved.Round(10*time.Millisecond))
+	if moved > 13*time.Second {
+		t.Errorf("moved after %v, want some 3 s", moved)
+	}
+	up := rate(t, near, "10.80.0.1", 1, 0, &received, time.Second)
+	down := rate(t, near, "10.80.0.1", 0, 1, &received, time.Second)
+	t.Logf("then up %.3f, down %.3f Gbit/s", up, down)
+	if up == 0 || down == 0 {
+		t.Error("nothing comes through in one direction")
+	}
+	if r, err := l.tell(order{}); err != nil || r.Suspect {
+		t.Errorf("the new session is suspected: %v", err)
+	}
+	<-calls
 }
 
 // TestPathBecomesNarrow: a network drops what is longer than 1300 bytes and says

@@ -17,6 +17,9 @@ const (
 	capsuleAddressAssign      = 0x01
 	capsuleAddressRequest     = 0x02
 	capsuleRouteAdvertisement = 0x03
+	// capsulePadding is one of the types that everybody skips (RFC 9297, section
+	// 5.4: 0x29 * N + 0x17).
+	capsulePadding = 0x17
 	// capsuleTrain is ours, sent only to a peer that said it understands it
 	// (trainsParameter): a tunnel.Frame that is a train.
 	capsuleTrain = 0x3e6b1545

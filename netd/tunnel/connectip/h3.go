@@ -32,6 +32,8 @@ const (
 	perSecond = 1000
 	// smallBatch bounds a small batch in bytes.
 	smallBatch = 12 << 10
+	// longWrite is how much goes on the stream in one write, in bytes.
+	longWrite = 16 << 10
 )
 
 // heldDatagrams bounds the packets that wait for the TUN device.
@@ -78,6 +80,7 @@ type overH3 struct {
 	conn   *quic.Conn
 	end    func() // closes what the connection stands on
 	ours   bool   // the peer is
+	moved  func() // is told of each long write that was taken
 	last   quic.ConnectionStats
 
 	allowed float64 // datagrams that may go now, at refills
@@ -91,8 +94,10 @@ type overH3 struct {
 // NewH3Stream returns a stream over an HTTP/3 request that was granted. trains
 // says that the peer takes trains. end closes what conn stands on; it may be nil.
 func NewH3Stream(stream requestStream, conn *quic.Conn, trains bool, end func(), until time.Time) *Stream {
-	s := newStream(&overH3{stream: stream, conn: conn, end: end, ours: trains}, nil, until)
-	s.Trains = trains
+	by := &overH3{stream: stream, conn: conn, end: end, ours: trains}
+	s := newStream(by, nil, until)
+	by.moved = func() { s.moved.Store(s.now()) }
+	s.Trains, s.pad = trains, true
 	return s
 }
 
@@ -201,10 +206,17 @@ func (c *overH3) send(capsules []byte) (lost int, err error) {
 		}
 		run = append(run, whole...)
 	}
-	if len(run) > 0 {
-		_, err = c.stream.Write(run)
+	for len(run) > 0 {
+		n := min(len(run), longWrite)
+		if _, err := c.stream.Write(run[:n]); err != nil {
+			return lost, err
+		}
+		if n == longWrite {
+			c.moved()
+		}
+		run = run[n:]
 	}
-	return lost, err
+	return lost, nil
 }
 
 // mayDatagram takes one of the datagrams that are allowed now.

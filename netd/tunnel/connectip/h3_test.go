@@ -93,7 +93,7 @@ func TestWhatGoesWhere(t *testing.T) {
 				out = appendCapsule(out, capsuleTrain, make([]byte, tunnel.FrameHeader+60000))
 			}
 			var r recorder
-			h := &overH3{stream: &r, ours: c.ours}
+			h := &overH3{stream: &r, ours: c.ours, moved: func() {}}
 			if lost, err := h.send(out); lost != 0 || err != nil {
 				t.Fatal(lost, err)
 			}

@@ -34,6 +34,8 @@ const (
 	Beat = 250 * time.Millisecond
 	// lingering is how long a stream that was replaced may still bring packets.
 	lingering = 2 * time.Second
+	// longestPacket is more than any QUIC packet on an Ethernet path, in bytes.
+	longestPacket = 1500
 	// batchLimit bounds the packets handed over at once.
 	batchLimit = 128
 )
@@ -98,9 +100,15 @@ type Stream struct {
 
 	sentPackets, sentBytes, receivedPackets, receivedBytes, dropped atomic.Uint64
 
-	// Times since start, in nanoseconds: of the last bytes and packets heard,
-	// of the last packet sent, of the question that is unanswered (or 0).
-	heard, active, asked atomic.Int64
+	// pad makes questions and answers as long as packets get: by HTTP/3 short ones
+	// would pass where long ones are swallowed.
+	pad bool
+
+	// Times since start, in nanoseconds: of the last bytes heard (by a client: on
+	// the stream), of the last packet either way, of the question that is
+	// unanswered (or 0), and of the last long write on an HTTP/3 stream that the
+	// peer's acknowledgements made room for.
+	heard, active, asked, moved atomic.Int64
 
 	retired atomic.Bool
 	flushed chan struct{} // closed when a retired stream has sent its last
@@ -153,7 +161,7 @@ func (s *Stream) Assign(inner []netip.Addr, answers ...Request) {
 			list = append(list, entry)
 		}
 	}
-	s.out.control(appendAddresses(nil, capsuleAddressAssign, list...))
+	s.out.control(appendAddresses(s.padding(), capsuleAddressAssign, list...))
 }
 
 // AdvertiseEverything queues a ROUTE_ADVERTISEMENT capsule for all of the
@@ -215,7 +223,12 @@ func (s *Stream) Run(ctx context.Context) error {
 	parts.Add(1)
 	context.AfterFunc(ctx, func() { s.by.close(); parts.Done() }) // which ends what waits for the peer
 	parts.Go(func() {
-		if err := s.by.datagrams(ctx, s.deliver); err != nil {
+		if err := s.by.datagrams(ctx, func(packets [][]byte) {
+			if !s.Probe { // a client goes by the stream, where a lost packet shows
+				s.heard.Store(s.now())
+			}
+			s.deliver(packets)
+		}); err != nil {
 			cancel(fmt.Errorf("receive: %w", err))
 		}
 	})
@@ -253,9 +266,9 @@ func (s *Stream) Tick() {
 		s.asked.Store(0)
 		s.suspect.Store(false)
 	}
-	every := probeIdle
-	if now-max(s.active.Load(), 0) < int64(busyFor) {
-		every = probeBusy
+	every := probeBusy
+	if s.idle() {
+		every = probeIdle
 	}
 	switch waited := time.Duration(now - asked); {
 	case asked == 0:
@@ -265,7 +278,7 @@ func (s *Stream) Tick() {
 		}
 	case waited > DeadAfter:
 		s.End(fmt.Errorf("%w: no answer for %v", ErrDead, waited.Round(time.Second)))
-	case waited > SuspectAfter:
+	case waited > SuspectAfter && time.Duration(now-s.moved.Load()) > SuspectAfter: // or it waits behind bulk on a slow path
 		s.suspect.Store(true)
 		s.ask() // the first question may have been lost
 	}
@@ -275,8 +288,20 @@ func (s *Stream) Tick() {
 // section 4.7.2).
 func (s *Stream) ask() {
 	s.probes++
-	s.out.control(appendAddresses(nil, capsuleAddressRequest, address{s.probes, netip.PrefixFrom(netip.IPv4Unspecified(), 32)}))
+	s.out.control(appendAddresses(s.padding(), capsuleAddressRequest, address{s.probes, netip.PrefixFrom(netip.IPv4Unspecified(), 32)}))
 }
+
+// padding is what stands before a question or an answer: capsules that fill a
+// packet, where that tells something and somebody uses the tunnel.
+func (s *Stream) padding() []byte {
+	if !s.pad || s.idle() {
+		return nil
+	}
+	return appendCapsule(nil, capsulePadding, make([]byte, longestPacket))
+}
+
+// idle reports whether nobody has used the tunnel for busyFor.
+func (s *Stream) idle() bool { return s.now()-s.active.Load() >= int64(busyFor) }
 
 func (s *Stream) receive(ctx context.Context) error {
 	var packets [][]byte
@@ -355,9 +380,7 @@ func (s *Stream) deliver(batch [][]byte) {
 	for _, p := range batch {
 		bytes += len(p)
 	}
-	now := s.now()
-	s.heard.Store(now)
-	s.active.Store(now)
+	s.active.Store(s.now())
 	s.receivedPackets.Add(uint64(len(batch)))
 	s.receivedBytes.Add(uint64(bytes))
 	s.dropped.Add(uint64(s.OnPackets(batch)))
