@@ -211,6 +211,7 @@ func BenchmarkTunnel(b *testing.B) {
 		b.ReportMetric(ratio(rates["tls "+shape.name], rates["wireguard-go "+shape.name]), shape.name+"-tls/wireguard")
 	}
 	b.ReportMetric(ratio(rates["tls one"], rates["openvpn one"]), "one-tls/openvpn")
+	b.ReportMetric(ratio(rates["http3 one"], rates["openvpn one"]), "one-http3/openvpn")
 	for _, c := range list {
 		b.Logf("%s: most memory of near and far end %s MiB", c.name, strings.Join(c.memory(), " and "))
 	}

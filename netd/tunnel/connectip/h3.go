@@ -32,8 +32,8 @@ const (
 	perSecond = 1000
 	// smallBatch bounds a small batch in bytes.
 	smallBatch = 12 << 10
-	// longWrite is how much goes on the stream in one write, in bytes.
-	longWrite = 16 << 10
+	// longWrite is about how much goes on the stream in one write, in bytes.
+	longWrite = 16 << 10 // a train is one write, however long
 )
 
 // heldDatagrams bounds the packets that wait for the TUN device.
@@ -80,10 +80,11 @@ type overH3 struct {
 	conn   *quic.Conn
 	end    func() // closes what the connection stands on
 	ours   bool   // the peer is
-	moved  func() // is told of each long write that was taken
+	moved  func() // is told of each write of some length that was taken
 	last   quic.ConnectionStats
 
-	allowed float64 // datagrams that may go now, at refills
+	mu      sync.Mutex // of what two senders share, and of writes
+	allowed float64    // datagrams that may go now, at refills
 	refills time.Time
 
 	chunk       [streamChunk]byte
@@ -101,6 +102,7 @@ func NewH3Stream(stream requestStream, conn *quic.Conn, trains bool, end func(),
 	return s
 }
 
+func (c *overH3) lanes() int     { return 2 }
 func (c *overH3) setIdle(func()) {}
 func (c *overH3) finish()        {} // with the stream's end datagrams on their way would be lost
 
@@ -185,7 +187,6 @@ func (c *overH3) datagrams(ctx context.Context, deliver func([][]byte)) error {
 }
 
 func (c *overH3) send(capsules []byte) (lost int, err error) {
-	c.stream.SetWriteDeadline(time.Now().Add(DeadAfter))
 	small := len(capsules) <= smallBatch
 	run := capsules[:0] // of the stream: overwrites what has been looked at
 	for len(capsules) > 0 {
@@ -207,20 +208,48 @@ func (c *overH3) send(capsules []byte) (lost int, err error) {
 		run = append(run, whole...)
 	}
 	for len(run) > 0 {
-		n := min(len(run), longWrite)
-		if _, err := c.stream.Write(run[:n]); err != nil {
+		n := wholeUpTo(run, longWrite)
+		if err := c.write(run[:n]); err != nil {
 			return lost, err
-		}
-		if n == longWrite {
-			c.moved()
 		}
 		run = run[n:]
 	}
 	return lost, nil
 }
 
+// wholeUpTo is how long the capsules are, the first and what follows of it, that
+// come to at most n bytes together, or the first alone if it is longer.
+func wholeUpTo(capsules []byte, n int) (length int) {
+	for length < len(capsules) {
+		_, k := varint(capsules[length:])
+		size, m := varint(capsules[length+k:])
+		next := length + k + m + int(size)
+		if length > 0 && next > n {
+			break
+		}
+		length = next
+	}
+	return length
+}
+
+// write writes whole capsules on the stream.
+func (c *overH3) write(capsules []byte) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stream.SetWriteDeadline(time.Now().Add(DeadAfter))
+	if _, err := c.stream.Write(capsules); err != nil {
+		return err
+	}
+	if len(capsules) >= longWrite/2 {
+		c.moved()
+	}
+	return nil
+}
+
 // mayDatagram takes one of the datagrams that are allowed now.
 func (c *overH3) mayDatagram() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	now := time.Now()
 	c.allowed = min(c.allowed+now.Sub(c.refills).Seconds()*perSecond, burst)
 	c.refills = now

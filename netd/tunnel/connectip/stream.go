@@ -68,6 +68,9 @@ type carriage interface {
 	close()
 	// sample measures the path.
 	sample() Sample
+	// lanes is how many goroutines may send at once: 2 if packets by themselves
+	// can pass what is on the stream.
+	lanes() int
 }
 
 // Stream carries capsules over one connection; both ends use it. Packets are
@@ -92,6 +95,7 @@ type Stream struct {
 	Trains bool
 
 	out     outbox
+	quick   *outbox // packets that go by themselves; nil where all go one way
 	until   time.Time
 	start   time.Time
 	cancel  atomic.Pointer[context.CancelCauseFunc]
@@ -123,10 +127,14 @@ var scanBuffers sync.Pool
 // newStream returns a stream over by that ends at until. buffered holds what
 // was read beyond the HTTP upgrade. Set the callbacks, then call Run.
 func newStream(by carriage, buffered []byte, until time.Time) *Stream {
-	return &Stream{
+	s := &Stream{
 		by: by, scan: newScanner(&scanBuffers, buffered), until: until, start: time.Now(),
 		out: outbox{most: queueMost}, flushed: make(chan struct{}),
 	}
+	if by.lanes() > 1 {
+		s.quick = &outbox{most: queueMost}
+	}
+	return s
 }
 
 func (s *Stream) now() int64 { return int64(time.Since(s.start)) }
@@ -134,7 +142,11 @@ func (s *Stream) now() int64 { return int64(time.Since(s.start)) }
 // Send queues a frame for the peer and never blocks. What does not fit in the
 // queue is dropped and counted. It returns false if the stream has been retired.
 func (s *Stream) Send(f tunnel.Frame) bool {
-	taken, bytes, dropped, open := s.out.frame(f, s.Trains)
+	out := &s.out
+	if s.quick != nil && !f.TCP() && !carriesTCP(f.Packet()) {
+		out = s.quick
+	}
+	taken, bytes, dropped, open := out.frame(f, s.Trains)
 	if !open {
 		return false
 	}
@@ -178,6 +190,9 @@ func (s *Stream) AdvertiseEverything(inner []netip.Addr) {
 // still sent, what the peer sent is still received, then it ends.
 func (s *Stream) Retire() {
 	s.retired.Store(true)
+	if s.quick != nil {
+		s.quick.close()
+	}
 	s.out.close()
 }
 
@@ -232,15 +247,20 @@ func (s *Stream) Run(ctx context.Context) error {
 			cancel(fmt.Errorf("receive: %w", err))
 		}
 	})
-	s.out.run(func() {
-		parts.Go(func() {
-			if err := s.transmit(ctx); err != nil {
-				cancel(err)
-			}
+	for _, out := range []*outbox{&s.out, s.quick} {
+		if out == nil {
+			continue
+		}
+		out.run(func() {
+			parts.Go(func() {
+				if err := s.transmit(ctx, out); err != nil {
+					cancel(err)
+				}
+			})
 		})
-	})
+		defer out.stop()
+	}
 	cancel(s.receive(ctx))
-	s.out.stop()
 	return context.Cause(ctx)
 }
 
@@ -426,11 +446,11 @@ func (s *Stream) control(kind uint64, v []byte) error {
 	return nil
 }
 
-// transmit writes the queue. It returns nil when nothing is queued, or if the
-// stream has been retired and its reader shall end it.
-func (s *Stream) transmit(ctx context.Context) error {
+// transmit writes a queue. It returns nil when nothing is queued, and an error
+// when the stream has been retired for long enough.
+func (s *Stream) transmit(ctx context.Context, out *outbox) error {
 	for {
-		data, closed := s.out.take()
+		data, closed := out.take()
 		if data != nil {
 			from := time.Now()
 			n := len(*data)
@@ -441,9 +461,9 @@ func (s *Stream) transmit(ctx context.Context) error {
 				return fmt.Errorf("send: %w", err)
 			}
 			s.dropped.Add(uint64(lost))
-			s.out.took(n, time.Since(from))
+			out.took(n, time.Since(from))
 		}
-		if closed {
+		if closed && out == &s.out {
 			s.by.finish()
 			close(s.flushed)
 			select {

@@ -44,6 +44,7 @@ func NewTLSStream(conn *tls.Conn, wire *Wire, buffered []byte, until time.Time) 
 
 func (c *overTLS) wait() error                                     { return c.wire.wait() }
 func (c *overTLS) setIdle(idle func())                             { c.wire.idle = idle }
+func (c *overTLS) lanes() int                                      { return 1 }
 func (c *overTLS) finish()                                         { c.Conn.CloseWrite() }
 func (c *overTLS) close()                                          { c.wire.Close() } // not tls.Conn.Close, which waits for a stuck write
 func (c *overTLS) datagrams(context.Context, func([][]byte)) error { return nil }
