@@ -3,7 +3,6 @@
 package daemon
 
 import (
-	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -15,7 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"sekisho/attest"
 	"sekisho/netd"
 	"sekisho/netd/journal"
 	"sekisho/netd/path"
@@ -33,7 +31,7 @@ const (
 // asked is what the path's watcher is to find out.
 type asked struct {
 	link    string
-	source  [2]netip.Addr // IPv4 and IPv6; see sources
+	source  netip.Addr
 	flaps   uint32
 	closed  bool // nothing is open: ask often, and who answers
 	doubted int  // rises when the clock is in doubt
@@ -42,7 +40,7 @@ type asked struct {
 // pathFinding is what the path's watcher found on an uplink.
 type pathFinding struct {
 	link   string
-	source [2]netip.Addr
+	source netip.Addr
 	flaps  uint32
 	portal bool
 	who    netip.AddrPort // where somebody else answers
@@ -66,7 +64,7 @@ func (d *Daemon) watchPath(ctx context.Context) {
 		due := want != last && (want.closed || want.doubted != last.doubted) || want.closed || time.Since(clocked) > clockEvery
 		if want.link != "" && due {
 			var signed bool
-			if floor, signed = d.askPath(ctx, want, path.Prober{Agreement: d.Organization.KeyAgreement, Proxy: d.Organization.Proxy, Roots: roots, Floor: floor, Link: want.link, Source: want.source[0], Source6: want.source[1]}); signed {
+			if floor, signed = d.askPath(ctx, want, path.Prober{Agreement: d.Organization.KeyAgreement, Proxy: d.Organization.Proxy, Roots: roots, Floor: floor, Link: want.link, Source: want.source}); signed {
 				clocked = time.Now()
 			} else if !want.closed {
 				clocked = time.Now().Add(askEvery - clockEvery) // soon again
@@ -130,23 +128,13 @@ func (d *Daemon) askPath(ctx context.Context, want asked, p path.Prober) (floor 
 		defer mu.Unlock()
 		results = append(results, r)
 	}
-	each := func(servers []attest.Endpoint, clock bool) {
-		for _, e := range servers {
-			addresses := e.Addresses()
-			if p.Proxy.IsValid() {
-				addresses = addresses[len(addresses)-1:]
-			}
-			for _, a := range addresses {
-				e.Address = a
-				if first := cmp.Or(p.Proxy, a); want.source[family(first.Addr())].IsValid() {
-					all.Go(func() { ask(d.probe(ctx, p, e, clock)) })
-				}
-			}
-		}
+	for _, e := range d.Organization.Verifiers {
+		all.Go(func() { ask(d.probe(ctx, p, e, true)) })
 	}
-	each(d.Organization.Verifiers, true)
 	if want.closed {
-		each(d.Organization.Gateways, false)
+		for _, e := range d.Organization.Gateways {
+			all.Go(func() { ask(d.probe(ctx, p, e, false)) })
+		}
 	}
 	all.Wait()
 	f := pathFinding{link: want.link, source: want.source, flaps: want.flaps}
@@ -166,17 +154,6 @@ func (d *Daemon) askPath(ctx context.Context, want asked, p path.Prober) (floor 
 		d.update(func(r *reports) { r.path = f })
 	}
 	return floor, signed
-}
-
-// sources are an uplink's addresses, of which either may be invalid: IPv4 and
-// IPv6, at the places that family gives.
-func sources(u netd.Uplink) [2]netip.Addr { return [2]netip.Addr{u.Address.Addr(), u.Address6} }
-
-func family(a netip.Addr) int {
-	if a.Is4() {
-		return 0
-	}
-	return 1
 }
 
 // correct sets the clock if a signed time says that it is wrong, and returns
@@ -210,7 +187,7 @@ func (l *loop) look(state netd.State, now time.Time) {
 	l.looked0 = now
 	want := asked{doubted: l.ask.doubted}
 	if u.Usable() {
-		want.link, want.source, want.flaps = u.Name, sources(u), l.flaps(u.Name)
+		want.link, want.source, want.flaps = u.Name, u.Address.Addr(), l.flaps(u.Name)
 		want.closed = !l.tunnel.Open
 	}
 	if l.tunnel.Open && l.in.path.portal { // whoever it was has let us through
@@ -231,7 +208,7 @@ func (l *loop) look(state netd.State, now time.Time) {
 // portal reports whether the last answers on the present uplink were somebody else's.
 func (l *loop) portal() bool {
 	p, u := l.in.path, l.in.uplink
-	return p.portal && p.link == u.Name && p.source == sources(u) && p.flaps == l.flaps(u.Name)
+	return p.portal && p.link == u.Name && p.source == u.Address.Addr() && p.flaps == l.flaps(u.Name)
 }
 
 func (l *loop) flaps(name string) uint32 {

@@ -4,7 +4,6 @@ package uplink
 
 import (
 	"context"
-	crand "crypto/rand"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -26,13 +25,7 @@ const (
 
 // New returns a Manager. Run it once.
 func New(c Config) *Manager {
-	m := &Manager{Config: c, lease: client{}.keep, now: time.Now, events: make(chan func()), known: map[string]*record{}}
-	if c.IPv6 {
-		six := client6{}
-		crand.Read(six.secret[:])
-		m.lease6 = six.keep
-	}
-	return m
+	return &Manager{Config: c, lease: client{}.keep, now: time.Now, events: make(chan func()), known: map[string]*record{}}
 }
 
 // client is the DHCPv4 client. Its packet socket is open only during an

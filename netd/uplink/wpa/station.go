@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,6 +25,12 @@ const (
 	pollEvery = 5 * time.Second // signal of the network that is joined
 )
 
+// wpa_supplicant's drivers (wpa_supplicant(8), -D).
+const (
+	driverWifi  = "nl80211"
+	driverWired = "wired"
+)
+
 // missingPause is how often a link without what its network asks for is looked at again.
 const missingPause = time.Minute
 
@@ -36,6 +43,8 @@ func (e *missingError) Unwrap() error { return e.error }
 type Facts struct {
 	Network string // joined: the SSID as text
 	Signal  int    // dBm, 0 while unknown
+	// AccessPoint is its hardware address; of a wired link, empty.
+	AccessPoint string
 	// Joined rises with every network that let us in.
 	Joined int
 	Reason string // netd.ReasonNoNetwork, WrongSecret, NoRadio or NoIdentity; empty when all is well
@@ -98,7 +107,7 @@ func (s *Supplicant) wake() {
 // Wifi keeps the link name joined to the best of the saved networks in reach,
 // and reports, until ctx is done.
 func (s *Supplicant) Wifi(ctx context.Context, name string, report func(Facts)) {
-	s.follow(ctx, name, "nl80211", func() ([][]setting, error) {
+	s.follow(ctx, name, driverWifi, func() ([][]setting, error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		all := [][]setting{} // also without any, the radio looks around
@@ -118,7 +127,7 @@ func (s *Supplicant) Wifi(ctx context.Context, name string, report func(Facts)) 
 // Wired answers a switch that asks for 802.1X on the link name, and reports,
 // until ctx is done. server is the name in the authentication server's certificate.
 func (s *Supplicant) Wired(ctx context.Context, name, server string, report func(Facts)) {
-	s.follow(ctx, name, "wired", func() ([][]setting, error) {
+	s.follow(ctx, name, driverWired, func() ([][]setting, error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		eap, err := s.identity.settings(server)
@@ -186,7 +195,7 @@ func (s *Supplicant) once(ctx context.Context, st *station, name, driver string,
 	st.mu.Lock()
 	st.conn = conn
 	st.mu.Unlock()
-	if err := s.configure(ctx, conn, networks); err != nil {
+	if err := s.configure(ctx, conn, driver, networks); err != nil {
 		return err
 	}
 	*facts = Facts{Joined: facts.Joined}
@@ -211,7 +220,7 @@ func (s *Supplicant) once(ctx context.Context, st *station, name, driver string,
 			}
 			s.log.Info("network", "link", name, "event", e.Name, "network", facts.Network, "reason", facts.Reason)
 		case <-st.change:
-			if err := s.configure(ctx, conn, networks); err != nil {
+			if err := s.configure(ctx, conn, driver, networks); err != nil {
 				return err
 			}
 			continue
@@ -234,7 +243,7 @@ func (f *Facts) event(name string, e Event) bool {
 	case "CTRL-EVENT-CONNECTED":
 		f.Reason, f.Detail = "", ""
 	case "CTRL-EVENT-DISCONNECTED":
-		f.Network, f.Signal = "", 0
+		f.Network, f.Signal, f.AccessPoint = "", 0, ""
 		if f.Reason == "" {
 			f.Reason, f.Detail = netd.ReasonNoNetwork, name+" has left its network"
 		}
@@ -244,6 +253,9 @@ func (f *Facts) event(name string, e Event) bool {
 		}
 		f.Reason, f.Detail = netd.ReasonNoNetwork, "no saved Wi-Fi network is in reach of "+name
 	case "CTRL-EVENT-SSID-TEMP-DISABLED":
+		if ssid, ok := e.Args["ssid"]; ok && ssid == "" {
+			return false // a cable: perhaps nobody asks there, and if EAP failed that was said
+		}
 		if r := e.Args["reason"]; r != "WRONG_KEY" && r != "AUTH_FAILED" {
 			return false
 		}
@@ -276,12 +288,16 @@ func (s *Supplicant) look(ctx context.Context, conn *Conn, name string, f *Facts
 	}
 	st := ParseStatus(text)
 	if st["wpa_state"] != "COMPLETED" {
-		f.Network, f.Signal = "", 0
+		f.Network, f.Signal, f.AccessPoint = "", 0, ""
 		return nil
 	}
 	f.Reason, f.Detail = "", ""
 	if ssid, err := unescape(st["ssid"]); err == nil && len(ssid) <= maxSSID {
 		f.Network = SSID(ssid).String()
+	}
+	f.AccessPoint = ""
+	if mac, err := net.ParseMAC(st["bssid"]); err == nil && f.Network != "" {
+		f.AccessPoint = mac.String()
 	}
 	if text, err = conn.Request(ctx, "SIGNAL_POLL"); err == nil { // wired links have none
 		if dbm, err := strconv.Atoi(ParseStatus(text)["RSSI"]); err == nil && dbm >= -200 && dbm < 0 {
@@ -341,7 +357,7 @@ func linkName(name string) bool {
 }
 
 // configure replaces every network that wpa_supplicant knows on a link.
-func (s *Supplicant) configure(ctx context.Context, conn *Conn, networks func() ([][]setting, error)) error {
+func (s *Supplicant) configure(ctx context.Context, conn *Conn, driver string, networks func() ([][]setting, error)) error {
 	list, err := networks()
 	if err != nil {
 		s.log.Warn("networks that cannot be joined", "err", err) // the others are
@@ -373,11 +389,22 @@ func (s *Supplicant) configure(ctx context.Context, conn *Conn, networks func() 
 				return fmt.Errorf("%s: %w", x.name, err)
 			}
 		}
-		if _, err := conn.Request(ctx, "ENABLE_NETWORK", id); err != nil {
+		if _, err := conn.Request(ctx, "ENABLE_NETWORK", id, "no-connect"); err != nil {
 			return err
 		}
 	}
-	return nil
+	if len(list) == 0 {
+		return nil
+	}
+	// What was seen before holds no hidden network: only a new look around lets
+	// the order decide, once all are known.
+	if driver == driverWifi {
+		if _, err := conn.Request(ctx, "BSS_FLUSH", "0"); err != nil {
+			return err
+		}
+	}
+	_, err = conn.Request(ctx, "REASSOCIATE")
+	return err
 }
 
 // Scan asks every Wi-Fi link to look around and returns what was seen before;
