@@ -49,6 +49,7 @@ type Builder struct {
 	Out    string // directory for results
 	Keys   string // directory of the Secure Boot keys
 	Cache  string // directory kept between builds
+	Card   bool   // clients of the smart card in the lab's work domain
 	// Now is the clock for the validity of new keys.
 	Now func() time.Time
 	// Progress is told of each step; it may be nil.
@@ -81,7 +82,7 @@ func (b *Builder) initramfs(o HostOptions) initramfs.Options {
 		modules = append(modules, m.Name)
 	}
 	return initramfs.Options{
-		Dir: b.Source, Cache: b.Cache, Version: o.Version, Lab: o.Lab,
+		Dir: b.Source, Cache: b.Cache, Version: o.Version, Lab: o.Lab, Card: b.Card,
 		Modules: modules, Refresh: o.Refresh, Progress: b.Progress,
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"time"
 
 	"golang.org/x/net/netutil"
@@ -67,7 +68,7 @@ func (e *Engine) Status() Status {
 		ja, en = s.Reason.Words()
 	} else if w, ok := feedback[e.say.Feedback]; ok && now.Sub(e.say.Since) < feedbackAge {
 		ja, en, s.Since = w[0], w[1], e.say.Since
-		if e.say.Feedback == fprint.Touch || e.say.Feedback == fprint.Again {
+		if slices.Contains([]fprint.Feedback{fprint.Touch, fprint.Again, fprint.Stage}, e.say.Feedback) {
 			s.State = "touch"
 		}
 	} else if n := len(st.Events); n > 0 && st.Events[n-1].Reason != Open && now.Sub(st.Events[n-1].Time) < feedbackAge {

@@ -71,7 +71,7 @@ func (a *softAttestd) SaveLogonState(_ context.Context, s []byte) error { a.disk
 // in QEMU's own reader, sign with it, and see it go when the device is revoked.
 func TestCardInQEMU(t *testing.T) {
 	options := realOptions(t)
-	options.Lab = true
+	options.Lab, options.Card = true, true
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
 	img, err := Work(ctx, options)

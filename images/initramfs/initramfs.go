@@ -31,9 +31,11 @@ type Options struct {
 	Cache string
 	// Version is recorded in the manifest as the version of our own files.
 	Version string
-	// Lab adds the hooks of the virtual lab (build tag lab), tools for debugging
-	// and, to the work domain, clients of the smart card. A release image is built with Lab false.
+	// Lab adds the hooks of the virtual lab (build tag lab), tools for
+	// debugging. A release image is built with Lab false.
 	Lab bool
+	// Card adds clients of the smart card to a work domain with Lab.
+	Card bool
 	// Organization is the content of /etc/sekisho/organization.json.
 	Organization []byte
 	// Modules names the kernel modules wanted in the host domain, without

@@ -153,7 +153,9 @@ func workSpec(o Options) spec {
 	s.addShell()
 	if o.Lab {
 		s.commands = append(s.commands, "sekisho/images/lab/cmd/labguest")
-		s.addCardClients()
+		if o.Card {
+			s.addCardClients()
+		}
 	}
 	return s
 }

@@ -20,7 +20,7 @@ import (
 
 // builder makes images into the directory out, with this checkout's keys.
 func (l *Lab) builder(out string) *images.Builder {
-	return &images.Builder{Source: l.Root, Out: out, Keys: l.out("keys"), Cache: l.out("cache"), Now: time.Now, Progress: l.progress()}
+	return &images.Builder{Source: l.Root, Out: out, Keys: l.out("keys"), Cache: l.out("cache"), Card: l.Logon, Now: time.Now, Progress: l.progress()}
 }
 
 // Build makes what the lab boots, unless it is there and was made of the same

@@ -65,6 +65,7 @@ type Lab struct {
 	Root  string    // absolute path of the checkout
 	Accel string    // "auto", "kvm" or "tcg"
 	Link  string    // work_domain.link of the organisation; empty: vsock
+	Logon bool      // the laptop is a smart card, its work domain has clients of one
 	Log   io.Writer // progress in words
 
 	mu sync.Mutex // state.json

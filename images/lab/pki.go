@@ -105,6 +105,9 @@ func (l *Lab) writeOrganization() error {
 	if o.EscrowKey, err = l.publicKey("escrow"); err != nil {
 		return err
 	}
+	if err := l.setLogon(&o); err != nil {
+		return err
+	}
 	o.Office = &attest.Office{
 		CA:      string(office),
 		Beacons: []attest.Beacon{{Endpoint: attest.Endpoint{Address: beaconAddress, ServerName: beaconName}, Site: officeSite}},

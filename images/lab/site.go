@@ -65,7 +65,7 @@ func (l *Lab) verifierConfig(b Boot, policyKeys []string) map[string]any {
 		"certificate": l.lab("pki", "verifier.pem"), "key": l.lab("pki", "verifier.key"),
 		"ca_certificate": l.lab("pki", "device-ca.pem"), "ca_key": l.lab("pki", "device-ca.key"),
 		"ek_roots": l.ekRoots(), "policy_keys": policyKeys, "policy_threshold": policyThreshold,
-		"store": l.lab("site", "registry"), "escrow": true, "certificate_lifetime": life.String(),
+		"store": l.lab("site", "registry"), "escrow": true, "approvers": l.approversFile(), "certificate_lifetime": life.String(),
 	}
 }
 

@@ -267,7 +267,9 @@ func TestCardCheckTPM(t *testing.T) {
 // TestCardCheckDevice takes the attestation key from where it is known
 // beforehand: a verifier that runs, and a report that it signed.
 func TestCardCheckDevice(t *testing.T) {
-	o, d := newOrganisation(t, setup{}), newDesk(t, "release", "verifier")
+	d := newDesk(t, "release", "verifier", "a", "b")
+	d.approvers("a", "b")
+	o := newOrganisation(t, setup{approvers: d.path("approvers.pem")})
 	policy := d.release("release")
 	image := logtest.Image{Kernel: "kernel", Initramfs: "initramfs", Cmdline: "quiet"}
 	reported := writeReport(t, d.path("report"), d.keys["verifier"], image, image)
@@ -308,4 +310,31 @@ func TestCardCheckDevice(t *testing.T) {
 	if exit, said := d.card(d.path("r"), "-release", d.path("release.json"), "-socket", o.socket, "-device", attest.Digest{1}.String()); exit != exitNone {
 		t.Errorf("a device that is not enrolled: exit %d, %v", exit, said)
 	}
+	o.cardPermit(d, id)
+}
+
+// cardPermit has a permit for a device's card made, signed by two and passed
+// on.
+func (o *organisation) cardPermit(d *desk, id string) {
+	o.t.Helper()
+	o.ctl(2, "card", "permit", "-device", id, "-user", "taro", "-do", "open", "-reason", "forgot it")
+	o.ctl(2, "card", "permit", "-device", id, "-user", "taro", "-do", "pin-only", "-minutes", "2000", "-reason", "broken")
+	sign := func(who, from, to string) {
+		d.write(to, []byte(o.ctl(0, "approval", "sign", "-key", d.path(who+".key"), d.path(from))))
+	}
+	d.write("p0", []byte(o.ctl(0, "card", "permit", "-device", id, "-user", "taro", "-do", "enrol", "-reason", "new here")))
+	sign("a", "p0", "p1")
+	sign("b", "p1", "p2")
+	o.ctl(1, "card", "add", d.path("p1"))
+	if s := o.ctl(0, "card", "add", d.path("p2")); !strings.Contains(s, "enrol taro") {
+		o.t.Error(s)
+	}
+	o.ctl(2, "card", "add", d.path("p2"))
+	if s := o.ctl(0, "card", "show", id); !strings.Contains(s, "new here") {
+		o.t.Error(s)
+	}
+	if s := o.ctl(0, "card", "logons", id); strings.Count(s, "\n") != 1 {
+		o.t.Error(s)
+	}
+	o.ctl(2, "card", "request", id)
 }

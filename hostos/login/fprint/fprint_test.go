@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -33,6 +34,7 @@ type desk struct {
 	t      *testing.T
 	socket string
 	told   chan Feedback
+	took   []time.Duration // from each picture to its verdict
 }
 
 func newDesk(t *testing.T, prints map[string][]byte) *desk {
@@ -48,7 +50,7 @@ func newDesk(t *testing.T, prints map[string][]byte) *desk {
 			t.Log(err)
 		}
 	})
-	return &desk{r, t, socket, make(chan Feedback, 64)}
+	return &desk{Reader: r, t: t, socket: socket, told: make(chan Feedback, 64)}
 }
 
 func (d *desk) tell(f Feedback) { d.told <- f }
@@ -117,8 +119,11 @@ func (d *desk) verify(ctx context.Context, user string, f fprinttest.Finger, tou
 	done := make(chan error, 1)
 	go func() { done <- d.Verify(ctx, user, d.tell) }()
 	d.await(ctx, Touch)
+	begin := time.Now()
 	d.finger(f, touch)
-	return <-done
+	err := <-done
+	d.took = append(d.took, time.Since(begin))
+	return err
 }
 
 // A real fprintd on a private bus, with libfprint's virtual reader: fingers are
@@ -141,6 +146,8 @@ func TestFprintd(t *testing.T) {
 			t.Errorf("touch %d of another finger: %v", touch, err)
 		}
 	}
+	slices.Sort(d.took)
+	t.Logf("from picture to verdict, %d touches: median %v, at most %v", len(d.took), d.took[len(d.took)/2], d.took[len(d.took)-1])
 	d.enrol(ctx, "taro", "left-index-finger", hanako)
 	if list, err := d.Fingers(ctx, "taro"); err != nil || len(list) != 2 {
 		t.Errorf("fingers %v, %v", list, err)

@@ -71,11 +71,17 @@ func (f Finger) Picture(touch uint64) []byte {
 	return out
 }
 
-// Put puts a picture on the virtual reader whose socket is conn's other end.
-func Put(conn net.Conn, picture []byte) error {
+// Message is what puts a picture on the virtual reader, at whose socket it has
+// to arrive.
+func Message(picture []byte) []byte {
 	b := binary.NativeEndian.AppendUint32(nil, Width)
 	b = binary.NativeEndian.AppendUint32(b, Height)
-	if _, err := conn.Write(append(b, picture...)); err != nil {
+	return append(b, picture...)
+}
+
+// Put puts a picture on the virtual reader whose socket is conn's other end.
+func Put(conn net.Conn, picture []byte) error {
+	if _, err := conn.Write(Message(picture)); err != nil {
 		return fmt.Errorf("virtual reader: %w", err)
 	}
 	return nil

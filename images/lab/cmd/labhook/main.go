@@ -9,6 +9,7 @@
 //	labhook air up|down
 //	labhook tunnel INNER ADDRESS:PORT BYTES
 //	labhook link INNER ADDRESS:PORT [STREAMS]
+//	labhook send SOCKET < BYTES
 //
 // Description:
 //
@@ -19,14 +20,17 @@
 //	host domain's ends of the benchmarks: sink receives streams on a vsock port,
 //	tunnel sends one through the tunnel without the guest link, link receives one
 //	through the guest link without the tunnel. air is a simulated access
-//	point.
+//	point. send writes to a unix socket: a picture on the fingerprint reader.
 package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"syscall"
@@ -52,6 +56,8 @@ func main() {
 		do = func(ctx context.Context) error { return tunnel(ctx, args[1:]) }
 	} else if len(args) > 1 && args[0] == "link" {
 		do = func(ctx context.Context) error { return link(ctx, args[1:]) }
+	} else if len(args) == 2 && args[0] == "send" {
+		do = func(ctx context.Context) error { return send(ctx, args[1]) }
 	}
 	if err := do(ctx); err != nil && ctx.Err() == nil {
 		slog.Error("labhook", "err", err)
@@ -75,6 +81,17 @@ func run(ctx context.Context) error {
 		}
 		return a
 	})
+}
+
+// send writes standard input to a unix socket.
+func send(ctx context.Context, socket string) error {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", socket)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(c, os.Stdin)
+	return errors.Join(err, c.Close())
 }
 
 // forward passes r to labguest in the work domain.
