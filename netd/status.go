@@ -83,7 +83,9 @@ type Uplink struct {
 	MTU         int          `json:"mtu,omitempty"` // bytes
 	// PathMTU is less than MTU where the way to the servers swallows longer
 	// packets without a word, as a probe has found; else 0.
-	PathMTU int       `json:"path_mtu,omitempty"`
+	PathMTU int `json:"path_mtu,omitempty"`
+	// SignIn: the network says that it has a sign-in page. Anybody can say so.
+	SignIn  bool      `json:"sign_in,omitempty"`
 	Expires time.Time `json:"expires,omitzero"` // end of the lease
 	Reason  string    `json:"reason,omitempty"` // why it is unusable, empty when it is usable
 	Detail  string    `json:"detail,omitempty"`

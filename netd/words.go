@@ -77,5 +77,8 @@ func (s Status) Say() Words {
 		w := s.Unserved[0].Words()
 		why = Words{why.EN + "; " + w.EN, why.JA + w.JA}
 	}
+	if s.Uplink.SignIn && (s.Reason == ReasonVerifier || s.Reason == ReasonGateway || s.Reason == ReasonLapsed) {
+		why = Words{why.EN + "; it says that it has a sign-in page", why.JA + "サインインページのあるネットワークのようです。"}
+	}
 	return Words{"Blocked: " + why.EN, "遮断中: " + why.JA}
 }

@@ -38,6 +38,8 @@ func TestSay(t *testing.T) {
 		"Sign in to this Wi-Fi":          {State: Portal, Uplink: Uplink{Kind: KindWifi}},
 		"Sign in to this network":        {State: Portal},
 		"Blocked: no network card found": {Reason: ReasonNoLink},
+		"Blocked: the gateway does not answer over this network; it says that it has a sign-in page": {State: Attesting, Reason: ReasonGateway, Uplink: Uplink{SignIn: true}},
+		"Blocked: opening the tunnel": {State: Attesting, Reason: ReasonConnecting, Uplink: Uplink{SignIn: true}},
 		"Blocked: the security check does not admit this laptop (pcr-mismatch); tell the help desk": {State: Attesting, Reason: "pcr-mismatch"},
 	} {
 		if got := s.Say(); got.EN != want || got.JA == "" {

@@ -556,3 +556,34 @@ func TestRecall(t *testing.T) {
 		}
 	}
 }
+
+// TestVerifierAwayForAnHour: with two hours of certificate left the verifier goes
+// away for one. LGWAN stays open over the same session; had it stayed away, the
+// second hour's end would have closed it on time.
+func TestVerifierAwayForAnHour(t *testing.T) {
+	runRig(t, func(r *rig) {
+		r.lease("192.168.50.23/24")
+		granted := affirming(2 * time.Hour)
+		r.attestd.answers <- granted
+		r.want(netd.Tunnel, "")
+		since, sessions := r.d.Status().Since, r.sessions()
+		away := granted
+		away.Detail = "no answer" // as attestd says while what was granted holds
+		for range 60 {
+			sleep(time.Minute)
+			r.attestd.answers <- away
+			r.want(netd.Tunnel, "")
+		}
+		if s := r.d.Status(); !s.Since.Equal(since) || r.sessions() != sessions {
+			t.Errorf("%s since %s, %d sessions: want one since %s", s.Line(), s.Since, r.sessions(), since)
+		}
+		granted = affirming(2 * time.Hour) // it is back, and what it grants counts from now
+		r.attestd.answers <- granted
+		sleep(90 * time.Minute)
+		r.want(netd.Tunnel, "")
+		away.NotAfter = granted.NotAfter
+		r.attestd.answers <- away
+		sleep(31 * time.Minute)
+		r.want(netd.Attesting, netd.ReasonLapsed)
+	})
+}

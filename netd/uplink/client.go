@@ -67,7 +67,7 @@ func (c client) hold(ctx context.Context, l Link, ack *dhcpv4.DHCPv4, lease Leas
 	for {
 		start := time.Now()
 		expires := start.Add(lease.Expire)
-		report(netd.Uplink{Name: l.Name, Carrier: true, Address: lease.Address, Router: lease.Router, MTU: lease.MTU, Expires: expires.Round(0)})
+		report(netd.Uplink{Name: l.Name, Carrier: true, Address: lease.Address, Router: lease.Router, MTU: lease.MTU, SignIn: lease.SignIn, Expires: expires.Round(0)})
 		next := lease.Renew
 		for {
 			wait(ctx, time.Until(start.Add(next)))

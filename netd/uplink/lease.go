@@ -23,6 +23,13 @@ const (
 	maxLease = 24 * time.Hour
 )
 
+const (
+	// captivePortal names a network's sign-in page, or says in these words that
+	// there is none (RFC 8910, section 2). Only that there is one is looked at.
+	captivePortal = dhcpv4.GenericOptionCode(114)
+	unrestricted  = "urn:ietf:params:capport:unrestricted"
+)
+
 // errAbsurd is wrapped by Accept's errors.
 var errAbsurd = errors.New("absurd lease")
 
@@ -32,6 +39,7 @@ type Lease struct {
 	Router  netip.Addr // zero if the server named none
 	Server  netip.Addr // server identifier
 	MTU     int        // bytes, MinMTU to 1500
+	SignIn  bool       // the server names a sign-in page: a word for people, not obeyed
 	// Renew, Rebind and Expire count from the moment of the answer (T1, T2 and
 	// the lease time; RFC 2131, section 4.4.5).
 	Renew, Rebind, Expire time.Duration
@@ -42,7 +50,7 @@ func requested() dhcpv4.Modifier {
 	return func(m *dhcpv4.DHCPv4) {
 		m.UpdateOption(dhcpv4.OptParameterRequestList(
 			dhcpv4.OptionSubnetMask, dhcpv4.OptionRouter, dhcpv4.OptionInterfaceMTU, dhcpv4.OptionIPAddressLeaseTime,
-			dhcpv4.OptionServerIdentifier, dhcpv4.OptionRenewTimeValue, dhcpv4.OptionRebindingTimeValue))
+			dhcpv4.OptionServerIdentifier, dhcpv4.OptionRenewTimeValue, dhcpv4.OptionRebindingTimeValue, captivePortal))
 	}
 }
 
@@ -91,6 +99,8 @@ func Accept(m *dhcpv4.DHCPv4) (Lease, error) {
 	if ok1 && ok2 && minLease/2 <= t1 && t1 < t2 && t2 < l.Expire {
 		l.Renew, l.Rebind = t1, t2 // else the defaults of RFC 2131
 	}
+	page := m.Options.Get(captivePortal)
+	l.SignIn = len(page) > 0 && string(page) != unrestricted
 	l.MTU = maxMTU
 	if v := m.Options.Get(dhcpv4.OptionInterfaceMTU); len(v) != 0 {
 		if len(v) != 2 || binary.BigEndian.Uint16(v) < MinMTU {

@@ -45,6 +45,8 @@ func TestAccept(t *testing.T) {
 		"T1 after T2":     {answer(option(dhcpv4.OptionRenewTimeValue, []byte{0, 0, 1, 60}), option(dhcpv4.OptionRebindingTimeValue, []byte{0, 0, 0, 120})), sound},
 		"infinite":        {answer(dhcpv4.WithLeaseTime(0xffffffff)), with(func(l *Lease) { l.Expire, l.Renew, l.Rebind = 24*time.Hour, 12*time.Hour, 21*time.Hour })},
 		"option 121":      {answer(option(dhcpv4.OptionClasslessStaticRoute, []byte{1, 0, 192, 168, 50, 1})), sound},
+		"sign-in page":    {answer(option(captivePortal, []byte("https://portal/"))), with(func(l *Lease) { l.SignIn = true })},
+		"no sign-in page": {answer(option(captivePortal, []byte(unrestricted))), sound},
 		"zero lease":      {m: answer(dhcpv4.WithLeaseTime(0))},
 		"no lease":        {m: answer(dhcpv4.WithoutOption(dhcpv4.OptionIPAddressLeaseTime))},
 		"short lease":     {m: answer(dhcpv4.WithLeaseTime(5))},

@@ -198,6 +198,14 @@ func scenarios() []scenario {
 		{name: "suspended, resumed in another network", run: elsewhere},
 		{name: "no network card, then one under another name", run: renamed},
 		{name: "captive portal that fakes 204", dark: true, before: func(w *world) { w.portal() }, run: portalThenOpen},
+		{name: "captive portal that drops port 443", dark: true, dhcp: force("114,http://192.168.50.1/portal"), before: func(w *world) { w.firewall("drop") }, run: func(t *testing.T, w *world) {
+			s := w.waitState(60*time.Second, netd.Attesting, netd.ReasonGateway)
+			if !s.Uplink.SignIn || s.Words.EN != "Blocked: the gateway does not answer over this network; it says that it has a sign-in page" || !strings.Contains(s.Words.JA, "サインインページ") {
+				t.Errorf("words %+v, uplink %+v", s.Words, s.Uplink)
+			}
+			w.home.Run("nft", "delete table ip evil")
+			w.waitState(90*time.Second, netd.Tunnel, "")
+		}},
 		{name: "true office appears and vanishes", before: func(w *world) { w.newDesk() }, run: comesAndGoes},
 		{name: "netd: kill -9 in every state", dark: true, before: func(w *world) { w.newDesk() }, run: inEveryState((*world).killNetd)},
 		{name: "attestd: kill -9 in every state", dark: true, before: func(w *world) { w.newDesk() }, run: inEveryState((*world).killAttestd)},

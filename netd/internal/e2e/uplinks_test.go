@@ -264,6 +264,7 @@ func TestSilentBlackHole(t *testing.T) {
 	w.startNetd()
 	w.waitState(30*time.Second, netd.Tunnel, "")
 	w.waitUplink("eth0")
+	stop := w.pester()
 	e := w.startEcho(10 * time.Millisecond)
 	w.answering(e)
 	w.home.Run("nft", "add table ip hole; add chain ip hole f { type filter hook forward priority 0; }; add rule ip hole f iifname lan0 drop; add rule ip hole f oifname lan0 drop")
@@ -281,5 +282,9 @@ func TestSilentBlackHole(t *testing.T) {
 	w.home.Run("nft", "delete table ip hole")
 	w.waitUplink("eth0")
 	e.end(0)
+	stop()
 	w.checkUplink()
+	w.cleanSecond()
+	v := w.judge()
+	fmt.Printf("scenario %-58s sent %7d  delivered %6d  leaked %d\n", "silent black hole on the preferred uplink", w.tapped.sent.Load(), v.delivered, v.leaked)
 }
