@@ -89,6 +89,10 @@ type Organization struct {
 	// EscrowKey is the public key (PEM, P-256) to which the recovery keys of
 	// the work domains' disks are encrypted. Without it no disk is made.
 	EscrowKey string `json:"escrow_key,omitempty"`
+	// TrialMinutes is how long a new release may take to prove good while there
+	// is an uplink, before the laptop goes back to the one before it;
+	// DefaultTrialMinutes if absent.
+	TrialMinutes int `json:"trial_minutes,omitempty"`
 	// NetworkAccess is absent where no network asks for 802.1X.
 	NetworkAccess *NetworkAccess `json:"network_access,omitempty"`
 }
@@ -112,6 +116,10 @@ type Office struct {
 
 // DefaultRoundTripMS is Office.MaxRoundTripMS unless the organisation says otherwise.
 const DefaultRoundTripMS = 5
+
+// DefaultTrialMinutes is Organization.TrialMinutes unless the organisation says
+// otherwise.
+const DefaultTrialMinutes = 10
 
 // SiteURI names an office in its beacon's certificate.
 func SiteURI(site string) string { return "urn:sekisho:site:" + site }
@@ -223,6 +231,9 @@ func (o *Organization) Validate() error {
 				fail("%s[%d]: server_name is empty", what, i)
 			}
 		}
+	}
+	if o.TrialMinutes < 0 || o.TrialMinutes > 24*60 {
+		fail("trial_minutes %d: want 1 to 1440", o.TrialMinutes)
 	}
 	if n := o.NetworkAccess; n != nil {
 		if block, rest := pem.Decode([]byte(n.CA)); block == nil || len(bytes.TrimSpace(rest)) > 0 {

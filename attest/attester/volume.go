@@ -250,6 +250,53 @@ func (a *Attester) serveRollback(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, struct{}{})
 }
 
+// CheckUpdate says whether next may follow the running release. A nil error
+// proves: next is signed by the release key that signed running, for the same
+// Secure Boot keys, and its epoch is not below the rollback counter.
+func (a *Attester) CheckUpdate(running, next []byte) error {
+	now, signer, err := seal.ReadRelease(running)
+	if err != nil {
+		return err
+	}
+	r, err := seal.ParseRelease(next, signer)
+	if err != nil {
+		return fmt.Errorf("%w: %w", seal.ErrRelease, err)
+	}
+	if r.PCRs[7] != now.PCRs[7] {
+		return &seal.Mismatch{PCR: 7, Want: r.PCRs[7], Seen: now.PCRs[7]}
+	}
+	if err := a.openTPM(); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	hw := a.hw
+	a.mu.Unlock()
+	c, ok := hw.(interface{ Counter() (uint64, error) })
+	if !ok {
+		return errors.New("update: the TPM was closed, or has no counter; try again")
+	}
+	count, err := c.Counter()
+	if err != nil {
+		return fmt.Errorf("update: %w", err)
+	}
+	if count > r.Epoch {
+		return fmt.Errorf("update: %w: epoch %d, the counter is %d", seal.ErrRolledBack, r.Epoch, count)
+	}
+	return nil
+}
+
+func (a *Attester) serveRelease(w http.ResponseWriter, r *http.Request) {
+	var req gate.UpdateRequest
+	if !decodeVolume(w, r, &req) {
+		return
+	}
+	if err := a.CheckUpdate(req.Running, req.Next); err != nil {
+		a.refuse(w, "update", err)
+		return
+	}
+	writeJSON(w, struct{}{})
+}
+
 // volumeRoutes are for root alone.
 func (a *Attester) volumeRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("POST /v1/unlock", a.forRoot(a.serveUnlock))
@@ -257,6 +304,7 @@ func (a *Attester) volumeRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("POST /v1/volume/bind", a.forRoot(a.serveBind))
 	mux.HandleFunc("POST /v1/volume/recover", a.forRoot(a.serveRecover))
 	mux.HandleFunc("POST /v1/rollback", a.forRoot(a.serveRollback))
+	mux.HandleFunc("POST /v1/release", a.forRoot(a.serveRelease))
 }
 
 func (a *Attester) forRoot(h http.HandlerFunc) http.HandlerFunc {

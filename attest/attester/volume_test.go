@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"maps"
 	"slices"
 	"testing"
 	"time"
@@ -123,6 +124,61 @@ func TestVolume(t *testing.T) {
 	}
 	if again, err := seal.ParseVolume(got.Volume); err != nil || bytes.Equal(got.Volume, bound) || !bytes.Equal(again.ID, v.ID) {
 		t.Errorf("sealed anew: %v", err)
+	}
+	checkUpdates(t, p.client, release, signer, newKey(t), boot.PCRs())
+}
+
+// checkUpdates asks for releases that may follow the running one, whose epoch
+// the counter has reached, and that may not.
+func checkUpdates(t *testing.T, c *gate.Client, running []byte, signer, stranger *ecdsa.PrivateKey, pcrs map[int]attest.Digest) {
+	t.Helper()
+	release := func(key *ecdsa.PrivateKey, epoch uint64, change int) []byte {
+		values := maps.Clone(pcrs)
+		if change > 0 {
+			values[change] = attest.Digest{1}
+		}
+		r, err := seal.SignPolicy(key, &attest.ReferenceValues{Image: "sekisho", Version: "2", PCRs: values}, epoch)
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := r.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	ask := func(next []byte) []string {
+		t.Helper()
+		err := c.CheckUpdate(t.Context(), gate.UpdateRequest{Running: running, Next: next})
+		var no *gate.KeyRefused
+		if err != nil && !errors.As(err, &no) {
+			t.Fatal(err)
+		}
+		if no == nil {
+			return nil
+		}
+		return no.Codes
+	}
+	for name, x := range map[string]struct {
+		next []byte
+		want []string
+	}{
+		"the next image":          {release(signer, seal.FirstEpoch+1, 11), nil},
+		"another release key":     {release(stranger, seal.FirstEpoch+1, 11), []string{gate.CodePolicy}},
+		"other Secure Boot keys":  {release(signer, seal.FirstEpoch+1, 7), []string{gate.CodeSecureBoot}},
+		"no release":              {[]byte("{}"), []string{gate.CodePolicy}},
+		"a release with one flip": {bytes.Replace(release(signer, seal.FirstEpoch+1, 11), []byte(`"epoch": 17`), []byte(`"epoch": 18`), 1), []string{gate.CodePolicy}},
+	} {
+		if got := ask(x.next); !slices.Equal(got, x.want) {
+			t.Errorf("%s: %q, want %q", name, got, x.want)
+		}
+	}
+	newer := release(signer, seal.FirstEpoch+2, 0)
+	if err := c.RaiseRollback(t.Context(), gate.VolumeRequest{Release: newer}); err != nil {
+		t.Fatal(err)
+	}
+	if got := ask(release(signer, seal.FirstEpoch+1, 11)); !slices.Equal(got, []string{gate.CodeRolledBack}) {
+		t.Errorf("older than the counter: %q", got)
 	}
 }
 

@@ -161,6 +161,19 @@ func (c *Client) RaiseRollback(ctx context.Context, r VolumeRequest) error {
 	return c.ask(ctx, "/v1/rollback", r, &struct{}{})
 }
 
+// UpdateRequest asks whether a release may follow the running one.
+type UpdateRequest struct {
+	Running []byte `json:"running"` // the running image's signed policies
+	Next    []byte `json:"next"`    // those of the image that is to follow
+}
+
+// CheckUpdate asks attestd whether the keys of this laptop would open for the
+// next release; root alone. *KeyRefused: they would not, or it is older than
+// what this device has run.
+func (c *Client) CheckUpdate(ctx context.Context, r UpdateRequest) error {
+	return c.ask(ctx, "/v1/release", r, &struct{}{})
+}
+
 // ask posts a request about a volume.
 func (c *Client) ask(ctx context.Context, path string, question, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, volumeTimeout)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sekisho/hostos/disk"
+	"sekisho/hostos/update"
 	"sekisho/hostos/vmm"
 )
 
@@ -25,6 +27,7 @@ type Status struct {
 	Detail   string          `json:"detail"`
 	Services []ServiceStatus `json:"services"`
 	Disk     disk.Status     `json:"disk"` // of the work domain
+	Slots    update.Status   `json:"slots"`
 	Work     vmm.Status      `json:"work"`
 	Modules  []ModuleStatus  `json:"modules"`
 	Missing  []string        `json:"missing"` // device files that did not appear
@@ -38,6 +41,8 @@ type actions struct {
 	wake     func(context.Context) error
 	recover  func(ctx context.Context, typed string) error
 	wipe     func() error
+	restart  func()
+	update   func(ctx context.Context, image io.Reader, size int64) error
 }
 
 // RecoverRequest opens the work domain's disk by its recovery key.
@@ -81,6 +86,20 @@ func handler(a actions) http.Handler {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 		}
 	})
+	mux.HandleFunc("POST /v1/restart", func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusAccepted)
+		a.restart()
+	})
+	mux.HandleFunc("POST /v1/update", func(w http.ResponseWriter, r *http.Request) {
+		c, until := http.NewResponseController(w), time.Now().Add(updateTime)
+		if err := errors.Join(c.SetReadDeadline(until), c.SetWriteDeadline(until)); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		if err := a.update(r.Context(), r.Body, r.ContentLength); err != nil {
+			http.Error(w, err.Error(), http.StatusConflict)
+		}
+	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if uid, ok := r.Context().Value(peerKey{}).(uint32); !ok || uid != 0 {
 			http.Error(w, "only root may use this socket", http.StatusForbidden)
@@ -110,6 +129,9 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 	}
 	return context.WithValue(ctx, peerKey{}, cred.Uid)
 }
+
+// updateTime bounds the writing of an update.
+const updateTime = 15 * time.Minute
 
 // apiTime bounds an answer: opening a disk takes a TPM and a program.
 const apiTime = time.Minute
@@ -182,12 +204,36 @@ func (c *Client) Wipe(ctx context.Context) error {
 	return err
 }
 
+// Restart asks for an orderly restart and does not wait for it.
+func (c *Client) Restart(ctx context.Context) error {
+	_, err := c.do(ctx, http.MethodPost, "/v1/restart", nil)
+	return err
+}
+
+// Update has init write an image to the slot that does not run, and have it
+// tried at the next start.
+func (c *Client) Update(ctx context.Context, image io.Reader, size int64) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://init/v1/update", image)
+	if err != nil {
+		return err
+	}
+	req.ContentLength = size
+	long := c.http
+	long.Timeout = updateTime
+	_, err = answer(long.Do(req))
+	return err
+}
+
 func (c *Client) do(ctx context.Context, method, path string, body []byte) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://init"+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
-	resp, err := c.http.Do(req)
+	return answer(c.http.Do(req))
+}
+
+// answer reads what init answers.
+func answer(resp *http.Response, err error) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
@@ -209,6 +255,7 @@ func WriteStatus(w io.Writer, s Status) {
 		fmt.Fprintf(w, " (%s: %s)", s.Reason, s.Detail)
 	}
 	fmt.Fprintf(w, "\ndisk      %s, %s %s\nwork      %s %s\n", s.Disk.State, s.Disk.Mode, s.Disk.Detail, s.Work.State, s.Work.Detail)
+	writeSlots(w, s.Slots)
 	for _, v := range s.Services {
 		fmt.Fprintf(w, "%-9s %s pid %d restarts %d %s\n", v.Name, v.State, v.PID, v.Restarts, v.Status)
 	}
@@ -221,6 +268,19 @@ func WriteStatus(w io.Writer, s Status) {
 		fmt.Fprintf(w, "missing   %s\n", path)
 	}
 	fmt.Fprintf(w, "memory    %d of %d MiB used\n", (s.Memory.TotalKiB-s.Memory.AvailableKiB)>>10, s.Memory.TotalKiB>>10)
+}
+
+func writeSlots(w io.Writer, s update.Status) {
+	fmt.Fprintf(w, "slots     running %s, good %s", s.Running, s.Good)
+	if s.Size > 0 {
+		fmt.Fprintf(w, ", an update is being written, %d of %d bytes", s.Written, s.Size)
+	} else if t := s.Trial; t != nil {
+		fmt.Fprintf(w, ", release %s in slot %s is %s", t.Version, t.Slot, t.Stage)
+	}
+	if f := s.Failed; f != nil {
+		fmt.Fprintf(w, ", last update %s failed: %s", f.Version, f.Reason)
+	}
+	fmt.Fprintf(w, " %s\n", s.Detail)
 }
 
 // openConsole returns /dev/console, or the error output when there is none.

@@ -22,6 +22,7 @@ import (
 	"sekisho/attest"
 	"sekisho/guestlink"
 	"sekisho/hostos/disk"
+	"sekisho/hostos/update"
 	"sekisho/hostos/vmm"
 )
 
@@ -54,6 +55,10 @@ type host struct {
 	state   Status      // without the parts that status adds
 	work    *supervised // QEMU, nil while there is none
 	missing []node
+	slots   *update.Slots // nil where there are no two
+	// slotsFault is why no update is possible.
+	slotsFault string
+	again      bool // restart, do not switch off
 }
 
 // Run is the life of PID 1. It returns only when the machine could not be
@@ -87,7 +92,13 @@ func Run() error {
 	h.awaitOff(ctx)
 	h.shutdown()
 	unix.Sync()
-	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
+	h.mu.Lock()
+	how := unix.LINUX_REBOOT_CMD_POWER_OFF
+	if h.again {
+		how = unix.LINUX_REBOOT_CMD_RESTART
+	}
+	h.mu.Unlock()
+	if err := unix.Reboot(how); err != nil {
 		return fmt.Errorf("power off: %w", err)
 	}
 	return nil
@@ -149,6 +160,10 @@ func (h *host) boot(ctx context.Context, wg *sync.WaitGroup) error {
 	h.lack(d.missing)
 	for _, n := range d.missing {
 		h.console.line("init", "missing: %s", n.needed)
+	}
+	if h.beginSlots() {
+		h.restart()
+		return nil
 	}
 	if err := shareBootLog(); err != nil {
 		h.console.line("init", "warning: event log: %v", err)
@@ -440,6 +455,14 @@ func (h *host) workChanged(s vmm.Status) {
 
 func (h *host) powerOff() { h.offOnce.Do(func() { close(h.off) }) }
 
+// restart is powerOff that ends in another boot.
+func (h *host) restart() {
+	h.mu.Lock()
+	h.again = true
+	h.mu.Unlock()
+	h.powerOff()
+}
+
 // awaitOff waits for a request to switch off: the API, the work domain, or a
 // signal as other inits understand it.
 func (h *host) awaitOff(ctx context.Context) {
@@ -476,6 +499,12 @@ func (h *host) shutdown() {
 	if h.sup != nil {
 		h.sup.stopAll()
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.again {
+		h.console.line("init", "restart")
+		return
+	}
 	h.console.line("init", "power off")
 }
 
@@ -492,7 +521,12 @@ func (h *host) status() Status {
 	for _, n := range h.missing {
 		s.Missing = append(s.Missing, n.path)
 	}
+	slots, fault := h.slots, h.slotsFault
 	h.mu.Unlock()
+	if slots != nil {
+		s.Slots = slots.Status()
+	}
+	s.Slots.Detail = fault
 	s.Disk = h.disk.Status()
 	s.Services, s.Work, s.Modules = h.sup.status(), h.machine.Status(), h.loader.results()
 	s.Memory = readMemory("/proc/meminfo")
@@ -513,6 +547,7 @@ func (h *host) serveAPI(ctx context.Context, wg *sync.WaitGroup) error {
 		status: h.status, powerOff: h.powerOff, wake: h.machine.Wake,
 		recover: func(r context.Context, typed string) error { return h.recoverDisk(r, ctx, wg, typed) },
 		wipe:    h.wipeDisk,
+		restart: h.restart, update: h.stageUpdate,
 	}))
 	wg.Go(func() {
 		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {

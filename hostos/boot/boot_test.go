@@ -205,7 +205,7 @@ func TestLinkPartitions(t *testing.T) {
 		os.MkdirAll(filepath.Join(sys, name), 0o755)
 		os.WriteFile(filepath.Join(sys, name, "uevent"), []byte("MAJOR=254\nDEVNAME="+name+"\nDEVTYPE=partition\nPARTN=1\nPARTNAME="+label+"\n"), 0o644)
 	}
-	add("vda1", "esp")
+	add("vda1", "esp-a")
 	add("vda2", StatePart)
 	add("vda3", WorkPart)
 	add("sda1", "../../../etc/passwd")
@@ -213,7 +213,7 @@ func TestLinkPartitions(t *testing.T) {
 	if err := linkPartitions(sys, links, "/dev"); err != nil {
 		t.Fatal(err)
 	}
-	for label, want := range map[string]string{"esp": "/dev/vda1", StatePart: "/dev/vda2", WorkPart: "/dev/vda3"} {
+	for label, want := range map[string]string{"esp-a": "/dev/vda1", StatePart: "/dev/vda2", WorkPart: "/dev/vda3"} {
 		if got, _ := os.Readlink(filepath.Join(links, label)); got != want {
 			t.Errorf("%s: %q, want %q", label, got, want)
 		}

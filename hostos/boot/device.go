@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"sekisho/hostos/update"
 )
 
 // node is a device file that services need.
@@ -107,7 +109,7 @@ func (n node) give() error {
 
 // partitions are the GPT labels that init knows.
 func partitions() []string {
-	return []string{"esp", StatePart, HostPart, WorkPart, FactoryPart, ScratchPart}
+	return []string{update.SlotA.Label(), update.SlotB.Label(), StatePart, HostPart, WorkPart, FactoryPart, ScratchPart}
 }
 
 // linkPartitions makes links in dir, named by GPT partition label, to the

@@ -8,30 +8,7 @@ import (
 	"net"
 	"net/http"
 	"time"
-
-	"sekisho/attest/gate"
-	"sekisho/hostos/update"
 )
-
-// watchGood raises the rollback counter once this boot has proved that the
-// image is good.
-func (h *host) watchGood(ctx context.Context) {
-	r, err := update.ReadRelease(policyFile)
-	if err != nil {
-		return // an image without policies: the disk says so
-	}
-	netd := unixClient(NetdSocket)
-	g := update.Good{
-		Release: r,
-		InTunnel: func(ctx context.Context) bool {
-			state, err := daemonState(ctx, netd)
-			return err == nil && state == "Tunnel"
-		},
-		Raise: gate.NewClient(AttestdSocket).RaiseRollback,
-		Say:   func(format string, a ...any) { h.console.line("init", format, a...) },
-	}
-	g.Watch(ctx)
-}
 
 // daemonState asks a daemon for the state in its status.
 func daemonState(ctx context.Context, c *http.Client) (string, error) {

@@ -49,15 +49,19 @@ func ESPSize(cluster, files int64) int64 {
 //
 // The boot sectors go first and come back last, so that after a power cut
 // there is a whole file system or none. If f has a Sync method, it is called
-// in between.
-func WriteESP(f io.WriterAt, start, size, cluster int64, boot []byte) error {
+// in between. Before they come back check, if not nil, may read the file as it
+// is on f, and its error leaves f without a file system.
+func WriteESP(f interface {
+	io.WriterAt
+	io.ReaderAt
+}, start, size, cluster int64, boot io.Reader, length int64, check func(boot io.ReaderAt) error) error {
 	sectors := size / sector
 	fatSectors := ((size/cluster+2)*4 + sector - 1) / sector
 	data := reservedSectors + 2*fatSectors
 	clusters := (sectors - data) / (cluster / sector)
-	fileClusters := (int64(len(boot)) + cluster - 1) / cluster
+	fileClusters := (length + cluster - 1) / cluster
 	if clusterFile-2+fileClusters > clusters {
-		return fmt.Errorf("esp: %d bytes do not fit %d clusters", len(boot), clusters)
+		return fmt.Errorf("esp: %d bytes do not fit %d clusters", length, clusters)
 	}
 	le := binary.LittleEndian
 
@@ -119,29 +123,49 @@ func WriteESP(f io.WriterAt, start, size, cluster int64, boot []byte) error {
 	entry(c+64, "BOOT       ", attrDirectory, clusterBOOT, 0)
 	entry(2*c, ".          ", attrDirectory, clusterBOOT, 0)
 	entry(2*c+32, "..         ", attrDirectory, clusterEFI, 0)
-	entry(2*c+64, "BOOTX64 EFI", attrArchive, clusterFile, uint32(len(boot)))
+	entry(2*c+64, "BOOTX64 EFI", attrArchive, clusterFile, uint32(length))
 
 	type write struct {
 		sector int64
 		data   []byte
 	}
-	none := make([]byte, sector)
-	for _, step := range [][]write{
-		{{0, none}, {6, none}},
-		{{1, info}, {7, info}, {reservedSectors, fat}, {reservedSectors + fatSectors, fat},
-			{data, dirs}, {data + (clusterFile-2)*(cluster/sector), boot}},
-		{{6, bs}},
-		{{0, bs}},
-	} {
-		for _, w := range step {
+	step := func(writes ...write) error {
+		for _, w := range writes {
 			if _, err := f.WriteAt(w.data, w.sector*sector); err != nil {
-				return fmt.Errorf("esp: %w", err)
+				return err
 			}
 		}
 		if s, ok := f.(interface{ Sync() error }); ok {
-			if err := s.Sync(); err != nil {
-				return fmt.Errorf("esp: %w", err)
+			return s.Sync()
+		}
+		return nil
+	}
+	place := (data + (clusterFile-2)*(cluster/sector)) * sector
+	content := func() error {
+		n, err := io.Copy(io.NewOffsetWriter(f, place), io.LimitReader(boot, length))
+		if err == nil && n != length {
+			err = fmt.Errorf("%d bytes of %d: %w", n, length, io.ErrUnexpectedEOF)
+		}
+		return err
+	}
+	none := make([]byte, sector)
+	for _, do := range []func() error{
+		func() error { return step(write{0, none}, write{6, none}) },
+		content,
+		func() error {
+			return step(write{1, info}, write{7, info}, write{reservedSectors, fat}, write{reservedSectors + fatSectors, fat}, write{data, dirs})
+		},
+		func() error {
+			if check == nil {
+				return nil
 			}
+			return check(io.NewSectionReader(f, place, length))
+		},
+		func() error { return step(write{6, bs}) },
+		func() error { return step(write{0, bs}) },
+	} {
+		if err := do(); err != nil {
+			return fmt.Errorf("esp: %w", err)
 		}
 	}
 	return nil

@@ -30,8 +30,8 @@ func TestGood(t *testing.T) {
 				ctx, stop := context.WithCancel(t.Context())
 				looks, asked, raised := 0, 0, false
 				g := Good{
-					Release:  &Release{Version: "2", Epoch: 18, Raw: []byte("{}")},
-					InTunnel: func(context.Context) bool { looks++; return looks > 3 },
+					Release: &Release{Version: "2", Epoch: 18, Raw: []byte("{}")},
+					Look:    func(context.Context) Proof { looks++; return Proof{Good: looks > 3} },
 					Raise: func(context.Context, gate.VolumeRequest) error {
 						if looks <= 3 {
 							t.Error("raised before the image was good")
@@ -79,6 +79,8 @@ type flash struct {
 
 var errPower = errors.New("power cut")
 
+func (f *flash) ReadAt(b []byte, at int64) (int, error) { return copy(b, f.data[at:]), nil }
+
 func (f *flash) WriteAt(b []byte, at int64) (int, error) {
 	if f.left == 0 {
 		return 0, errPower
@@ -92,7 +94,7 @@ func (f *flash) WriteAt(b []byte, at int64) (int, error) {
 func TestPowerCutInESP(t *testing.T) {
 	size := ESPSize(SmallCluster, 1<<20)
 	write := func(f *flash, content byte) error {
-		return WriteESP(f, 1<<20, size, SmallCluster, bytes.Repeat([]byte{content}, 1<<20))
+		return WriteESP(f, 1<<20, size, SmallCluster, bytes.NewReader(bytes.Repeat([]byte{content}, 1<<20)), 1<<20, nil)
 	}
 	old, next := &flash{make([]byte, size), -1}, &flash{make([]byte, size), -1}
 	if err := errors.Join(write(old, 'a'), write(next, 'b')); err != nil {

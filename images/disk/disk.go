@@ -3,6 +3,7 @@
 package disk
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -21,7 +22,8 @@ import (
 // Names of the laptop's partitions; udev-like links appear under
 // /dev/disk/by-partlabel (docs/host-domain.md, "Storage on the laptop").
 const (
-	ESP   = "esp"
+	ESP   = "esp-a" // slot A
+	SlotB = "esp-b" // of the laptop alone, empty until the first update
 	State = "sekisho-state"
 	Host  = "sekisho-host"
 	Work  = "sekisho-work"
@@ -47,7 +49,7 @@ const (
 // Layout is the content of a disk image. Zero parts are left out.
 type Layout struct {
 	Boot  []byte // EFI program, placed as EFI/BOOT/BOOTX64.EFI
-	State bool   // with the partitions State and Host
+	State bool   // with the partitions SlotB, State and Host
 	// Factory is the file whose content becomes the partition of that name.
 	// The partition Work is made with it, empty, with room for it and for the
 	// header of its encryption.
@@ -95,6 +97,7 @@ func Create(name string, l Layout) (err error) {
 		table.Partitions[0].Attributes = legacyBootable
 	}
 	if l.State {
+		add(SlotB, gpt.EFISystemPartition, esp)
 		add(State, gpt.LinuxFilesystem, StateSize)
 		add(Host, gpt.LinuxFilesystem, store.Size)
 	}
@@ -133,7 +136,11 @@ func Create(name string, l Layout) (err error) {
 	if err := table.Write(f, total); err != nil {
 		return err
 	}
-	if err := update.WriteESP(io.NewOffsetWriter(f, mib), mib, esp, cluster, l.Boot); err != nil {
+	slot := struct {
+		io.WriterAt
+		io.ReaderAt
+	}{io.NewOffsetWriter(f, mib), io.NewSectionReader(f, mib, esp)}
+	if err := update.WriteESP(slot, mib, esp, cluster, bytes.NewReader(l.Boot), int64(len(l.Boot)), nil); err != nil {
 		return err
 	}
 	if l.BIOS != nil {

@@ -36,7 +36,7 @@ func TestCreateAndFind(t *testing.T) {
 	for _, p := range []struct {
 		name string
 		size int64
-	}{{ESP, update.ESPSize(update.Cluster, 0)}, {State, StateSize}, {Host, 1 << 20}, {Scratch, 3 << 20}, {Work, 8 << 20}, {Factory, 6 << 20}} {
+	}{{ESP, update.ESPSize(update.Cluster, 0)}, {SlotB, update.ESPSize(update.Cluster, 0)}, {State, StateSize}, {Host, 1 << 20}, {Scratch, 3 << 20}, {Work, 8 << 20}, {Factory, 6 << 20}} {
 		offset, size, err := Find(img, p.name)
 		if err != nil || size != p.size || offset%(1<<20) != 0 {
 			t.Errorf("%s: offset %d, size %d, error %v; want size %d", p.name, offset, size, err, p.size)

@@ -31,9 +31,9 @@ func (l *Lab) Cut(ctx context.Context) error {
 }
 
 // Again gives the laptop power once more: the same disk, TPM, variables and
-// site as they were left. An image in b takes the place of the one on the
-// disk, as an update or an attacker would write it; its variables, if it names
-// any, take the place of the laptop's.
+// site as they were left. An image in b takes the place of those in both slots,
+// as an attacker would write it; its variables, if it names any, take the place
+// of the laptop's.
 func (l *Lab) Again(ctx context.Context, b Boot) (Result, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, 10*time.Minute, ErrLate)
 	defer cancel()
@@ -42,10 +42,12 @@ func (l *Lab) Again(ctx context.Context, b Boot) (Result, error) {
 	if err := l.Cut(ctx); err != nil {
 		return fail(err)
 	}
-	m := machine{disk: l.lab("laptop.img"), vars: l.lab("vars.fd")}
+	m := machine{disk: l.lab("laptop.img"), vars: l.lab("vars.fd"), restarts: b.Restarts}
 	if b.Image.Disk != "" {
-		if err := copyPartition(m.disk, b.Image.Disk, disk.ESP); err != nil {
-			return fail(err)
+		for _, slot := range []string{disk.ESP, disk.SlotB} {
+			if err := copyPartition(m.disk, slot, b.Image.Disk, disk.ESP); err != nil {
+				return fail(err)
+			}
 		}
 	}
 	if b.Image.Vars != "" {
@@ -76,9 +78,9 @@ func (l *Lab) Again(ctx context.Context, b Boot) (Result, error) {
 	return r, nil
 }
 
-// copyPartition copies a partition between two disk images of equal layout.
-func copyPartition(to, from, partition string) error {
-	at, size, err := disk.Find(from, partition)
+// copyPartition copies a partition of a disk image to one of equal size.
+func copyPartition(to, partition, from, source string) error {
+	at, size, err := disk.Find(from, source)
 	if err != nil {
 		return err
 	}

@@ -19,7 +19,9 @@ type machine struct {
 	disk  string // raw image, written to
 	vars  string // OVMF variables, written to
 	noTPM bool
-	clock string // of the real-time clock at power-on; empty: the time
+	// restarts: a reset by the laptop starts it again; otherwise it ends QEMU.
+	restarts bool
+	clock    string // of the real-time clock at power-on; empty: the time
 }
 
 // arguments are QEMU's, without the program.
@@ -35,13 +37,15 @@ func (m machine) arguments() []string {
 	}
 	sock := func(name string) string { return filepath.Join(runDir, name+".sock") }
 	args := []string{
-		"-name", "sekisho-lab", "-nodefaults", "-display", "none", "-no-reboot",
+		"-name", "sekisho-lab", "-nodefaults", "-display", "none",
 		"-accel", accel, "-cpu", cpu, "-machine", "q35,smm=on", "-smp", smp, "-m", "2048",
 		"-global", "driver=cfi.pflash01,property=secure,value=on",
 		"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=" + firmware,
 		"-drive", "if=pflash,format=raw,unit=1,file=" + m.vars,
 		"-drive", "if=none,id=disk,format=raw,cache=unsafe,file=" + m.disk,
-		"-device", "virtio-blk-pci,drive=disk,bootindex=0",
+		// Without a bootindex, by which QEMU has OVMF write the firmware's boot
+		// order anew at each start: here the firmware's own holds, as elsewhere.
+		"-device", "virtio-blk-pci,drive=disk",
 		// The firmware must not look for a network boot: what it would send is
 		// not the host domain's.
 		"-fw_cfg", "name=opt/org.tianocore/IPv4PXESupport,string=n",
@@ -56,6 +60,9 @@ func (m machine) arguments() []string {
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=lab,server=on,wait=off,path=" + sock("hook"),
 		"-device", "virtserialport,chardev=lab,name=org.sekisho.lab",
 		"-qmp", "unix:" + sock("qmp") + ",server=on,wait=off",
+	}
+	if !m.restarts {
+		args = append(args, "-no-reboot")
 	}
 	if m.clock != "" {
 		args = append(args, "-rtc", "base="+m.clock)

@@ -5,9 +5,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"os"
+	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +19,7 @@ import (
 	"sekisho/attest/seal"
 	workdisk "sekisho/hostos/disk"
 	"sekisho/hostos/store"
+	"sekisho/hostos/update"
 	"sekisho/images"
 	"sekisho/images/disk"
 	"sekisho/images/lab/hook"
@@ -25,19 +29,20 @@ import (
 var recoveryLine = regexp.MustCompile(`recovery key of the work disk[^:]*: ([0-9-]{55})`)
 
 // TestSealedBoot is one laptop over several boots: its disk is made and opens
-// again, after an update too; it opens for nothing else, and then by its
-// recovery key.
+// again, after an update too, which proves good or is given up; it opens for
+// nothing else, and then by its recovery key. The power goes at each step.
 func TestSealedBoot(t *testing.T) {
 	b := realLab(t)
 	const epoch = seal.FirstEpoch + 3
 	next, reference, err := b.Next("1-lab", epoch)
 	must(t, err)
-	tampered, err := b.tamper("cmdline", b.out("next"))
+	_, err = b.tamper("cmdline", b.out("next"))
 	must(t, err)
+	vars := filepath.Join(t.TempDir(), "vars.fd")
 
 	var recovery string
 	b.bootStep(t, "first boot makes the disk", func(t *testing.T) {
-		r, err := b.Up(t.Context(), Boot{Accept: []string{reference}})
+		r, err := b.Up(t.Context(), Boot{Accept: []string{reference}, Restarts: true})
 		must(t, err)
 		t.Logf("page read after %.1f s", r.Stages[len(r.Stages)-1].Seconds)
 		b.disk(t, workdisk.Open, "")
@@ -61,33 +66,70 @@ func TestSealedBoot(t *testing.T) {
 			t.Errorf("a second key in one boot: %+v", k)
 		}
 		b.layer(t)
-	})
-	b.bootStep(t, "power cut, no site: opens all the same", func(t *testing.T) {
+		b.slots(t, "a", "a", "")
+		// Power cut while an update is written: slot b has no file system then.
+		b.put(t, b.out("next", images.HostImage))
+		done := make(chan struct{})
+		go func() { defer close(done); b.Exec(t.Context(), hook.Host, "init", "update", staged) }()
+		b.until(t, "the update to be under way", func(context.Context) bool { return b.slotRecord(t).Trial != nil })
 		must(t, b.Cut(t.Context()))
+		<-done
+		if r := b.slotRecord(t); r.Trial == nil || r.Trial.Stage != update.Writing {
+			t.Fatalf("the power went too late: %+v", r.Trial)
+		}
+	})
+	b.bootStep(t, "power cut in an update, no site: opens all the same", func(t *testing.T) {
 		for _, name := range []string{"verifier", "gateway"} {
 			must(t, b.Kill(t.Context(), name))
 		}
-		_, err := b.Again(t.Context(), Boot{Stay: true})
+		_, err := b.Again(t.Context(), Boot{Stay: true, Restarts: true})
 		must(t, err)
 		b.untilWork(t)
 		b.disk(t, workdisk.Open, "")
 		b.noPage(t)
+		b.slots(t, "a", "a", "")
 		must(t, b.StartVerifier(t.Context()))
 		must(t, b.StartGateway(t.Context()))
+		b.put(t, b.out("next", images.HostImage))
+		b.update(t, "")
+		b.slots(t, "a", "a", update.Armed)
+		must(t, b.Cut(t.Context())) // told the firmware, not restarted
 	})
-	b.bootStep(t, "signed update, power cut in the raise", func(t *testing.T) {
-		_, err := b.Again(t.Context(), Boot{Image: Image{Name: next.Name, Disk: next.Disk}, Stay: true})
+	b.bootStep(t, "trial of the update is good, power cut in the raise", func(t *testing.T) {
+		_, err := b.Again(t.Context(), Boot{Stay: true, Restarts: true})
 		must(t, err)
+		b.untilConsole(t, "trial of release 1-lab in slot b")
 		b.untilConsole(t, "release 1-lab is good; raising the rollback counter to 19")
 		b.disk(t, workdisk.Open, "")
+		b.slots(t, "b", "b", "")
 		must(t, b.Cut(t.Context()))
 	})
-	b.bootStep(t, "the raise is finished", func(t *testing.T) {
-		r, err := b.Again(t.Context(), Boot{})
+	b.bootStep(t, "the raise is finished; an update that is bad", func(t *testing.T) {
+		r, err := b.Again(t.Context(), Boot{Restarts: true})
 		must(t, err)
 		t.Logf("page read after %.1f s", r.Stages[len(r.Stages)-1].Seconds)
 		b.untilConsole(t, "rollback counter at 19")
 		b.disk(t, workdisk.Open, "")
+		b.slots(t, "b", "b", "")
+		b.put(t, b.out(images.HostImage))
+		b.update(t, "older")
+		b.slots(t, "b", "b", "")
+		b.put(t, b.out("tamper-cmdline", images.HostImage))
+		b.update(t, "")
+		b.slots(t, "b", "b", update.Armed)
+		if a, err := b.Exec(t.Context(), hook.Host, "init", "restart"); err != nil || a.Exit != 0 {
+			t.Fatalf("restart: %d %s, %v", a.Exit, a.Stderr, err)
+		}
+		// Another command line: neither key nor papers.
+		b.untilConsole(t, "trial of release 1-lab in slot a")
+		b.locked(t, gate.CodeImage)
+		b.untilState(t, "attestd", "refused", "")
+		b.untilState(t, "netd", "Attesting", "")
+		b.untilConsole(t, "this image did not prove good (refused)")
+		b.untilConsole(t, "the last update 1-lab did not prove good (refused)")
+		b.untilPage(t)
+		b.disk(t, workdisk.Open, "")
+		b.slots(t, "b", "b", "")
 	})
 	b.bootStep(t, "the older image, and the recovery key", func(t *testing.T) {
 		old := b.Laptop()
@@ -104,16 +146,14 @@ func TestSealedBoot(t *testing.T) {
 		b.untilWork(t)
 		b.disk(t, workdisk.Open, "")
 	})
-	b.bootStep(t, "another command line", func(t *testing.T) {
-		_, err := b.Again(t.Context(), Boot{Image: Image{Name: tampered.Name, Disk: tampered.Disk}, Stay: true})
-		must(t, err)
-		b.locked(t, gate.CodeImage)
-		b.untilState(t, "attestd", "refused", "")
-		b.untilState(t, "netd", "Attesting", "")
-	})
 	b.bootStep(t, "Secure Boot off", func(t *testing.T) {
-		_, err := b.Again(t.Context(), Boot{Image: Image{Name: next.Name, Disk: next.Disk, Vars: images.BlankVars}, Stay: true})
+		// Without its variables the firmware starts slot a, and init has it start
+		// the good one.
+		must(t, b.Cut(t.Context()))
+		must(t, copySparse(vars, b.lab("vars.fd")))
+		_, err := b.Again(t.Context(), Boot{Image: Image{Name: next.Name, Disk: next.Disk, Vars: images.BlankVars}, Stay: true, Restarts: true})
 		must(t, err)
+		b.untilConsole(t, "the firmware did not start slot b at once; restarting")
 		b.locked(t, gate.CodeSecureBoot)
 		b.untilState(t, "attestd", "refused", "")
 	})
@@ -126,7 +166,7 @@ func TestSealedBoot(t *testing.T) {
 		_, err = f.WriteAt([]byte("exchanged"), at+512<<10) // after the key slot, where nothing is
 		must(t, err)
 		must(t, f.Close())
-		_, err = b.Again(t.Context(), Boot{Image: Image{Name: next.Name, Vars: next.Vars}, Stay: true})
+		_, err = b.Again(t.Context(), Boot{Image: Image{Name: next.Name, Vars: vars}, Stay: true})
 		must(t, err)
 		b.locked(t, gate.CodeHeader)
 	})
@@ -149,6 +189,63 @@ func (b *bench) bootStep(t *testing.T, name string, do func(*testing.T)) {
 	if !ok {
 		t.FailNow()
 	}
+}
+
+// staged is where put leaves an image on the laptop.
+const staged = "/tmp/update.efi"
+
+// put brings an image onto the laptop.
+func (b *bench) put(t *testing.T, image string) {
+	t.Helper()
+	data, err := os.ReadFile(image)
+	must(t, err)
+	command := "cat > "
+	for part := range slices.Chunk(data, 2<<20) {
+		a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Argv: []string{"gosh", "-c", command + staged}, Stdin: part, Timeout: time.Minute})
+		must(t, err)
+		if a.Exit != 0 {
+			t.Fatalf("put %s: %s", image, a.Stderr)
+		}
+		command = "cat >> "
+	}
+}
+
+// update stages the image that put left; refused are words of why not.
+func (b *bench) update(t *testing.T, refused string) {
+	t.Helper()
+	a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Argv: []string{"init", "update", staged}, Timeout: stepTime})
+	must(t, err)
+	if (a.Exit == 0) != (refused == "") || !strings.Contains(string(a.Stderr), refused) {
+		t.Fatalf("init update: exit %d: %s", a.Exit, a.Stderr)
+	}
+}
+
+// slotRecord is what the laptop's disk says of its slots; init may be writing it.
+func (b *bench) slotRecord(t *testing.T) (r update.Record) {
+	t.Helper()
+	image := b.lab("laptop.img")
+	at, _, err := disk.Find(image, disk.Host)
+	must(t, err)
+	if data, err := (store.Record{Path: image, Place: at + store.SlotsPlace}).Load(); err == nil {
+		must(t, json.Unmarshal(data, &r))
+	}
+	return r
+}
+
+// slots fails the test unless the slots stand like this.
+func (b *bench) slots(t *testing.T, running, good update.Slot, stage update.Stage) {
+	t.Helper()
+	b.until(t, fmt.Sprintf("slot %s to run, %s to be good, trial %q", running, good, stage), func(ctx context.Context) bool {
+		s, err := b.Slots(ctx)
+		if err != nil || s.Detail != "" {
+			return false
+		}
+		now := update.Stage("")
+		if s.Trial != nil {
+			now = s.Trial.Stage
+		}
+		return s.Running == running && s.Good == good && now == stage
+	})
 }
 
 func (b *bench) console(t *testing.T) string {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"sekisho/hostos/disk"
+	"sekisho/hostos/update"
 	"sekisho/images/lab/hook"
 )
 
@@ -74,6 +75,19 @@ func (l *Lab) Disk(ctx context.Context) (disk.Status, error) {
 		return disk.Status{}, fmt.Errorf("lab: init: %w", err)
 	}
 	return s.Disk, nil
+}
+
+// Slots asks init how the slots stand.
+func (l *Lab) Slots(ctx context.Context) (update.Status, error) {
+	d, err := l.Daemon(ctx, "init")
+	if err != nil {
+		return update.Status{}, err
+	}
+	var s struct{ Slots update.Status }
+	if err := json.Unmarshal(d.Body, &s); err != nil {
+		return update.Status{}, fmt.Errorf("lab: init: %w", err)
+	}
+	return s.Slots, nil
 }
 
 // Status looks at everything; what does not answer is unknown.

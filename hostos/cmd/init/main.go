@@ -21,6 +21,10 @@ const usage = `init: PID 1 of the host domain
   init wake             end the sleep of a work domain that is suspended
   init recover          open the work domain's disk by the recovery key on standard
                         input, and start the work domain
+  init restart          orderly restart
+  init update FILE      write a signed release to the slot that does not run; it is
+                        tried at the next start, and becomes the good one once
+                        attestation and tunnel succeed, otherwise the laptop goes back
   init wipe -yes        destroy the key of the work domain's disk, for ever and for
                         the recovery key too, and switch off
 
@@ -46,6 +50,10 @@ func main() {
 		fail(boot.NewClient(boot.InitSocket).PowerOff(context.Background()))
 	case args[0] == "wake" && len(args) == 1:
 		fail(boot.NewClient(boot.InitSocket).Wake(context.Background()))
+	case args[0] == "restart" && len(args) == 1:
+		fail(boot.NewClient(boot.InitSocket).Restart(context.Background()))
+	case args[0] == "update" && len(args) == 2:
+		fail(stage(args[1]))
 	case args[0] == "recover" && len(args) == 1:
 		fail(recoverDisk())
 	case args[0] == "wipe" && len(args) == 2 && args[1] == "-yes":
@@ -72,6 +80,19 @@ func status(args []string) error {
 	}
 	boot.WriteStatus(os.Stdout, s)
 	return nil
+}
+
+func stage(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	return boot.NewClient(boot.InitSocket).Update(context.Background(), f, st.Size())
 }
 
 func recoverDisk() error {
