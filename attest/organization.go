@@ -89,10 +89,8 @@ type Organization struct {
 	// EscrowKey is the public key (PEM, P-256) to which the recovery keys of
 	// the work domains' disks are encrypted. Without it no disk is made.
 	EscrowKey string `json:"escrow_key,omitempty"`
-	// TrialMinutes is how long a new release may take to prove good while there
-	// is an uplink, before the laptop goes back to the one before it;
-	// DefaultTrialMinutes if absent.
-	TrialMinutes int `json:"trial_minutes,omitempty"`
+	// Updates is absent where laptops take no releases from a verifier.
+	Updates *Updates `json:"updates,omitempty"`
 	// NetworkAccess is absent where no network asks for 802.1X.
 	NetworkAccess *NetworkAccess `json:"network_access,omitempty"`
 }
@@ -117,9 +115,52 @@ type Office struct {
 // DefaultRoundTripMS is Office.MaxRoundTripMS unless the organisation says otherwise.
 const DefaultRoundTripMS = 5
 
-// DefaultTrialMinutes is Organization.TrialMinutes unless the organisation says
+// Updates says whose releases laptops take, and how.
+type Updates struct {
+	// Keys sign releases, Threshold of them each one: PEM, P-256.
+	Keys      []string `json:"keys"`
+	Threshold int      `json:"threshold"`
+	// TrialMinutes is how long a new release may take to prove good while there
+	// is an uplink, before the laptop goes back to the one before it;
+	// DefaultTrialMinutes if absent.
+	TrialMinutes int `json:"trial_minutes,omitempty"`
+}
+
+// DefaultTrialMinutes is Updates.TrialMinutes unless the organisation says
 // otherwise.
 const DefaultTrialMinutes = 10
+
+// PublicKeys returns the keys of u.
+func (u *Updates) PublicKeys() ([]*ecdsa.PublicKey, error) {
+	var list []*ecdsa.PublicKey
+	for i, text := range u.Keys {
+		block, _ := pem.Decode([]byte(text))
+		if block == nil {
+			return nil, fmt.Errorf("organization: updates: keys[%d]: no PEM", i)
+		}
+		key, err := x509.ParsePKIXPublicKey(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("organization: updates: keys[%d]: %w", i, err)
+		}
+		ec, ok := key.(*ecdsa.PublicKey)
+		if !ok || ec.Curve != elliptic.P256() {
+			return nil, fmt.Errorf("organization: updates: keys[%d]: %T, want ECDSA on P-256", i, key)
+		}
+		list = append(list, ec)
+	}
+	return list, nil
+}
+
+func (u *Updates) validate() error {
+	_, err := u.PublicKeys()
+	if len(u.Keys) > 16 || u.Threshold < 1 || u.Threshold > len(u.Keys) {
+		err = errors.Join(err, fmt.Errorf("organization: updates: %d of %d keys must sign: want 1 to all of at most 16", u.Threshold, len(u.Keys)))
+	}
+	if u.TrialMinutes < 0 || u.TrialMinutes > 24*60 {
+		err = errors.Join(err, fmt.Errorf("organization: updates: trial_minutes %d: want 1 to 1440", u.TrialMinutes))
+	}
+	return err
+}
 
 // SiteURI names an office in its beacon's certificate.
 func SiteURI(site string) string { return "urn:sekisho:site:" + site }
@@ -232,8 +273,10 @@ func (o *Organization) Validate() error {
 			}
 		}
 	}
-	if o.TrialMinutes < 0 || o.TrialMinutes > 24*60 {
-		fail("trial_minutes %d: want 1 to 1440", o.TrialMinutes)
+	if o.Updates != nil {
+		if err := o.Updates.validate(); err != nil {
+			errs = append(errs, err)
+		}
 	}
 	if n := o.NetworkAccess; n != nil {
 		if block, rest := pem.Decode([]byte(n.CA)); block == nil || len(bytes.TrimSpace(rest)) > 0 {

@@ -17,6 +17,8 @@ const (
 	PathAttest      = "/v1/attest"        // POST Evidence → AttestResponse
 	PathEscrow      = "/v1/escrow"        // POST EscrowRequest → {}
 	PathNetwork     = "/v1/network"       // POST NetworkRequest → NetworkCertificate
+	PathUpdate      = "/v1/update"        // POST UpdateRequest → UpdateAnswer
+	PathImage       = "/v1/image"         // GET /SHA-256, with the token → the image, by ranges
 )
 
 // MaxMessage bounds every JSON body of the API in bytes.
@@ -104,6 +106,25 @@ func NetworkDigest(request []byte) Digest {
 	h.Write([]byte("sekisho/network/1"))
 	h.Write(request)
 	return Digest(h.Sum(nil))
+}
+
+// UpdateRequest asks for the release that is to follow the running one. The
+// credential in force signs it.
+type UpdateRequest struct {
+	Version   string   `json:"version"`   // that runs
+	Chain     [][]byte `json:"chain"`     // DER, the device's certificate first
+	Signature []byte   `json:"signature"` // ASN.1, of UpdateDigest
+}
+
+// UpdateAnswer is the release to take, or empty.
+type UpdateAnswer struct {
+	Manifest []byte `json:"manifest,omitempty"` // signed, attest/release
+	Token    string `json:"token,omitempty"`    // for PathImage, as "Authorization: Bearer"
+}
+
+// UpdateDigest is what the credential key signs for an UpdateRequest.
+func UpdateDigest(version string) Digest {
+	return sha256.Sum256([]byte("sekisho/update/1" + version))
 }
 
 // EnrolProof is HMAC-SHA-256, keyed with the unwrapped secret, over the whole

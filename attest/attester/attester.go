@@ -98,6 +98,7 @@ type Attester struct {
 	chain  []*x509.Certificate // credential, while one was given
 	lapse  *time.Timer         // publishes at the credential's end
 	making *seal.Unbound       // volume in the making
+	offer  *offered            // release that a verifier offered
 	status gate.Status
 	change chan struct{} // closed at the next change of status
 }

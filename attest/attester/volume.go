@@ -305,6 +305,8 @@ func (a *Attester) volumeRoutes(mux *http.ServeMux) {
 	mux.HandleFunc("POST /v1/volume/recover", a.forRoot(a.serveRecover))
 	mux.HandleFunc("POST /v1/rollback", a.forRoot(a.serveRollback))
 	mux.HandleFunc("POST /v1/release", a.forRoot(a.serveRelease))
+	mux.HandleFunc("POST /v1/update", a.forRoot(a.serveNext))
+	mux.HandleFunc("GET /v1/update/image", a.forRoot(a.serveImage))
 }
 
 func (a *Attester) forRoot(h http.HandlerFunc) http.HandlerFunc {

@@ -127,7 +127,11 @@ func (a *Admin) do(ctx context.Context, method, path string, body []byte, answer
 	if err != nil {
 		return err
 	}
-	resp, err := a.http.Do(req)
+	return adminAnswer(a.http, req, answer)
+}
+
+func adminAnswer(c *http.Client, req *http.Request, answer any) error {
+	resp, err := c.Do(req)
 	if err != nil {
 		return fmt.Errorf("verifier's admin socket: %w", errors.Unwrap(err))
 	}

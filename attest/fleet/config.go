@@ -141,6 +141,9 @@ type EtcdConfig struct {
 // storeDir is the directory of the embedded member within the store.
 const storeDir = "etcd"
 
+// imagesDir is the directory of the releases' images within the store.
+const imagesDir = "images"
+
 // OpenStore opens the store that c names. The caller closes it.
 func (c *ServerConfig) OpenStore(ctx context.Context, log *slog.Logger) (*store.Store, error) {
 	to := store.Config{Dir: filepath.Join(c.Store, storeDir), Log: log}
@@ -261,7 +264,7 @@ func (c *ServerConfig) Open(ctx context.Context, now func() time.Time, log *slog
 	}
 	config := Config{Verifier: c.ID, Log: log, Issuer: issuer, EKRoots: roots, References: refs, Approvers: approvers, Now: now}
 	config.Organization, config.Lifetime = c.Organization, lifetime
-	config.Escrows = c.Escrow
+	config.Escrows, config.Images = c.Escrow, filepath.Join(c.Store, imagesDir)
 	if config.NetworkIssuer, err = c.networkIssuer(ca.Leaf); err != nil {
 		return fail(err)
 	}

@@ -95,7 +95,7 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 
 // Handler returns the API. What is not one of its routes is refused.
 func Handler(s *Service, log *slog.Logger) http.Handler {
-	a := &api{service: s, log: log, limits: newLimiter(s.Now), work: make(chan struct{}, maxWork)}
+	a := &api{service: s, log: log, limits: newLimiter(s.Now), work: make(chan struct{}, maxWork), downloads: make(chan struct{}, maxDownloads)}
 	mux := http.NewServeMux()
 	for _, r := range a.routes() {
 		if !r.stream {
@@ -110,7 +110,7 @@ func Handler(s *Service, log *slog.Logger) http.Handler {
 type route struct {
 	pattern string // of http.ServeMux
 	handler http.HandlerFunc
-	stream  bool // it lasts, has limits of its own, and is for those with a certificate
+	stream  bool // it lasts, has limits of its own, and is for those with a certificate or a token
 }
 
 // routes are all of the public API. Each of them judges by itself what it is
@@ -124,6 +124,8 @@ func (a *api) routes() []route {
 		{pattern: "POST " + attest.PathEscrow, handler: a.escrow},
 		{pattern: "POST " + attest.PathNetwork, handler: a.network},
 		{pattern: "POST " + attest.PathLogon, handler: a.logon},
+		{pattern: "POST " + attest.PathUpdate, handler: a.update},
+		{pattern: "GET " + attest.PathImage + "/{sha256}", handler: a.image, stream: true},
 		{pattern: "GET " + attest.PathRevocations, handler: a.revocations, stream: true},
 	}
 }
@@ -133,7 +135,9 @@ type api struct {
 	log     *slog.Logger
 	limits  *limiter
 	work    chan struct{}
-	bodies  sync.Pool // *bytes.Buffer: evidence, of which nothing is kept
+	// downloads is the places for those who fetch an image.
+	downloads chan struct{}
+	bodies    sync.Pool // *bytes.Buffer: evidence, of which nothing is kept
 }
 
 // limited applies the limits by address and of work at once.

@@ -61,6 +61,7 @@ type Config struct {
 	Escrows    bool            // recovery keys are kept
 	// NetworkIssuer certifies laptops' network identities; nil: they get none.
 	NetworkIssuer *verifier.NetworkIssuer
+	Images        string       // directory of the releases' images; empty: none are kept
 	Log           *slog.Logger // nil: nothing is logged
 
 	// NonceKey is shared by the organisation's verifiers; zero: a new one.

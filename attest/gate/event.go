@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
+	"strconv"
 	"time"
 
 	"sekisho/attest"
@@ -172,6 +174,41 @@ type UpdateRequest struct {
 // what this device has run.
 func (c *Client) CheckUpdate(ctx context.Context, r UpdateRequest) error {
 	return c.ask(ctx, "/v1/release", r, &struct{}{})
+}
+
+// NextRelease is a release that is to follow the running one; no Version: there
+// is none.
+type NextRelease struct {
+	Version string        `json:"version"`
+	Epoch   uint64        `json:"epoch"`
+	SHA256  attest.Digest `json:"sha256"` // of the image
+	Size    int64         `json:"size"`   // bytes
+}
+
+// NextRelease has attestd ask the verifiers for the release that is to follow
+// the running one; root alone.
+func (c *Client) NextRelease(ctx context.Context, r VolumeRequest) (n NextRelease, err error) {
+	return n, c.ask(ctx, "/v1/update", r, &n)
+}
+
+// Image opens the image of the NextRelease at an offset in bytes. A connection
+// that breaks is an error of Read; the rest can be asked for.
+func (c *Client) Image(ctx context.Context, offset int64) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://attestd/v1/update/image?offset="+strconv.FormatInt(offset, 10), nil)
+	if err != nil {
+		return nil, err
+	}
+	long := *c.http
+	long.Timeout = 0 // ctx ends it
+	resp, err := long.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("attestd: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(resp.Body, 400))
+		return nil, errors.Join(fmt.Errorf("attestd: image: http status %d: %s", resp.StatusCode, bytes.TrimSpace(text)), resp.Body.Close())
+	}
+	return resp.Body, nil
 }
 
 // ask posts a request about a volume.

@@ -17,14 +17,24 @@ import (
 )
 
 const (
-	contentType   = "application/vnd.sekisho.policy+cbor"
 	maxSignatures = 16
 	maxKeyFile    = 16 << 10
 )
 
-// external is the external_aad of each signature (RFC 9052, section 4.3): a
-// signature over a policy is none over anything else.
-func external() []byte { return []byte("sekisho/policy/1") }
+// Kind is a sort of document that the organisation's keys sign.
+type Kind struct {
+	Name        string // in errors
+	ContentType string
+	// External is the external_aad of each signature (RFC 9052, section 4.3): a
+	// signature over one kind is none over anything else.
+	External string
+	Max      int // bytes, with the signatures
+}
+
+// bundles are the signed policies.
+func bundles() Kind {
+	return Kind{"policy", "application/vnd.sekisho.policy+cbor", "sekisho/policy/1", MaxBundle}
+}
 
 // KeyID is SHA-256 over a key's SubjectPublicKeyInfo.
 func KeyID(key *ecdsa.PublicKey) (attest.Digest, error) {
@@ -92,6 +102,19 @@ func NewKeyring(threshold int, keys ...*ecdsa.PublicKey) (*Keyring, error) {
 // Sign signs content with key. data is the signed bundle so far, or nil for
 // the first signature: then content is b's.
 func Sign(b *Bundle, data []byte, key crypto.Signer) ([]byte, error) {
+	var payload []byte
+	if data == nil {
+		var err error
+		if payload, err = b.Encode(); err != nil {
+			return nil, err
+		}
+	}
+	return bundles().Sign(payload, data, key)
+}
+
+// Sign adds a signature to the signed document data or, if it is nil, makes one
+// of payload.
+func (k Kind) Sign(payload, data []byte, key crypto.Signer) ([]byte, error) {
 	public, ok := key.Public().(*ecdsa.PublicKey)
 	if !ok || public.Curve != elliptic.P256() {
 		return nil, fmt.Errorf("sign: key of type %T, want ECDSA on P-256", key.Public())
@@ -102,7 +125,7 @@ func Sign(b *Bundle, data []byte, key crypto.Signer) ([]byte, error) {
 	}
 	m := cose.NewSignMessage()
 	if data != nil {
-		if m, err = message(data); err != nil {
+		if m, err = k.message(data); err != nil {
 			return nil, err
 		}
 		for _, s := range m.Signatures {
@@ -111,10 +134,8 @@ func Sign(b *Bundle, data []byte, key crypto.Signer) ([]byte, error) {
 			}
 		}
 	} else {
-		if m.Payload, err = b.Encode(); err != nil {
-			return nil, err
-		}
-		m.Headers.Protected[cose.HeaderLabelContentType] = contentType
+		m.Payload = payload
+		m.Headers.Protected[cose.HeaderLabelContentType] = k.ContentType
 	}
 	signer, err := cose.NewSigner(cose.AlgorithmES256, key)
 	if err != nil {
@@ -127,7 +148,7 @@ func Sign(b *Bundle, data []byte, key crypto.Signer) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sign: %w", err)
 	}
-	if err := s.Sign(rand.Reader, signer, protected, m.Payload, external()); err != nil {
+	if err := s.Sign(rand.Reader, signer, protected, m.Payload, []byte(k.External)); err != nil {
 		return nil, fmt.Errorf("sign: %w", err)
 	}
 	m.Signatures = append(m.Signatures, s)
@@ -144,19 +165,28 @@ type Signed struct {
 
 // Read reads a signed bundle without judging its signatures.
 func Read(data []byte) (*Signed, error) {
-	m, err := message(data)
+	payload, err := bundles().Read(data)
 	if err != nil {
 		return nil, err
 	}
-	return read(m, data)
+	return read(payload, data)
 }
 
-func read(m *cose.SignMessage, data []byte) (*Signed, error) {
-	b, err := decode(m.Payload)
+// Read returns what is signed, without judging the signatures.
+func (k Kind) Read(data []byte) ([]byte, error) {
+	m, err := k.message(data)
 	if err != nil {
 		return nil, err
 	}
-	id := attest.PolicyID{Organization: b.Organization, Version: b.Version, Digest: sha256.Sum256(m.Payload)}
+	return m.Payload, nil
+}
+
+func read(payload, data []byte) (*Signed, error) {
+	b, err := decode(payload)
+	if err != nil {
+		return nil, err
+	}
+	id := attest.PolicyID{Organization: b.Organization, Version: b.Version, Digest: sha256.Sum256(payload)}
 	return &Signed{Bundle: b, ID: id, Data: data}, nil
 }
 
@@ -164,20 +194,34 @@ func read(m *cose.SignMessage, data []byte) (*Signed, error) {
 // have not signed, or one of them wrongly.
 var ErrUnsigned = errors.New("policy: not signed")
 
-// Open reads a bundle and verifies its signatures. A nil error proves that as
-// many distinct keys of the ring as its threshold have signed exactly this
-// content, and that no signature in the name of one of its keys is wrong.
+// Open reads a bundle and verifies its signatures, as OpenKind.
 func (r *Keyring) Open(data []byte) (*Signed, error) {
-	m, err := message(data)
+	payload, signers, err := r.OpenKind(bundles(), data)
 	if err != nil {
 		return nil, err
 	}
+	signed, err := read(payload, data)
+	if err != nil {
+		return nil, err
+	}
+	signed.Signers = signers
+	return signed, nil
+}
+
+// OpenKind returns the content of a signed document and who signed it. A nil
+// error proves that as many distinct keys of the ring as its threshold have
+// signed exactly this content as one of this kind, and that no signature in the
+// name of one of its keys is wrong.
+func (r *Keyring) OpenKind(k Kind, data []byte) (payload []byte, signers []attest.Digest, err error) {
+	m, err := k.message(data)
+	if err != nil {
+		return nil, nil, err
+	}
 	protected, err := m.Headers.MarshalProtected()
 	if err != nil {
-		return nil, fmt.Errorf("policy: %w", err)
+		return nil, nil, fmt.Errorf("%s: %w", k.Name, err)
 	}
 	seen := make(map[attest.Digest]bool)
-	var signers []attest.Digest
 	for _, s := range m.Signatures {
 		id := keyID(s)
 		key, known := r.keys[id]
@@ -186,38 +230,33 @@ func (r *Keyring) Open(data []byte) (*Signed, error) {
 		}
 		v, err := cose.NewVerifier(cose.AlgorithmES256, key)
 		if err != nil {
-			return nil, fmt.Errorf("policy: %w", err)
+			return nil, nil, fmt.Errorf("%s: %w", k.Name, err)
 		}
-		if err := s.Verify(v, protected, m.Payload, external()); err != nil {
-			return nil, fmt.Errorf("%w: signature of key %s: %w", ErrUnsigned, id, err)
+		if err := s.Verify(v, protected, m.Payload, []byte(k.External)); err != nil {
+			return nil, nil, fmt.Errorf("%w: signature of key %s: %w", ErrUnsigned, id, err)
 		}
 		seen[id] = true
 		signers = append(signers, id)
 	}
 	if len(signers) < r.threshold {
-		return nil, fmt.Errorf("%w by enough: %d of the organisation's keys, %d must sign", ErrUnsigned, len(signers), r.threshold)
+		return nil, nil, fmt.Errorf("%w by enough: %d of the organisation's keys, %d must sign", ErrUnsigned, len(signers), r.threshold)
 	}
-	signed, err := read(m, data)
-	if err != nil {
-		return nil, err
-	}
-	signed.Signers = signers
-	return signed, nil
+	return m.Payload, signers, nil
 }
 
-func message(data []byte) (*cose.SignMessage, error) {
-	if len(data) > MaxBundle {
-		return nil, fmt.Errorf("policy: %d bytes, at most %d: %w", len(data), MaxBundle, attest.ErrTooLarge)
+func (k Kind) message(data []byte) (*cose.SignMessage, error) {
+	if len(data) > k.Max {
+		return nil, fmt.Errorf("%s: %d bytes, at most %d: %w", k.Name, len(data), k.Max, attest.ErrTooLarge)
 	}
 	m := cose.NewSignMessage()
 	if err := m.UnmarshalCBOR(data); err != nil {
-		return nil, fmt.Errorf("policy: %w", err)
+		return nil, fmt.Errorf("%s: %w", k.Name, err)
 	}
-	if t, _ := m.Headers.Protected[cose.HeaderLabelContentType].(string); t != contentType {
-		return nil, fmt.Errorf("policy: content type %.64q, want %q", t, contentType)
+	if t, _ := m.Headers.Protected[cose.HeaderLabelContentType].(string); t != k.ContentType {
+		return nil, fmt.Errorf("%s: content type %.64q, want %q", k.Name, t, k.ContentType)
 	}
 	if len(m.Signatures) > maxSignatures {
-		return nil, fmt.Errorf("policy: %d signatures, at most %d", len(m.Signatures), maxSignatures)
+		return nil, fmt.Errorf("%s: %d signatures, at most %d", k.Name, len(m.Signatures), maxSignatures)
 	}
 	return m, nil
 }

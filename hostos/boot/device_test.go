@@ -10,6 +10,10 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/diskfs/go-diskfs/partition/gpt"
+
+	"sekisho/hostos/update"
 )
 
 // TestLateDevices has three devices missing after the boot's wait: each is
@@ -98,5 +102,85 @@ func TestSysRqIsOff(t *testing.T) {
 	}
 	if b, _ := os.ReadFile(path); b[0] != '0' {
 		t.Errorf("sysrq is %q", b)
+	}
+}
+
+// TestFindSlot: a slot's place is read from the table of the disk that its
+// partition is on; without partition, table or number there is none.
+func TestFindSlot(t *testing.T) {
+	root := t.TempDir()
+	dev, links, class := filepath.Join(root, "dev"), filepath.Join(root, "links"), filepath.Join(root, "class")
+	folder := filepath.Join(root, "devices", "vda", "vda2")
+	write := func(path string, data []byte) {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, data, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(filepath.Join(folder, "partition"), []byte("2\n"))
+	write(filepath.Join(folder, "..", "queue", "logical_block_size"), []byte("512\n"))
+	table := gptOf(t)
+	write(filepath.Join(dev, "vda"), table)
+	for _, dir := range []string{links, class} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Symlink(folder, filepath.Join(class, "vda2")), os.Symlink(filepath.Join(dev, "vda2"), filepath.Join(links, "esp-b"))); err != nil {
+		t.Fatal(err)
+	}
+	p, block, err := findSlot(class, links, update.SlotB)
+	if err != nil || p.Number != 2 || p.Start != 4096 || p.Size != 2048 || block != 512 {
+		t.Errorf("%+v, %d, %v", p, block, err)
+	}
+	if _, _, err := findSlot(class, links, update.SlotA); err == nil {
+		t.Error("a slot without partition")
+	}
+	write(filepath.Join(folder, "partition"), []byte("two"))
+	if _, _, err := findSlot(class, links, update.SlotB); err == nil {
+		t.Error("a partition without number")
+	}
+	write(filepath.Join(folder, "partition"), []byte("2"))
+	write(filepath.Join(dev, "vda"), table[:700])
+	if _, _, err := findSlot(class, links, update.SlotB); err == nil {
+		t.Error("a disk without table")
+	}
+}
+
+// gptOf is the begin of a disk whose second partition has 2048 blocks from 4096
+// on.
+func gptOf(t *testing.T) []byte {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "disk"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	const size = 8 << 20
+	table := &gpt.Table{LogicalSectorSize: 512, PhysicalSectorSize: 512, ProtectiveMBR: true, Partitions: []*gpt.Partition{
+		{Index: 1, Type: gpt.EFISystemPartition, Start: 2048, End: 4095, Size: 1 << 20},
+		{Index: 2, Type: gpt.EFISystemPartition, Start: 4096, End: 6143, Size: 1 << 20},
+	}}
+	if err := errors.Join(f.Truncate(size), table.Write(f, size)); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(f.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// TestAttempts counts what the firmware tried, and 0 where nothing says so.
+func TestAttempts(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	if n := attempts(log); n != 0 {
+		t.Errorf("%d attempts without a log", n)
+	}
+	if err := os.WriteFile(log, []byte("..."+attemptAction+"...Returning from..."+attemptAction), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if n := attempts(log); n != 2 {
+		t.Errorf("%d attempts, want 2", n)
 	}
 }

@@ -32,11 +32,23 @@ func mountPoints() []mountPoint {
 	}
 }
 
-// mountEFIVars is mounted after its module is loaded; read-only, because
-// nothing in the host domain changes firmware variables.
+// mountEFIVars is mounted after its module is loaded; read-only but for the
+// moments in which hostos/update writes a boot variable.
 func mountEFIVars() mountPoint {
 	const safe = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 	return mountPoint{"efivarfs", "/sys/firmware/efi/efivars", "efivarfs", safe | unix.MS_RDONLY, "", true}
+}
+
+// writable makes what is mounted at p writable, or read-only.
+func (p mountPoint) writable(yes bool) error {
+	flags := p.flags | unix.MS_REMOUNT | unix.MS_RDONLY
+	if yes {
+		flags &^= unix.MS_RDONLY
+	}
+	if err := unix.Mount(p.source, p.path, p.fstype, flags, ""); err != nil {
+		return fmt.Errorf("mount %s again: %w", p.path, err)
+	}
+	return nil
 }
 
 // mount mounts p. What is already mounted stays.

@@ -81,7 +81,8 @@ func findSlot(sysBlock, dir string, s update.Slot) (update.Place, int64, error) 
 
 // openSlots finds the two slots and the one that runs.
 func openSlots() (*update.Slots, update.Action, error) {
-	vars := update.EFIVars{Dir: mountEFIVars().path}
+	efivarfs := mountEFIVars()
+	vars := update.EFIVars{Dir: efivarfs.path, Writable: efivarfs.writable}
 	c := update.Config{
 		Places: map[update.Slot]update.Place{}, Vars: vars, Attempts: attempts(bootLog), Now: time.Now,
 		Keep: store.Record{Path: byPartlabel + "/" + HostPart, Place: store.SlotsPlace},
@@ -152,32 +153,36 @@ func (h *host) stageUpdate(ctx context.Context, image io.Reader, size int64) err
 	if err != nil {
 		return err
 	}
-	if err := slots.Stage(ctx, image, size, func(policy []byte) (*update.Release, error) {
-		if err := gate.NewClient(AttestdSocket).CheckUpdate(ctx, gate.UpdateRequest{Running: running.Raw, Next: policy}); err != nil {
-			return nil, err
-		}
-		return update.ParseRelease(policy)
-	}); err != nil {
+	f := h.follower(running, slots)
+	if err := slots.Stage(ctx, image, size, func(policy []byte, _ attest.Digest) (*update.Release, error) { return f.Check(ctx, policy) }); err != nil {
 		return err
 	}
-	t := slots.Status().Trial
-	h.console.line("init", "release %s is in slot %s and is tried at the next start / リリース %[1]s の準備ができました。次回の起動時に試行します", t.Version, t.Slot)
+	slots.Announce(f.Say)
 	return nil
+}
+
+func (h *host) follower(running *update.Release, slots *update.Slots) *update.Follower {
+	return &update.Follower{Running: running, Source: gate.NewClient(AttestdSocket), Slots: slots,
+		Say: func(format string, a ...any) { h.console.line("init", format, a...) }}
 }
 
 // watchGood makes the running slot the good one once this boot has proved so,
 // and raises the rollback counter after that; a trial that does not is ended.
+// Then it takes the organisation's releases until ctx ends.
 func (h *host) watchGood(ctx context.Context) {
 	release, err := update.ReadRelease(policyFile)
 	if err != nil {
 		release = nil // an image without policies: the disk says so
 	}
-	limit := attest.DefaultTrialMinutes
-	if org, err := readOrganization(); err == nil && org.TrialMinutes > 0 {
-		limit = org.TrialMinutes
+	limit, updates := attest.DefaultTrialMinutes, false
+	if org, err := readOrganization(); err == nil && org.Updates != nil {
+		updates = true
+		if org.Updates.TrialMinutes > 0 {
+			limit = org.Updates.TrialMinutes
+		}
 	}
 	h.mu.Lock()
-	slots := h.slots
+	slots, fault := h.slots, h.slotsFault
 	h.mu.Unlock()
 	netd, attestd := unixClient(NetdSocket), unixClient(AttestdSocket)
 	g := update.Good{
@@ -198,4 +203,7 @@ func (h *host) watchGood(ctx context.Context) {
 		Say:     func(format string, a ...any) { h.console.line("init", format, a...) },
 	}
 	g.Watch(ctx)
+	if updates && release != nil && slots != nil && fault == "" && slots.Status().Good == slots.Status().Running {
+		h.follower(release, slots).Follow(ctx)
+	}
 }

@@ -1,5 +1,3 @@
-//go:build linux
-
 package update
 
 import (
@@ -12,8 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"unicode/utf16"
-
-	"golang.org/x/sys/unix"
 )
 
 // Vendors of variables: EFI_GLOBAL_VARIABLE (UEFI specification 2.10, section
@@ -26,9 +22,13 @@ const (
 // maxVariable bounds a variable in bytes.
 const maxVariable = 64 << 10
 
-// EFIVars are the variables in an efivarfs, which is mounted read-only and
-// writable only while one is written (Linux Documentation/filesystems/efivarfs.rst).
-type EFIVars struct{ Dir string }
+// EFIVars are the variables in an efivarfs (Linux
+// Documentation/filesystems/efivarfs.rst).
+type EFIVars struct {
+	Dir string
+	// Writable makes the file system writable, and read-only again.
+	Writable func(bool) error
+}
 
 // read returns a variable without its attributes.
 func (e EFIVars) read(name, vendor string) ([]byte, error) {
@@ -52,12 +52,12 @@ func (e EFIVars) Get(name string) ([]byte, error) { return e.read(name, globalVe
 
 // Set writes a global variable, or deletes it.
 func (e EFIVars) Set(name string, data []byte) (err error) {
-	if err := unix.Mount("", e.Dir, "", unix.MS_REMOUNT|efivarFlags, ""); err != nil {
-		return fmt.Errorf("firmware variables: make writable: %w", err)
+	if err := e.Writable(true); err != nil {
+		return fmt.Errorf("firmware variables: %w", err)
 	}
 	defer func() {
-		if rerr := unix.Mount("", e.Dir, "", unix.MS_REMOUNT|unix.MS_RDONLY|efivarFlags, ""); rerr != nil {
-			err = errors.Join(err, fmt.Errorf("firmware variables: make read-only: %w", rerr))
+		if rerr := e.Writable(false); rerr != nil {
+			err = errors.Join(err, fmt.Errorf("firmware variables: %w", rerr))
 		}
 	}()
 	path := filepath.Join(e.Dir, name+"-"+globalVendor)
@@ -73,8 +73,6 @@ func (e EFIVars) Set(name string, data []byte) (err error) {
 	_, err = f.Write(append(binary.LittleEndian.AppendUint32(nil, attributes), data...))
 	return errors.Join(err, f.Close())
 }
-
-const efivarFlags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
 // Entries lists the Boot#### variables.
 func (e EFIVars) Entries() (list []uint16, err error) {

@@ -60,6 +60,7 @@ type Failure struct {
 	SHA256  string    `json:"sha256,omitempty"` // of the image
 	Reason  string    `json:"reason"`           // one of the Failed codes
 	At      time.Time `json:"at"`
+	Tries   int       `json:"tries,omitempty"` // of this image that failed
 }
 
 // Reasons of a Failure.
@@ -128,6 +129,15 @@ const (
 	Restart               // the next boot will be right: another slot, or its first attempt
 )
 
+// failure is that of a trial that failed now.
+func (r Record) failure(t Trial, reason string, now time.Time) *Failure {
+	f := &Failure{Version: t.Version, SHA256: t.SHA256, Reason: reason, At: now, Tries: 1}
+	if r.Failed != nil && r.Failed.SHA256 == f.SHA256 {
+		f.Tries += r.Failed.Tries
+	}
+	return f
+}
+
 // begin decides what a boot of running means, and the record after it.
 // attempts is how often the firmware tried to start something in this boot:
 // with more than once PCR 4 is not what was predicted, and only another start
@@ -147,12 +157,12 @@ func (r Record) begin(running Slot, attempts int, now time.Time) (Record, Action
 		r.Trial = nil
 		switch t.Stage {
 		case Armed:
-			r.Failed = &Failure{t.Version, t.SHA256, FailedToStart, now}
+			r.Failed = r.failure(*t, FailedToStart, now)
 			if attempts > 1 {
 				return r, Restart
 			}
 		case Trying:
-			r.Failed = &Failure{t.Version, t.SHA256, FailedRestart, now}
+			r.Failed = r.failure(*t, FailedRestart, now)
 		}
 		return r, Nothing
 	case r.Trial != nil && r.Trial.Stage != Writing: // in running, the only other slot

@@ -9,6 +9,8 @@ import (
 	"io"
 	"sync"
 	"time"
+
+	"sekisho/attest"
 )
 
 // Device is a slot's partition.
@@ -123,8 +125,9 @@ func (s *Slots) change(r Record) error {
 
 // Stage writes an image of size bytes to the slot that does not run, and has
 // the firmware start it once at the next boot. check judges the signed policies
-// in the image; before it allows them nothing there can be started.
-func (s *Slots) Stage(ctx context.Context, image io.Reader, size int64, check func(release []byte) (*Release, error)) (err error) {
+// in the image and its SHA-256; before it allows them nothing there can be
+// started.
+func (s *Slots) Stage(ctx context.Context, image io.Reader, size int64, check func(release []byte, sum attest.Digest) (*Release, error)) (err error) {
 	s.mu.Lock()
 	record := s.record
 	busy := s.size != 0
@@ -178,14 +181,13 @@ func (s *Slots) Stage(ctx context.Context, image io.Reader, size int64, check fu
 		if err != nil {
 			return err
 		}
-		release, err = check(policy)
+		release, err = check(policy, attest.Digest(sum.Sum(nil)))
 		return err
 	})
 	if err != nil {
 		record.Trial = nil
 		return errors.Join(fmt.Errorf("update: %w", err), s.change(record))
 	}
-	record.Failed = nil
 	record.Trial = &Trial{slot, Staged, release.Version, release.Epoch, hex.EncodeToString(sum.Sum(nil))}
 	if err := s.change(record); err != nil {
 		return err
@@ -239,7 +241,7 @@ func (s *Slots) GiveUp(reason string) error {
 	r := s.record
 	s.mu.Unlock()
 	if t := r.Trial; t != nil {
-		r.Failed = &Failure{t.Version, t.SHA256, reason, s.c.Now()}
+		r.Failed = r.failure(*t, reason, s.c.Now())
 	}
 	r.Trial, r.Returned = nil, true
 	return errors.Join(s.change(r), setOrder(s.c.Vars, s.c.Places, r.Good))

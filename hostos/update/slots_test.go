@@ -17,6 +17,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"sekisho/attest"
 	"sekisho/attest/gate"
 	"sekisho/hostos/store"
 )
@@ -219,7 +220,7 @@ func (l *laptop) begin(running Slot, attempts int) (*Slots, Action, error) {
 		Open: func(s Slot) (Device, error) { return l.slots[s], nil }})
 }
 
-func approve(policy []byte) (*Release, error) { return ParseRelease(policy) }
+func approve(policy []byte, _ attest.Digest) (*Release, error) { return ParseRelease(policy) }
 
 // TestPowerCut takes the power at each write of an update and its trial, good
 // or bad: always one of the two images starts whole, a bad one does not stay,
@@ -386,11 +387,11 @@ func TestBegin(t *testing.T) {
 // TestStageRefuses: nothing that was not allowed can be started.
 func TestStageRefuses(t *testing.T) {
 	good := program(`{"version":"2"}`, 8<<10, 'n', true)
-	refuse := func([]byte) (*Release, error) { return nil, &gate.KeyRefused{Detail: "older"} }
+	refuse := func([]byte, attest.Digest) (*Release, error) { return nil, &gate.KeyRefused{Detail: "older"} }
 	for name, c := range map[string]struct {
 		image []byte
 		size  int64
-		check func([]byte) (*Release, error)
+		check func([]byte, attest.Digest) (*Release, error)
 		cause error
 	}{
 		"refused":     {good, int64(len(good)), refuse, nil},
@@ -501,7 +502,8 @@ func TestBootEntry(t *testing.T) {
 }
 
 func TestEFIVars(t *testing.T) {
-	e := EFIVars{t.TempDir()}
+	var asked []bool
+	e := EFIVars{t.TempDir(), func(yes bool) error { asked = append(asked, yes); return nil }}
 	for name, data := range map[string][]byte{
 		"Boot00AF-" + globalVendor:             {7, 0, 0, 0, 1},
 		"BootOrder-" + globalVendor:            {7, 0, 0, 0, 0xaf, 0},
@@ -524,6 +526,17 @@ func TestEFIVars(t *testing.T) {
 	}
 	if _, err := e.Get("Boot0001"); err == nil {
 		t.Error("a variable without attributes")
+	}
+	for _, data := range [][]byte{{1, 0}, nil} {
+		if err := e.Set("BootNext", data); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := e.Get("BootNext"); !bytes.Equal(got, data) || (err == nil) != (data != nil) {
+			t.Errorf("set %x: %x, %v", data, got, err)
+		}
+	}
+	if !slices.Equal(asked, []bool{true, false, true, false}) {
+		t.Errorf("writable: %v", asked)
 	}
 	if u, err := e.Loaded(); err != nil || u != "c12a" {
 		t.Errorf("loaded %q, %v", u, err)

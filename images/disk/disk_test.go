@@ -8,9 +8,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/diskfs/go-diskfs"
+	"github.com/diskfs/go-diskfs/disk"
 
 	"sekisho/hostos/update"
 )
@@ -57,6 +59,7 @@ func TestCreateAndFind(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.Close()
+	places(t, d, data)
 	esp, err := d.GetFilesystem(1)
 	if err != nil {
 		t.Fatal(err)
@@ -112,5 +115,28 @@ func TestCreateRefuses(t *testing.T) {
 	}
 	if _, err := os.Stat(img); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a failed disk left a file: %v", err)
+	}
+}
+
+// places compares what the laptop reads of its own table with another reader.
+func places(t *testing.T, d *disk.Disk, data []byte) {
+	t.Helper()
+	table, err := d.GetPartitionTable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := table.GetPartitions()
+	for i, want := range list {
+		p, err := update.ReadPlace(bytes.NewReader(data), sector, uint32(i+1))
+		if err != nil || int64(p.Start)*sector != want.GetStart() || int64(p.Size)*sector != want.GetSize() || p.UUID() != strings.ToLower(want.UUID()) {
+			t.Errorf("partition %d: %+v %s, %v; want %s", i+1, p, p.UUID(), err, want.UUID())
+		}
+	}
+	changed := bytes.Clone(data)
+	changed[2*sector+40]++
+	for number, disk := range map[uint32][]byte{0: data, uint32(len(list) + 1): data, 129: data, 1: changed} {
+		if p, err := update.ReadPlace(bytes.NewReader(disk), sector, number); err == nil {
+			t.Errorf("partition %d: %+v", number, p)
+		}
 	}
 }

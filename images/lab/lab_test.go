@@ -20,7 +20,7 @@ import (
 const certificateLife = 60 * time.Second
 
 // stepTime bounds each wait for a condition: software emulation is slow.
-const stepTime = 3 * time.Minute
+const stepTime = 6 * time.Minute
 
 // testLog shows progress while the test runs.
 type testLog struct{ t *testing.T }

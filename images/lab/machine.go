@@ -43,9 +43,10 @@ func (m machine) arguments() []string {
 		"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=" + firmware,
 		"-drive", "if=pflash,format=raw,unit=1,file=" + m.vars,
 		"-drive", "if=none,id=disk,format=raw,cache=unsafe,file=" + m.disk,
-		// Without a bootindex, by which QEMU has OVMF write the firmware's boot
-		// order anew at each start: here the firmware's own holds, as elsewhere.
-		"-device", "virtio-blk-pci,drive=disk",
+		// By the bootindex OVMF connects the disk alone; without one it would
+		// start its network stack too. Among the disk's boot entries the order
+		// of the variable BootOrder holds (edk2 QemuBootOrderLib.c).
+		"-device", "virtio-blk-pci,drive=disk,bootindex=0",
 		// The firmware must not look for a network boot: what it would send is
 		// not the host domain's.
 		"-fw_cfg", "name=opt/org.tianocore/IPv4PXESupport,string=n",

@@ -114,6 +114,14 @@ func (l *Lab) writeOrganization() error {
 		// An emulated laptop takes its time to answer.
 		MaxRoundTripMS: 500,
 	}
+	o.Updates = &attest.Updates{Threshold: policyThreshold}
+	for _, name := range policySigners {
+		key, err := l.publicKey(name)
+		if err != nil {
+			return err
+		}
+		o.Updates.Keys = append(o.Updates.Keys, key)
+	}
 	if err := o.Validate(); err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"sekisho/images"
@@ -21,17 +22,37 @@ const policyThreshold = 2
 
 // policyKeys makes the policy keys on first use and returns the files of their
 // public halves.
-func (l *Lab) policyKeys(ctx context.Context) (public []string, err error) {
+func (l *Lab) policyKeys() (public []string, err error) {
 	for _, name := range policySigners {
-		base := l.lab("pki", name)
-		if !exist(base + ".pub") {
-			if _, err := l.attestctl(ctx, nil, "policy", "keygen", base); err != nil {
-				return nil, err
-			}
+		text, err := l.publicKey(name)
+		if err != nil {
+			return nil, err
 		}
-		public = append(public, base+".pub")
+		file := l.lab("pki", name+".pub")
+		if err := writeFile(file, []byte(text), 0o644); err != nil {
+			return nil, err
+		}
+		public = append(public, file)
 	}
 	return public, nil
+}
+
+// PublishRelease offers the image in the directory dir to the laptop, signed by
+// as many keys as the policy; the policy in force has to accept it.
+func (l *Lab) PublishRelease(ctx context.Context, dir string) error {
+	image, manifest := filepath.Join(dir, images.HostImage), l.lab("site", "manifest.json")
+	signed := l.lab("site", "manifest.cose")
+	for _, args := range [][]string{
+		{"release", "create", manifest, "-organization", labOrganization, "-image", image, "-references", filepath.Join(dir, images.HostReference), "-release", filepath.Join(dir, "release.json")},
+		{"release", "sign", manifest, "-key", l.lab("pki", policySigners[0]+".key"), "-out", signed},
+		{"release", "sign", signed, "-key", l.lab("pki", policySigners[2]+".key")},
+		{"release", "publish", signed, "-image", image},
+	} {
+		if _, err := l.attestctl(ctx, nil, args...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // signPolicy has the first signers sign a first policy that accepts the image
@@ -57,7 +78,7 @@ func (l *Lab) signPolicy(ctx context.Context, reference string) (string, error) 
 // publishPolicy brings the policy for our image into force, checked first as an
 // administrator would.
 func (l *Lab) publishPolicy(ctx context.Context, b Boot) error {
-	public, err := l.policyKeys(ctx)
+	public, err := l.policyKeys()
 	if err != nil {
 		return err
 	}

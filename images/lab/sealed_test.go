@@ -89,9 +89,9 @@ func TestSealedBoot(t *testing.T) {
 		b.noPage(t)
 		b.slots(t, "a", "a", "")
 		must(t, b.StartVerifier(t.Context()))
+		must(t, b.PublishRelease(t.Context(), b.out("next")))
 		must(t, b.StartGateway(t.Context()))
-		b.put(t, b.out("next", images.HostImage))
-		b.update(t, "")
+		b.untilConsole(t, "release 1-lab is being fetched")
 		b.slots(t, "a", "a", update.Armed)
 		must(t, b.Cut(t.Context())) // told the firmware, not restarted
 	})

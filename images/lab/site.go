@@ -27,7 +27,7 @@ func (l *Lab) startSite(ctx context.Context, b Boot) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("lab: %w", err)
 	}
-	keys, err := l.policyKeys(ctx)
+	keys, err := l.policyKeys()
 	if err != nil {
 		return err
 	}

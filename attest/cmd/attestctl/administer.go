@@ -32,6 +32,7 @@ func administer(ctx context.Context, args []string, stdout, stderr io.Writer) in
 	f.Int64Var(&o.offset, "offset", 0, "first byte of the state partition in the file")
 	o.sealOptions.flags(f)
 	o.card.flags(f)
+	o.update.flags(f)
 	f.Usage = func() {
 		fmt.Fprint(f.Output(), usage)
 		f.PrintDefaults()

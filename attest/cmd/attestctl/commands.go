@@ -28,6 +28,7 @@ type options struct {
 	sealOptions
 	policy policyOptions
 	card   cardOptions
+	update releaseOptions
 }
 
 // command is one of attestctl's: run does it, print shows what run returned.
@@ -52,6 +53,7 @@ func commands() map[string]command {
 	maps.Copy(all, sealCommands())
 	maps.Copy(all, policyCommands())
 	maps.Copy(all, cardCommands())
+	maps.Copy(all, releaseCommands())
 	return all
 }
 

@@ -153,8 +153,16 @@ func newOrganisation(t *testing.T, with setup) *organisation {
 }
 
 // laptop starts attestd's part with a TPM that has measured boot.
-func (o *organisation) laptop(boot *logtest.Log, ticket string, open func() (attester.Hardware, error)) {
+func (o *organisation) laptop(boot *logtest.Log, ticket string, open func() (attester.Hardware, error)) *attester.Attester {
 	o.t.Helper()
+	updates := &attest.Updates{Threshold: 2}
+	for _, k := range []string{"a", "b", "c"} {
+		data, err := os.ReadFile(o.file(k + ".pub"))
+		if err != nil {
+			o.t.Fatal(err)
+		}
+		updates.Keys = append(updates.Keys, string(data))
+	}
 	state := attester.StateFile{Path: filepath.Join(o.t.TempDir(), "state")}
 	if err := os.WriteFile(state.Path, make([]byte, attester.PartitionSize), 0o600); err != nil {
 		o.t.Fatal(err)
@@ -163,7 +171,7 @@ func (o *organisation) laptop(boot *logtest.Log, ticket string, open func() (att
 		o.t.Fatal(err)
 	}
 	a, err := attester.New(attester.Config{
-		Organization: &attest.Organization{Name: "Test City", CA: o.server, Verifiers: []attest.Endpoint{{Address: o.at, ServerName: verifierName}}},
+		Organization: &attest.Organization{Name: "Test City", CA: o.server, Verifiers: []attest.Endpoint{{Address: o.at, ServerName: verifierName}}, Updates: updates},
 		OpenTPM:      open, EventLog: func() ([]byte, error) { return boot.Bytes(), nil }, Model: "Test Laptop",
 		State: state, Now: time.Now, Log: slog.New(slog.DiscardHandler),
 	})
@@ -177,6 +185,7 @@ func (o *organisation) laptop(boot *logtest.Log, ticket string, open func() (att
 		cancel()
 		wg.Wait()
 	})
+	return a
 }
 
 // until runs attestctl until its output satisfies ok.

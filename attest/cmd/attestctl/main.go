@@ -54,6 +54,15 @@ commands
   policy simulate FILE                    whom it would refuse, before it is published
   policy publish FILE [-shadow] [-force]  bring it into force from its time on, or only evaluate it
   policy status | release | unshadow      what is in force; end a hold; end the shadow
+  release create FILE -organization O -image EFI -references REFERENCE -release SEALED
+          [-minimum-from VERSION] [-expires 2160h]
+                                          write the manifest of an image, to be signed
+  release sign FILE -key KEY [-out FILE]  sign a manifest in JSON, or add a signature to a signed one
+  release show FILE                       show a signed manifest
+  release publish FILE -image EFI [-percent 100]
+                                          give the verifier the image and offer it to the laptops
+  release percent VERSION -percent N      offer it to more or fewer
+  release list                            what is offered, oldest first
   report list DEVICE | get ID [-out FILE] | key
   firmware export | import FILE           how common firmware is, between organisations
 
