@@ -246,11 +246,13 @@ func waitFor(ctx context.Context, what string, holds func() (bool, error)) error
 // allowed is what may be seen on the home uplink. Nothing but the laptop and
 // what answers it speaks there, so every frame is judged, both ways.
 func allowed() capture.AllowList {
+	card, _ := net.ParseMAC(laptopMAC) // a constant
 	return capture.AllowList{
-		Servers: []netip.AddrPort{verifierAddress, gatewayAddress, beaconAddress},
-		Offices: []netip.Prefix{officePrefix},
-		QUIC:    []netip.AddrPort{gatewayAddress},
-		Links:   []netip.Prefix{homePrefix, officePrefix, airPrefix, ltePrefix},
+		Firmware: card,
+		Servers:  []netip.AddrPort{verifierAddress, gatewayAddress, beaconAddress},
+		Offices:  []netip.Prefix{officePrefix},
+		QUIC:     []netip.AddrPort{gatewayAddress},
+		Links:    []netip.Prefix{homePrefix, officePrefix, airPrefix, ltePrefix},
 	}
 }
 

@@ -52,6 +52,13 @@ type AllowList struct {
 	// counted as "midway" and not judged. A capture from the first frame on
 	// leaves it false.
 	Midway bool
+	// Firmware is the hardware address of a laptop whose firmware brings its
+	// network cards up before it starts the host domain: edk2 connects every
+	// device when it looks for the partition of a boot entry the first time
+	// (BmBoot.c, BmExpandPartitionDevicePath). The report by which IPv6 joins the
+	// multicast group of that card's own link-local address is counted as
+	// "firmware"; the host domain derives no address from a hardware address.
+	Firmware net.HardwareAddr
 	// Wireless says that the capture is behind an access point, which tells the
 	// bridges there in a station's name that it has come (layer2Update).
 	Wireless bool
@@ -80,7 +87,7 @@ type Report struct {
 	Frames int   `json:"frames"`
 	Bytes  int64 `json:"bytes"`
 	// Counts holds the frames of each kind: "arp", "nd", "dhcp", "tls",
-	// "quic", "icmp", "surroundings", "leak".
+	// "quic", "icmp", "firmware", "surroundings", "leak".
 	Counts map[string]int `json:"counts"`
 	// Flows counts the TLS connections to each server, and the QUIC ones under
 	// "udp " and its address.
@@ -230,6 +237,10 @@ func (c *checker) frame(data []byte, f frame) {
 			c.neighbour(ip, f)
 			return
 		}
+		if ip.NextHeader == layers.IPProtocolIPv6HopByHop && c.joins(ip.HopLimit, eth.Payload[ip6Header:], src, dst) {
+			c.allowed("firmware")
+			return
+		}
 		c.transport(ip.NextHeader, ip.Payload, src, dst, f)
 	case layers.EthernetTypeLLC:
 		f.protocol = "llc"
@@ -242,6 +253,23 @@ func (c *checker) frame(data []byte, f frame) {
 		f.protocol = fmt.Sprintf("ethertype 0x%04x", uint16(eth.EthernetType))
 		c.leak(f, "neither ARP nor IP")
 	}
+}
+
+// ip6Header is the size of an IPv6 header (RFC 8200, section 3), which stands
+// before the extension headers.
+const ip6Header = 40
+
+// joins reports whether the firmware joins its solicited-node group (RFC 2710,
+// section 3: type 131, hop limit 1, behind a router alert; RFC 4291, sections
+// 2.5.6 and 2.7.1 and appendix A: the addresses).
+func (c *checker) joins(hops uint8, b []byte, src, dst netip.Addr) bool {
+	m := c.allow.Firmware
+	if len(m) != 6 || hops != 1 || len(b) != 8+24 || b[0] != byte(layers.IPProtocolICMPv6) || b[1] != 0 || b[8] != 131 {
+		return false
+	}
+	own := netip.AddrFrom16([16]byte{0xfe, 0x80, 8: m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]})
+	group := netip.AddrFrom16([16]byte{0xff, 2, 11: 1, 0xff, m[3], m[4], m[5]})
+	return (src == own || src.IsUnspecified()) && dst == group && netip.AddrFrom16([16]byte(b[16:])) == group
 }
 
 // neighbour allows neighbour discovery: types 133 to 137, hop limit 255 (RFC

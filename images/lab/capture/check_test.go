@@ -235,6 +235,33 @@ func TestLeaks(t *testing.T) {
 	}
 }
 
+// TestFirmwareJoins: the firmware may report the group of its own card, from
+// its own address, and nothing else so.
+func TestFirmwareJoins(t *testing.T) {
+	group := net.ParseIP("ff02::1:ff5e:c150")
+	frame := func(src, dst net.IP, hops, kind byte, reported net.IP) []byte {
+		alert := []byte{58, 0, 5, 2, 0, 0, 1, 0}
+		return ether(t, false, layers.EthernetTypeIPv6, &layers.IPv6{Version: 6, HopLimit: hops, NextHeader: layers.IPProtocolIPv6HopByHop, SrcIP: src, DstIP: dst, Length: 32},
+			gopacket.Payload(slices.Concat(alert, []byte{kind, 0, 0, 0, 0, 0, 0, 0}, reported)))
+	}
+	own, other := net.ParseIP("fe80::5054:ff:fe5e:c150"), net.ParseIP("ff02::fb")
+	allow := AllowList{Firmware: net.HardwareAddr{0x52, 0x54, 0, 0x5e, 0xc1, 0x50}}
+	if r := check(t, allow, frame(own, group, 1, 131, group), frame(net.IPv6unspecified, group, 1, 131, group)); !r.Clean() || r.Counts["firmware"] != 2 {
+		t.Errorf("%s %v", &r, r.Leaks)
+	}
+	for name, data := range map[string][]byte{
+		"another source": frame(net.ParseIP("fe80::1"), group, 1, 131, group), "another group": frame(own, other, 1, 131, other),
+		"reports another": frame(own, group, 1, 131, other), "from afar": frame(own, group, 64, 131, group), "another type": frame(own, group, 1, 132, group),
+	} {
+		if r := check(t, allow, data); r.Clean() {
+			t.Errorf("%s: no leak", name)
+		}
+	}
+	if r := check(t, AllowList{}, frame(own, group, 1, 131, group)); r.Clean() {
+		t.Error("allowed to everybody")
+	}
+}
+
 func TestCaptureThatBeganMidway(t *testing.T) {
 	client, server, allow := netip.MustParseAddrPort("192.168.50.23:4433"), netip.MustParseAddrPort("203.0.113.20:443"), AllowList{
 		Servers: []netip.AddrPort{netip.MustParseAddrPort("203.0.113.20:443")}, Midway: true}
