@@ -42,6 +42,7 @@ type actions struct {
 	recover  func(ctx context.Context, typed string) error
 	wipe     func() error
 	restart  func()
+	ask      func() error
 	update   func(ctx context.Context, image io.Reader, size int64) error
 }
 
@@ -91,6 +92,12 @@ func handler(a actions) http.Handler {
 		a.restart()
 	})
 	mux.HandleFunc("POST /v1/update", func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength == 0 {
+			if err := a.ask(); err != nil {
+				http.Error(w, err.Error(), http.StatusConflict)
+			}
+			return
+		}
 		c, until := http.NewResponseController(w), time.Now().Add(updateTime)
 		if err := errors.Join(c.SetReadDeadline(until), c.SetWriteDeadline(until)); err != nil {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
@@ -207,6 +214,12 @@ func (c *Client) Wipe(ctx context.Context) error {
 // Restart asks for an orderly restart and does not wait for it.
 func (c *Client) Restart(ctx context.Context) error {
 	_, err := c.do(ctx, http.MethodPost, "/v1/restart", nil)
+	return err
+}
+
+// AskUpdate has init ask the verifiers for a release now.
+func (c *Client) AskUpdate(ctx context.Context) error {
+	_, err := c.do(ctx, http.MethodPost, "/v1/update", nil)
 	return err
 }
 

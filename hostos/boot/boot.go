@@ -55,6 +55,7 @@ type host struct {
 	state   Status      // without the parts that status adds
 	work    *supervised // QEMU, nil while there is none
 	missing []node
+	ask     chan struct{} // for a release, now
 	slots   *update.Slots // nil where there are no two
 	// slotsFault is why no update is possible.
 	slotsFault string
@@ -67,7 +68,7 @@ func Run() error {
 	unix.Umask(0o022)
 	// Ctrl-Alt-Del is a signal to init, not a reset (reboot(2)).
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)
-	h := &host{console: newConsole(openConsole()), children: newChildren(), off: make(chan struct{})}
+	h := &host{console: newConsole(openConsole()), children: newChildren(), off: make(chan struct{}), ask: make(chan struct{}, 1)}
 	h.set("booting", "", "the host domain starts")
 	warnings, err := mountAll()
 	if kerr := noSysRq(sysRq); kerr != nil {
@@ -547,7 +548,7 @@ func (h *host) serveAPI(ctx context.Context, wg *sync.WaitGroup) error {
 		status: h.status, powerOff: h.powerOff, wake: h.machine.Wake,
 		recover: func(r context.Context, typed string) error { return h.recoverDisk(r, ctx, wg, typed) },
 		wipe:    h.wipeDisk,
-		restart: h.restart, update: h.stageUpdate,
+		restart: h.restart, update: h.stageUpdate, ask: h.askUpdate,
 	}))
 	wg.Go(func() {
 		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {

@@ -161,8 +161,21 @@ func (h *host) stageUpdate(ctx context.Context, image io.Reader, size int64) err
 	return nil
 }
 
+// askUpdate has the verifiers asked for a release now, if this boot may take
+// one.
+func (h *host) askUpdate() error {
+	if org, err := readOrganization(); err != nil || org.Updates == nil {
+		return errors.Join(errors.New("update: the organisation names nobody whose releases are taken"), err)
+	}
+	select {
+	case h.ask <- struct{}{}:
+	default: // somebody has asked already
+	}
+	return nil
+}
+
 func (h *host) follower(running *update.Release, slots *update.Slots) *update.Follower {
-	return &update.Follower{Running: running, Source: gate.NewClient(AttestdSocket), Slots: slots,
+	return &update.Follower{Running: running, Source: gate.NewClient(AttestdSocket), Slots: slots, Now: h.ask,
 		Say: func(format string, a ...any) { h.console.line("init", format, a...) }}
 }
 

@@ -37,6 +37,8 @@ type Follower struct {
 	Source  Source
 	Slots   *Slots
 	Say     func(format string, args ...any)
+	// Now has it asked at once when something comes; it may be nil.
+	Now <-chan struct{}
 }
 
 // Check is the judgement of signed policies that Slots.Stage wants.
@@ -50,7 +52,7 @@ func (f *Follower) Check(ctx context.Context, policy []byte) (*Release, error) {
 // Follow asks for a release from time to time and stages what is offered, until
 // ctx ends.
 func (f *Follower) Follow(ctx context.Context) {
-	for gap := firstAsk; pause(ctx, gap); gap = askGap + rand.N(askGap/2) {
+	for gap := firstAsk; f.await(ctx, gap); gap = askGap + rand.N(askGap/2) {
 		n, err := f.Source.NextRelease(ctx, gate.VolumeRequest{Release: f.Running.Raw})
 		if err != nil || n.Version == "" || !f.wanted(n.SHA256) {
 			continue // attestd's log says why
@@ -154,6 +156,18 @@ func (d *download) shut() {
 		d.body.Close()
 		d.body = nil
 	}
+}
+
+// await is pause until somebody asks.
+func (f *Follower) await(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-f.Now:
+	case <-ctx.Done():
+	}
+	return ctx.Err() == nil
 }
 
 // pause waits and reports whether ctx goes on.

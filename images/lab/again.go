@@ -42,7 +42,7 @@ func (l *Lab) Again(ctx context.Context, b Boot) (Result, error) {
 	if err := l.Cut(ctx); err != nil {
 		return fail(err)
 	}
-	m := machine{disk: l.lab("laptop.img"), vars: l.lab("vars.fd"), restarts: b.Restarts}
+	m := machine{disk: l.lab("laptop.img"), vars: l.lab("vars.fd")}
 	if b.Image.Disk != "" {
 		for _, slot := range []string{disk.ESP, disk.SlotB} {
 			if err := copyPartition(m.disk, slot, b.Image.Disk, disk.ESP); err != nil {

@@ -19,9 +19,7 @@ type machine struct {
 	disk  string // raw image, written to
 	vars  string // OVMF variables, written to
 	noTPM bool
-	// restarts: a reset by the laptop starts it again; otherwise it ends QEMU.
-	restarts bool
-	clock    string // of the real-time clock at power-on; empty: the time
+	clock string // of the real-time clock at power-on; empty: the time
 }
 
 // arguments are QEMU's, without the program.
@@ -37,7 +35,7 @@ func (m machine) arguments() []string {
 	}
 	sock := func(name string) string { return filepath.Join(runDir, name+".sock") }
 	args := []string{
-		"-name", "sekisho-lab", "-nodefaults", "-display", "none",
+		"-name", "sekisho-lab", "-nodefaults", "-display", "none", "-no-reboot",
 		"-accel", accel, "-cpu", cpu, "-machine", "q35,smm=on", "-smp", smp, "-m", "2048",
 		"-global", "driver=cfi.pflash01,property=secure,value=on",
 		"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=" + firmware,
@@ -61,9 +59,6 @@ func (m machine) arguments() []string {
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=lab,server=on,wait=off,path=" + sock("hook"),
 		"-device", "virtserialport,chardev=lab,name=org.sekisho.lab",
 		"-qmp", "unix:" + sock("qmp") + ",server=on,wait=off",
-	}
-	if !m.restarts {
-		args = append(args, "-no-reboot")
 	}
 	if m.clock != "" {
 		args = append(args, "-rtc", "base="+m.clock)

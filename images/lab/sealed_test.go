@@ -42,7 +42,7 @@ func TestSealedBoot(t *testing.T) {
 
 	var recovery string
 	b.bootStep(t, "first boot makes the disk", func(t *testing.T) {
-		r, err := b.Up(t.Context(), Boot{Accept: []string{reference}, Restarts: true})
+		r, err := b.Up(t.Context(), Boot{Accept: []string{reference}})
 		must(t, err)
 		t.Logf("page read after %.1f s", r.Stages[len(r.Stages)-1].Seconds)
 		b.disk(t, workdisk.Open, "")
@@ -68,12 +68,10 @@ func TestSealedBoot(t *testing.T) {
 		b.layer(t)
 		b.slots(t, "a", "a", "")
 		// Power cut while an update is written: slot b has no file system then.
-		b.put(t, b.out("next", images.HostImage))
-		done := make(chan struct{})
-		go func() { defer close(done); b.Exec(t.Context(), hook.Host, "init", "update", staged) }()
+		must(t, b.PublishRelease(t.Context(), b.out("next")))
+		b.init(t, "update")
 		b.until(t, "the update to be under way", func(context.Context) bool { return b.slotRecord(t).Trial != nil })
 		must(t, b.Cut(t.Context()))
-		<-done
 		if r := b.slotRecord(t); r.Trial == nil || r.Trial.Stage != update.Writing {
 			t.Fatalf("the power went too late: %+v", r.Trial)
 		}
@@ -82,21 +80,20 @@ func TestSealedBoot(t *testing.T) {
 		for _, name := range []string{"verifier", "gateway"} {
 			must(t, b.Kill(t.Context(), name))
 		}
-		_, err := b.Again(t.Context(), Boot{Stay: true, Restarts: true})
+		_, err := b.Again(t.Context(), Boot{Stay: true})
 		must(t, err)
 		b.untilWork(t)
 		b.disk(t, workdisk.Open, "")
 		b.noPage(t)
 		b.slots(t, "a", "a", "")
 		must(t, b.StartVerifier(t.Context()))
-		must(t, b.PublishRelease(t.Context(), b.out("next")))
 		must(t, b.StartGateway(t.Context()))
 		b.untilConsole(t, "release 1-lab is being fetched")
 		b.slots(t, "a", "a", update.Armed)
 		must(t, b.Cut(t.Context())) // told the firmware, not restarted
 	})
 	b.bootStep(t, "trial of the update is good, power cut in the raise", func(t *testing.T) {
-		_, err := b.Again(t.Context(), Boot{Stay: true, Restarts: true})
+		_, err := b.Again(t.Context(), Boot{Stay: true})
 		must(t, err)
 		b.untilConsole(t, "trial of release 1-lab in slot b")
 		b.untilConsole(t, "release 1-lab is good; raising the rollback counter to 19")
@@ -105,31 +102,31 @@ func TestSealedBoot(t *testing.T) {
 		must(t, b.Cut(t.Context()))
 	})
 	b.bootStep(t, "the raise is finished; an update that is bad", func(t *testing.T) {
-		r, err := b.Again(t.Context(), Boot{Restarts: true})
+		r, err := b.Again(t.Context(), Boot{})
 		must(t, err)
 		t.Logf("page read after %.1f s", r.Stages[len(r.Stages)-1].Seconds)
 		b.untilConsole(t, "rollback counter at 19")
 		b.disk(t, workdisk.Open, "")
 		b.slots(t, "b", "b", "")
-		b.put(t, b.out(images.HostImage))
-		b.update(t, "older")
-		b.slots(t, "b", "b", "")
-		b.put(t, b.out("tamper-cmdline", images.HostImage))
-		b.update(t, "")
-		b.slots(t, "b", "b", update.Armed)
-		if a, err := b.Exec(t.Context(), hook.Host, "init", "restart"); err != nil || a.Exit != 0 {
-			t.Fatalf("restart: %d %s, %v", a.Exit, a.Stderr, err)
+		if k := b.askOlder(t); !slices.Equal(k.Codes, []string{gate.CodeRolledBack}) {
+			t.Errorf("the older release: %+v", k)
 		}
+		b.put(t, b.out("tamper-cmdline", images.HostImage))
+		b.init(t, "update", staged)
+		b.slots(t, "b", "b", update.Armed)
+		b.init(t, "restart")
+		b.restarted(t, "init: restart")
+	})
+	b.bootStep(t, "the bad update is tried and given up", func(t *testing.T) {
 		// Another command line: neither key nor papers.
-		b.untilConsole(t, "trial of release 1-lab in slot a")
-		b.locked(t, gate.CodeImage)
-		b.untilState(t, "attestd", "refused", "")
-		b.untilState(t, "netd", "Attesting", "")
-		b.untilConsole(t, "this image did not prove good (refused)")
+		b.restarted(t, "trial of release 1-lab in slot a", "work disk stays locked ("+gate.CodeImage, "業務ディスクは開きません", "no work domain",
+			"attestd: refused", "netd: Attesting", "this image did not prove good (refused)", "前のイメージに戻ります", "init: restart")
 		b.untilConsole(t, "the last update 1-lab did not prove good (refused)")
 		b.untilPage(t)
 		b.disk(t, workdisk.Open, "")
 		b.slots(t, "b", "b", "")
+		_, err := b.attestctl(t.Context(), nil, "release", "percent", "1-lab", "-percent", "0") // or the older image would take it
+		must(t, err)
 	})
 	b.bootStep(t, "the older image, and the recovery key", func(t *testing.T) {
 		old := b.Laptop()
@@ -151,9 +148,9 @@ func TestSealedBoot(t *testing.T) {
 		// the good one.
 		must(t, b.Cut(t.Context()))
 		must(t, copySparse(vars, b.lab("vars.fd")))
-		_, err := b.Again(t.Context(), Boot{Image: Image{Name: next.Name, Disk: next.Disk, Vars: images.BlankVars}, Stay: true, Restarts: true})
+		_, err := b.Again(t.Context(), Boot{Image: Image{Name: next.Name, Disk: next.Disk, Vars: images.BlankVars}, Stay: true})
 		must(t, err)
-		b.untilConsole(t, "the firmware did not start slot b at once; restarting")
+		b.restarted(t, "the firmware did not start slot b at once; restarting")
 		b.locked(t, gate.CodeSecureBoot)
 		b.untilState(t, "attestd", "refused", "")
 	})
@@ -210,14 +207,48 @@ func (b *bench) put(t *testing.T, image string) {
 	}
 }
 
-// update stages the image that put left; refused are words of why not.
-func (b *bench) update(t *testing.T, refused string) {
+// init runs one of init's commands on the laptop.
+func (b *bench) init(t *testing.T, args ...string) {
 	t.Helper()
-	a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Argv: []string{"init", "update", staged}, Timeout: stepTime})
+	a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Argv: append([]string{"init"}, args...), Timeout: stepTime})
 	must(t, err)
-	if (a.Exit == 0) != (refused == "") || !strings.Contains(string(a.Stderr), refused) {
-		t.Fatalf("init update: exit %d: %s", a.Exit, a.Stderr)
+	if a.Exit != 0 {
+		t.Fatalf("init %s: exit %d: %s", args, a.Exit, a.Stderr)
 	}
+}
+
+// restarted waits until the laptop restarts itself, which ends QEMU, having
+// said these words, and gives it power again.
+func (b *bench) restarted(t *testing.T, words ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), stepTime)
+	defer cancel()
+	must(t, waitFor(ctx, "the laptop to restart", func() (bool, error) {
+		_, err := b.find("qemu")
+		return err != nil, nil
+	}))
+	for _, w := range words {
+		if !strings.Contains(b.console(t), w) {
+			t.Errorf("the console does not say %s", w)
+		}
+	}
+	_, err := b.Again(t.Context(), Boot{Stay: true})
+	must(t, err)
+}
+
+// askOlder asks attestd whether the first release may follow the next one.
+func (b *bench) askOlder(t *testing.T) (k gate.KeyRefused) {
+	t.Helper()
+	running, err := os.ReadFile(b.out("next", "release.json"))
+	must(t, err)
+	older, err := os.ReadFile(b.out("release.json"))
+	must(t, err)
+	body, err := json.Marshal(gate.UpdateRequest{Running: running, Next: older})
+	must(t, err)
+	a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Socket: "/run/sekisho/attestd.sock", Method: http.MethodPost, Path: "/v1/release", Stdin: body, Timeout: time.Minute})
+	must(t, err)
+	must(t, json.Unmarshal(a.Stdout, &k))
+	return k
 }
 
 // slotRecord is what the laptop's disk says of its slots; init may be writing it.

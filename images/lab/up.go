@@ -29,10 +29,8 @@ type Boot struct {
 	Timeout time.Duration // 0: ten minutes
 	Stay    bool          // return once the machine has power: the caller watches it
 	Clock   string        // what the machine's clock says at power-on, "1970-01-02T00:00:00"; empty: the time
-	// Restarts lets the laptop restart itself; otherwise its power goes then.
-	Restarts bool
-	NoSite   bool     // the verifier and the gateway are down when the machine gets power
-	Accept   []string // files of reference values that the policy accepts beside the laptop's
+	NoSite  bool          // the verifier and the gateway are down when the machine gets power
+	Accept  []string      // files of reference values that the policy accepts beside the laptop's
 }
 
 // Image is a bootable disk with the firmware variables that go with it.
@@ -192,7 +190,7 @@ func (l *Lab) listening(ctx context.Context, name, namespace, address string) er
 // prepareMachine copies the image's files, hands out the ticket and starts the
 // TPM. It returns the command that gives the laptop power.
 func (l *Lab) prepareMachine(ctx context.Context, b Boot) (accel string, argv []string, err error) {
-	m := machine{disk: l.lab("laptop.img"), vars: l.lab("vars.fd"), noTPM: b.NoTPM, clock: b.Clock, restarts: b.Restarts}
+	m := machine{disk: l.lab("laptop.img"), vars: l.lab("vars.fd"), noTPM: b.NoTPM, clock: b.Clock}
 	if err := errors.Join(copySparse(m.disk, b.Image.Disk), copySparse(m.vars, b.Image.Vars)); err != nil {
 		return "", nil, err
 	}

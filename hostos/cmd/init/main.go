@@ -22,6 +22,7 @@ const usage = `init: PID 1 of the host domain
   init recover          open the work domain's disk by the recovery key on standard
                         input, and start the work domain
   init restart          orderly restart
+  init update           ask the verifiers for a release now
   init update FILE      write a signed release to the slot that does not run; it is
                         tried at the next start, and becomes the good one once
                         attestation and tunnel succeed, otherwise the laptop goes back
@@ -52,6 +53,8 @@ func main() {
 		fail(boot.NewClient(boot.InitSocket).Wake(context.Background()))
 	case args[0] == "restart" && len(args) == 1:
 		fail(boot.NewClient(boot.InitSocket).Restart(context.Background()))
+	case args[0] == "update" && len(args) == 1:
+		fail(boot.NewClient(boot.InitSocket).AskUpdate(context.Background()))
 	case args[0] == "update" && len(args) == 2:
 		fail(stage(args[1]))
 	case args[0] == "recover" && len(args) == 1:
