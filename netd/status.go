@@ -81,6 +81,14 @@ type Uplink struct {
 	Address     netip.Prefix `json:"address,omitzero"` // zero while there is no sound lease
 	Router      netip.Addr   `json:"router,omitzero"`
 	MTU         int          `json:"mtu,omitempty"` // bytes
+	// Address6 is the IPv6 address, Local6 the link-local one beside it, Router6
+	// the router's link-local one, MTU6 what the router says that IPv6 packets may
+	// be, in bytes, or 0. IPv6 says why there is none, if something was heard of it.
+	Address6 netip.Addr `json:"address6,omitzero"`
+	Local6   netip.Addr `json:"local6,omitzero"`
+	Router6  netip.Addr `json:"router6,omitzero"`
+	MTU6     int        `json:"mtu6,omitempty"`
+	IPv6     string     `json:"ipv6,omitempty"`
 	// PathMTU is less than MTU where the way to the servers swallows longer
 	// packets without a word, as a probe has found; else 0.
 	PathMTU int `json:"path_mtu,omitempty"`
@@ -91,8 +99,21 @@ type Uplink struct {
 	Detail  string    `json:"detail,omitempty"`
 }
 
-// Usable reports whether the uplink has carrier and a sound lease.
-func (u Uplink) Usable() bool { return u.Carrier && u.Address.IsValid() && u.Reason == "" }
+// Usable reports whether the uplink has carrier and a sound address.
+func (u Uplink) Usable() bool {
+	return u.Carrier && (u.Address.IsValid() || u.Address6.IsValid()) && u.Reason == ""
+}
+
+// Addresses are the uplink's, for people.
+func (u Uplink) Addresses() string {
+	switch {
+	case !u.Address6.IsValid():
+		return u.Address.String()
+	case !u.Address.IsValid():
+		return u.Address6.String()
+	}
+	return u.Address.String() + " " + u.Address6.String()
+}
 
 // What becomes of the secrets by which the laptop gets into networks.
 const (
@@ -206,7 +227,7 @@ type Status struct {
 func (s Status) Line() string {
 	switch s.State {
 	case Linked:
-		return fmt.Sprintf("Linked %s %s", s.Uplink.Name, s.Uplink.Address)
+		return fmt.Sprintf("Linked %s %s", s.Uplink.Name, s.Uplink.Addresses())
 	case Tunnel:
 		if s.Tunnel != nil {
 			return fmt.Sprintf("Tunnel inner %s gateway %s", s.Tunnel.Inner, s.Tunnel.Gateway)

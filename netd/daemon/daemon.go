@@ -163,20 +163,23 @@ func New(c Config) *Daemon {
 		Wifi: c.Wifi, Wired: c.Wired,
 	}
 	for _, e := range slices.Concat(c.Organization.Verifiers, c.Organization.Gateways) {
-		if !e.Address.Addr().IsPrivate() {
-			keeper.Claims = append(keeper.Claims, e.Address.Addr())
+		for _, a := range e.Addresses() {
+			if !a.Addr().IsPrivate() {
+				keeper.Claims = append(keeper.Claims, a.Addr())
+			}
 		}
 	}
 	if p := c.Organization.Proxy; p.IsValid() { // and no server straight
 		d.endpoints = []netip.AddrPort{p}
 	} else {
 		for _, e := range c.Organization.Verifiers {
-			d.endpoints = append(d.endpoints, e.Address)
+			d.endpoints = append(d.endpoints, e.Addresses()...)
 		}
 		for _, e := range c.Organization.Gateways {
-			d.endpoints, d.quic = append(d.endpoints, e.Address), append(d.quic, e.Address)
+			d.endpoints, d.quic = append(d.endpoints, e.Addresses()...), append(d.quic, e.Addresses()...)
 		}
 	}
+	keeper.IPv6 = slices.ContainsFunc(d.endpoints, func(e netip.AddrPort) bool { return e.Addr().Is6() })
 	if probe, err := uplink.Prober(c.Organization, dial, d.admitted); err == nil {
 		keeper.Probe = probe
 	} // without roots there is no tunnel either, and its keeper says so
@@ -194,7 +197,13 @@ func New(c Config) *Daemon {
 
 // dial is tunnel.DialTCP over an uplink.
 func dial(ctx context.Context, u netd.Uplink, mtu int, to, proxy netip.AddrPort) (net.Conn, error) {
-	return tunnel.DialTCP(ctx, tunnel.Path{Link: u.Name, Source: u.Address.Addr(), MTU: mtu}, to, proxy)
+	u.PathMTU = mtu
+	return tunnel.DialTCP(ctx, over(u), to, proxy)
+}
+
+// over is the path of sessions over an uplink.
+func over(u netd.Uplink) tunnel.Path {
+	return tunnel.Path{Link: u.Name, Source: u.Address.Addr(), Source6: u.Address6, MTU: u.PathMTU}
 }
 
 // Run keeps the kernel, the tunnel and linkd as the facts ask until ctx is

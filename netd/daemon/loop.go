@@ -174,7 +174,7 @@ func (l *loop) choose(links []uplink.Link, now time.Time) {
 		l.in.uplink.Detail += "; " + l.in.unserved[0].String()
 	}
 	if name != l.chosen {
-		l.d.Log.Info("uplink in use", "name", name, "before", l.chosen, "address", l.in.uplink.Address, "reason", l.in.uplink.Reason, "detail", l.in.uplink.Detail)
+		l.d.Log.Info("uplink in use", "name", name, "before", l.chosen, "address", l.in.uplink.Addresses(), "reason", l.in.uplink.Reason, "detail", l.in.uplink.Detail)
 		l.chosen = name
 	}
 }
@@ -283,7 +283,7 @@ func (l *loop) publish(state netd.State, affirming bool, now time.Time) {
 	} else {
 		s.Office = nil
 	}
-	want := wanted{open: affirming && state >= netd.Portal, path: tunnel.Path{Link: l.in.uplink.Name, Source: l.in.uplink.Address.Addr(), MTU: l.in.uplink.PathMTU}, until: l.in.gate.NotAfter}
+	want := wanted{open: affirming && state >= netd.Portal, path: over(l.in.uplink), until: l.in.gate.NotAfter}
 	wish := want != d.want
 	d.want = want
 	first := !d.ready && l.sealed

@@ -38,12 +38,12 @@ func still(p office.Path) func() bool {
 	}
 }
 
-// path is where an office may be: none unless attestation opens its gate. It
+// path is where an office may be, IPv4 alone: none unless attestation opens its gate. It
 // differs after each loss of the carrier, however short, so that a proof never
 // outlives the cable that it came through.
 func (l *loop) path(affirming bool) office.Path {
 	u := l.in.uplink
-	if !affirming || !u.Usable() || l.d.Organization.Office == nil {
+	if !affirming || !u.Usable() || !u.Address.IsValid() || l.d.Organization.Office == nil {
 		return office.Path{}
 	}
 	for _, k := range l.outside {

@@ -3,6 +3,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -14,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"sekisho/attest"
 	"sekisho/netd"
 	"sekisho/netd/journal"
 	"sekisho/netd/path"
@@ -31,7 +33,7 @@ const (
 // asked is what the path's watcher is to find out.
 type asked struct {
 	link    string
-	source  netip.Addr
+	source  [2]netip.Addr // IPv4 and IPv6; see sources
 	flaps   uint32
 	closed  bool // nothing is open: ask often, and who answers
 	doubted int  // rises when the clock is in doubt
@@ -40,7 +42,7 @@ type asked struct {
 // pathFinding is what the path's watcher found on an uplink.
 type pathFinding struct {
 	link   string
-	source netip.Addr
+	source [2]netip.Addr
 	flaps  uint32
 	portal bool
 	who    netip.AddrPort // where somebody else answers
@@ -64,7 +66,7 @@ func (d *Daemon) watchPath(ctx context.Context) {
 		due := want != last && (want.closed || want.doubted != last.doubted) || want.closed || time.Since(clocked) > clockEvery
 		if want.link != "" && due {
 			var signed bool
-			if floor, signed = d.askPath(ctx, want, path.Prober{Agreement: d.Organization.KeyAgreement, Proxy: d.Organization.Proxy, Roots: roots, Floor: floor, Link: want.link, Source: want.source}); signed {
+			if floor, signed = d.askPath(ctx, want, path.Prober{Agreement: d.Organization.KeyAgreement, Proxy: d.Organization.Proxy, Roots: roots, Floor: floor, Link: want.link, Source: want.source[0], Source6: want.source[1]}); signed {
 				clocked = time.Now()
 			} else if !want.closed {
 				clocked = time.Now().Add(askEvery - clockEvery) // soon again
@@ -128,13 +130,23 @@ func (d *Daemon) askPath(ctx context.Context, want asked, p path.Prober) (floor 
 		defer mu.Unlock()
 		results = append(results, r)
 	}
-	for _, e := range d.Organization.Verifiers {
-		all.Go(func() { ask(d.probe(ctx, p, e, true)) })
-	}
-	if want.closed {
-		for _, e := range d.Organization.Gateways {
-			all.Go(func() { ask(d.probe(ctx, p, e, false)) })
+	each := func(servers []attest.Endpoint, clock bool) {
+		for _, e := range servers {
+			addresses := e.Addresses()
+			if p.Proxy.IsValid() {
+				addresses = addresses[len(addresses)-1:]
+			}
+			for _, a := range addresses {
+				e.Address = a
+				if first := cmp.Or(p.Proxy, a); want.source[family(first.Addr())].IsValid() {
+					all.Go(func() { ask(d.probe(ctx, p, e, clock)) })
+				}
+			}
 		}
+	}
+	each(d.Organization.Verifiers, true)
+	if want.closed {
+		each(d.Organization.Gateways, false)
 	}
 	all.Wait()
 	f := pathFinding{link: want.link, source: want.source, flaps: want.flaps}
@@ -154,6 +166,17 @@ func (d *Daemon) askPath(ctx context.Context, want asked, p path.Prober) (floor 
 		d.update(func(r *reports) { r.path = f })
 	}
 	return floor, signed
+}
+
+// sources are an uplink's addresses, of which either may be invalid: IPv4 and
+// IPv6, at the places that family gives.
+func sources(u netd.Uplink) [2]netip.Addr { return [2]netip.Addr{u.Address.Addr(), u.Address6} }
+
+func family(a netip.Addr) int {
+	if a.Is4() {
+		return 0
+	}
+	return 1
 }
 
 // correct sets the clock if a signed time says that it is wrong, and returns
@@ -187,7 +210,7 @@ func (l *loop) look(state netd.State, now time.Time) {
 	l.looked0 = now
 	want := asked{doubted: l.ask.doubted}
 	if u.Usable() {
-		want.link, want.source, want.flaps = u.Name, u.Address.Addr(), l.flaps(u.Name)
+		want.link, want.source, want.flaps = u.Name, sources(u), l.flaps(u.Name)
 		want.closed = !l.tunnel.Open
 	}
 	if l.tunnel.Open && l.in.path.portal { // whoever it was has let us through
@@ -208,7 +231,7 @@ func (l *loop) look(state netd.State, now time.Time) {
 // portal reports whether the last answers on the present uplink were somebody else's.
 func (l *loop) portal() bool {
 	p, u := l.in.path, l.in.uplink
-	return p.portal && p.link == u.Name && p.source == u.Address.Addr() && p.flaps == l.flaps(u.Name)
+	return p.portal && p.link == u.Name && p.source == sources(u) && p.flaps == l.flaps(u.Name)
 }
 
 func (l *loop) flaps(name string) uint32 {

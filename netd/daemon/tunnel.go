@@ -59,6 +59,9 @@ func (d *Daemon) keepTunnel(ctx context.Context) {
 			d.idle(ctx, nil)
 			continue
 		}
+		if st.Open && have != want && have.serves(want, st.Gateway.Addr()) {
+			have = want // the uplink's address of the other family came or went
+		}
 		if st.Open && have == want && !st.Suspect {
 			attempt = 0
 			d.idle(ctx, st.Changed)
@@ -113,6 +116,12 @@ func (d *Daemon) keepTunnel(ctx context.Context) {
 		// A new uplink is reason enough to try at once.
 		wait(ctx, rand.N(pause), d.keeper)
 	}
+}
+
+// serves reports whether a session with a that was made for have is as good for want.
+func (have wanted) serves(want wanted, a netip.Addr) bool {
+	have.path, want.path = have.path.Without(a), want.path.Without(a)
+	return have == want
 }
 
 // errWish ends an attempt that is no longer wanted.

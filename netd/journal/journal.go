@@ -116,11 +116,11 @@ func Diff(a, b netd.Status, now time.Time) (events []Event) {
 func uplink(a, b netd.Uplink, add func(k Kind, code, en, ja string)) {
 	switch {
 	case !a.Usable() && b.Usable():
-		add(Uplink, "usable", fmt.Sprintf("%s (%s) has the address %s", b.Name, dash(b.Kind), b.Address), fmt.Sprintf("%s（%s）のアドレスは %s", b.Name, dash(b.Kind), b.Address))
+		add(Uplink, "usable", fmt.Sprintf("%s (%s) has the address %s", b.Name, dash(b.Kind), b.Addresses()), fmt.Sprintf("%s（%s）のアドレスは %s", b.Name, dash(b.Kind), b.Addresses()))
 	case a.Usable() && !b.Usable(), a.Reason != b.Reason && b.Reason != "":
 		add(Uplink, "unusable", fmt.Sprintf("%s: %s (%s)", b.Name, dash(b.Reason), b.Detail), fmt.Sprintf("%s: 使用できません（%s）", b.Name, dash(b.Reason)))
-	case a.Usable() && a.Address != b.Address:
-		add(Uplink, "address", fmt.Sprintf("%s has the address %s", b.Name, b.Address), fmt.Sprintf("%s のアドレスは %s", b.Name, b.Address))
+	case a.Usable() && (a.Address != b.Address || a.Address6 != b.Address6):
+		add(Uplink, "address", fmt.Sprintf("%s has the address %s", b.Name, b.Addresses()), fmt.Sprintf("%s のアドレスは %s", b.Name, b.Addresses()))
 	}
 	if a.Health != b.Health && b.Health != netd.HealthUnknown {
 		add(Uplink, "health-"+b.Health, fmt.Sprintf("%s is %s", b.Name, b.Health), fmt.Sprintf("%s の状態: %s", b.Name, b.Health))

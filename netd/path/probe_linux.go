@@ -27,9 +27,10 @@ const (
 type Prober struct {
 	Agreement cryptrec.KeyAgreement // the least
 	Roots     *x509.CertPool
-	Floor     time.Time // no chain is judged at an earlier moment
-	Link      string    // the uplink
-	Source    netip.Addr
+	Floor     time.Time      // no chain is judged at an earlier moment
+	Link      string         // the uplink
+	Source    netip.Addr     // its IPv4 address
+	Source6   netip.Addr     // its IPv6 address
 	Proxy     netip.AddrPort // an HTTP proxy before the servers; zero is none
 }
 
@@ -42,12 +43,12 @@ type Result struct {
 	Trip     time.Duration // of asking for it
 }
 
-// Ask asks e who it is, and what time it is if clock.
+// Ask asks e, at Address, who it is, and what time it is if clock.
 func (p Prober) Ask(ctx context.Context, e attest.Endpoint, clock bool) Result {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	r := Result{Endpoint: e.Address}
-	raw, err := tunnel.DialTCP(ctx, tunnel.Path{Link: p.Link, Source: p.Source}, e.Address, p.Proxy)
+	raw, err := tunnel.DialTCP(ctx, tunnel.Path{Link: p.Link, Source: p.Source, Source6: p.Source6}, e.Address, p.Proxy)
 	if err != nil {
 		r.What = err.Error()
 		return r

@@ -10,8 +10,9 @@
 // may do so over every usable uplink: the metric of the routes says which one
 // is in use, and a probe or a session that drains is bound to its own.
 // DHCP needs no rule: netd's packet socket stands before the inet hooks, so
-// no other UDP passes them. ARP is not IP and is left alone. IPv6 is off on
-// uplinks for now.
+// no other UDP passes them; so do routers' advertisements and solicitations. ARP
+// is not IP and is left alone. IPv6 is off on a link but while netd has an
+// address for it, and then makes no address and obeys no router by itself.
 //
 // Inside, in the states Tunnel and Office only, packets pass between work0 and
 // tun0 if they bear the inner address that the gateway assigned, or the IPv6 one
@@ -66,7 +67,7 @@ type Situation struct {
 
 // office reports whether the way to the office's networks is open.
 func (in Situation) office() bool {
-	return in.State == netd.Office && in.Work && in.Pipe && in.Inner.Is4() && in.Uplink.Usable() && in.Uplink.Address.Addr() != in.Inner
+	return in.State == netd.Office && in.Work && in.Pipe && in.Inner.Is4() && in.Uplink.Usable() && in.Uplink.Address.IsValid() && in.Uplink.Address.Addr() != in.Inner
 }
 
 // tunnel reports whether the way into the tunnel is open.
@@ -152,7 +153,8 @@ func outside(in Situation) Namespace {
 			l.MTU = usable[i].MTU
 		}
 		n.Links = append(n.Links, l)
-		n.Sysctls = append(n.Sysctls, six(name, false)...)
+		on := slices.ContainsFunc(usable, func(u netd.Uplink) bool { return u.Name == name && u.Address6.IsValid() })
+		n.Sysctls = append(n.Sysctls, six(name, on)...)
 	}
 	if in.Pipe {
 		n.Links = append(n.Links, Link{Name: netd.OfficeOuterLink, Up: in.office(), MTU: in.MTU})
@@ -174,16 +176,71 @@ func outside(in Situation) Namespace {
 const inUse = 1
 
 // open lets the host talk to the endpoints over up by TCP, and to those that
-// speak QUIC by UDP too.
+// speak QUIC by UDP too, by every address family that up has.
 func (n *Namespace) open(up netd.Uplink, endpoints, quic []netip.AddrPort, metric int) {
+	if up.Address.IsValid() {
+		n.open4(up, endpoints, quic, metric)
+	}
+	if up.Address6.IsValid() {
+		n.open6(up, endpoints, quic, metric)
+	}
+}
+
+// talk adds the rules for one endpoint.
+func (n *Namespace) talk(link string, self netip.Prefix, e netip.AddrPort, quic []netip.AddrPort) {
+	input, output, to := &n.Ruleset.Chains[0], &n.Ruleset.Chains[1], host(e.Addr())
+	for _, p := range protocols(e, quic) {
+		output.Rules = append(output.Rules, Rule{Out: link, Source: self, Destination: to, Protocol: p, DestinationPort: e.Port(), Verdict: Accept})
+		input.Rules = append(input.Rules, Rule{In: link, Source: to, Destination: self, Protocol: p, SourcePort: e.Port(), Tracked: Established, Verdict: Accept})
+	}
+}
+
+// open6 is open for IPv6. All goes by the router, none to neighbours. Of
+// neighbour discovery solicitations and advertisements of neighbours pass, from
+// the uplink's two addresses and to whoever hears them: without them there is no
+// router's hardware address. Routers' advertisements and DHCPv6 reach netd by a
+// packet socket; routers' solicitations, redirects and listeners' reports nobody.
+func (n *Namespace) open6(up netd.Uplink, endpoints, quic []netip.AddrPort, metric int) {
+	self := host(up.Address6)
+	n.Addresses = append(n.Addresses, Address{up.Name, self}, Address{up.Name, host(up.Local6)})
+	input, output := &n.Ruleset.Chains[0], &n.Ruleset.Chains[1]
+	input.Rules = append(input.Rules,
+		Rule{In: up.Name, Protocol: ICMPv6, Types: neighbours, Verdict: Accept},
+		Rule{In: up.Name, Destination: self, Protocol: ICMPv6, Tracked: Related, Verdict: Accept})
+	for _, own := range []netip.Prefix{self, host(up.Local6)} {
+		output.Rules = append(output.Rules, Rule{Out: up.Name, Source: own, Protocol: ICMPv6, Types: neighbours, Verdict: Accept})
+	}
+	mtu := up.MTU6
+	if up.PathMTU >= minMTU6 && (mtu == 0 || up.PathMTU < mtu) {
+		mtu = up.PathMTU
+	}
+	for _, e := range endpoints {
+		if !e.Addr().Is6() {
+			continue
+		}
+		if r := (Route{Destination: host(e.Addr()), Via: up.Router6, Link: up.Name, Metric: metric, MTU: mtu}); !slices.Contains(n.Routes, r) {
+			n.Routes = append(n.Routes, r)
+		}
+		n.talk(up.Name, self, e, quic)
+	}
+}
+
+// neighbours are ICMPv6's neighbour solicitation and advertisement (RFC 4861,
+// sections 4.3 and 4.4).
+var neighbours = Types{135, 136}
+
+func (n *Namespace) open4(up netd.Uplink, endpoints, quic []netip.AddrPort, metric int) {
 	self := host(up.Address.Addr())
 	n.Addresses = append(n.Addresses, Address{up.Name, up.Address})
 	if up.Router.IsValid() {
 		n.Routes = append(n.Routes, Route{Destination: host(up.Router), Link: up.Name, Metric: metric})
 	}
-	input, output := &n.Ruleset.Chains[0], &n.Ruleset.Chains[1]
+	input := &n.Ruleset.Chains[0]
 	input.Rules = append(input.Rules, Rule{In: up.Name, Destination: self, Protocol: ICMP, Tracked: Related, Verdict: Accept})
 	for _, e := range endpoints {
+		if !e.Addr().Is4() {
+			continue
+		}
 		to := host(e.Addr())
 		r := Route{Destination: to, Via: up.Router, Link: up.Name, Metric: metric, MTU: up.PathMTU}
 		if up.Address.Contains(e.Addr()) {
@@ -192,10 +249,7 @@ func (n *Namespace) open(up netd.Uplink, endpoints, quic []netip.AddrPort, metri
 		if (r.Via.IsValid() || up.Address.Contains(e.Addr())) && e.Addr() != up.Router && !slices.Contains(n.Routes, r) {
 			n.Routes = append(n.Routes, r)
 		}
-		for _, p := range protocols(e, quic) {
-			output.Rules = append(output.Rules, Rule{Out: up.Name, Source: self, Destination: to, Protocol: p, DestinationPort: e.Port(), Verdict: Accept})
-			input.Rules = append(input.Rules, Rule{In: up.Name, Source: to, Destination: self, Protocol: p, SourcePort: e.Port(), Tracked: Established, Verdict: Accept})
-		}
+		n.talk(up.Name, self, e, quic)
 	}
 }
 
@@ -210,12 +264,7 @@ func protocols(e netip.AddrPort, quic []netip.AddrPort) []Protocol {
 // endpoints are all that the host may talk to on an uplink, in order: the
 // beacons only on the one in use.
 func (in Situation) endpoints(present bool) []netip.AddrPort {
-	var out []netip.AddrPort
-	for _, e := range in.Endpoints {
-		if e.Addr().Is4() { // uplinks have no IPv6 yet
-			out = append(out, e)
-		}
-	}
+	out := slices.Clone(in.Endpoints)
 	for _, b := range in.Beacons {
 		if present && b.Addr().Is4() && in.Uplink.Address.Contains(b.Addr()) && b.Addr() != in.Uplink.Address.Addr() {
 			out = append(out, b)
@@ -241,6 +290,9 @@ func officeOutside(in Situation, endpoints []netip.AddrPort, n *Namespace) {
 	up, pipe, inner, own := in.Uplink, netd.OfficeOuterLink, host(in.Inner), host(in.Uplink.Address.Addr())
 	pre, post, forward := Chain{Hook: Prerouting, Open: true}, Chain{Hook: Postrouting, Open: true}, &n.Ruleset.Chains[2]
 	for _, e := range endpoints {
+		if !e.Addr().Is4() {
+			continue
+		}
 		for _, p := range protocols(e, in.QUIC) {
 			pre.Rules = append(pre.Rules, Rule{In: up.Name, Source: host(e.Addr()), Protocol: p, SourcePort: e.Port(), Verdict: Accept})
 			forward.Rules = append(forward.Rules, Rule{In: pipe, Destination: host(e.Addr()), Protocol: p, DestinationPort: e.Port()})

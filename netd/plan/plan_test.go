@@ -20,6 +20,14 @@ var (
 	inner6 = netip.MustParseAddr("fd00:80::2")
 )
 
+var ends6 = []netip.AddrPort{netip.MustParseAddrPort("[2001:db8:f::20]:443"), netip.MustParseAddrPort("[2001:db8:f::10]:443")}
+
+// sixth gives u IPv6.
+func sixth(u netd.Uplink) netd.Uplink {
+	u.Address6, u.Local6, u.Router6, u.MTU6 = netip.MustParseAddr("2001:db8:50::23"), netip.MustParseAddr("fe80::23"), netip.MustParseAddr("fe80::1"), 1480
+	return u
+}
+
 func (in Situation) insideOnly() string { return Make(in).Inside.String() }
 
 func situation(s netd.State) Situation {
@@ -39,6 +47,12 @@ func TestGolden(t *testing.T) {
 	away.Networks = []netip.Prefix{netip.MustParsePrefix("192.168.0.0/16")}
 	both := situation(netd.Tunnel)
 	both.Inner6 = inner6
+	dual := situation(netd.Tunnel)
+	dual.Uplink = sixth(dual.Uplink)
+	dual.Endpoints, dual.QUIC = append(dual.Endpoints, ends6...), ends6[:1]
+	alone := situation(netd.Attesting)
+	alone.Uplink = netd.Uplink{Name: "eth0", Carrier: true, MTU: 1500, PathMTU: 1000}
+	alone.Uplink, alone.Endpoints = sixth(alone.Uplink), dual.Endpoints
 	gw6 := MakeGateway(Gateway{Tun: "tunlg", LGWAN: "lgwan0", Self: netip.MustParseAddr("10.80.0.1"), Pool: netip.MustParsePrefix("10.80.0.0/16"),
 		Self6: netip.MustParseAddr("fd00:80::1"), Pool6: netip.MustParsePrefix("fd00:80::/112"), MTU: 1400})
 	gw := MakeGateway(Gateway{Tun: "tunlg", LGWAN: "lgwan0", Self: netip.MustParseAddr("10.80.0.1"), Pool: netip.MustParsePrefix("10.80.0.0/16"), MTU: 1400})
@@ -55,6 +69,8 @@ func TestGolden(t *testing.T) {
 		"gateway":      gw.String(),
 		"tunnel6":      both.insideOnly(),
 		"gateway6":     gw6.String(),
+		"dual":         Make(dual).Outside.String(),
+		"alone6":       Make(alone).Outside.String(),
 	} {
 		path := filepath.Join("testdata", name+".txt")
 		if *update {
@@ -92,8 +108,12 @@ func TestOfficeLeavesTheHostsOwn(t *testing.T) {
 // piece, what must never be planned.
 func TestNothingOpensButTunnelAndOffice(t *testing.T) {
 	for state := netd.State(0); state < 8; state++ {
-		for n := range 1 << 8 {
+		for n := range 1 << 9 {
 			s := situation(state)
+			s.Endpoints = append(s.Endpoints, ends6...)
+			if n&256 != 0 {
+				s.Uplink = sixth(s.Uplink)
+			}
 			if n&64 != 0 {
 				s.Inner6 = inner6
 			}
@@ -119,6 +139,24 @@ func TestNothingOpensButTunnelAndOffice(t *testing.T) {
 			for _, r := range p.Inside.Routes {
 				if r.Destination.Addr().Is6() && !six {
 					t.Errorf("state %s, pieces %b: inside %s", state, n, r)
+				}
+			}
+			six6 := state != netd.Dark && n&16 == 0 && n&256 != 0
+			for _, setting := range p.Outside.Sysctls {
+				if strings.HasSuffix(setting.Path, "eth0/disable_ipv6") && (setting.Value == "0") != six6 || strings.HasSuffix(setting.Path, "/forwarding") && setting.Value != "0" {
+					t.Errorf("state %s, pieces %b: %v outside", state, n, setting)
+				}
+			}
+			for _, c := range p.Outside.Ruleset.Chains {
+				for _, r := range c.Rules {
+					if r.Six() && (!six6 || c.Hook == Output && r.Verdict == Accept && !r.Source.IsSingleIP() || c.Hook != Output && c.Hook != Input) {
+						t.Errorf("state %s, pieces %b: outside %s: %s", state, n, c.Hook, r)
+					}
+				}
+			}
+			for _, r := range p.Outside.Routes {
+				if r.Destination.Addr().Is6() && (!six6 || r.Via.String() != "fe80::1") {
+					t.Errorf("state %s, pieces %b: outside %s", state, n, r)
 				}
 			}
 			if open := len(p.Inside.Routes) > 0 || len(p.Inside.Ruleset.Chains[2].Rules) > 0; open != (tunnel || office) {

@@ -16,8 +16,12 @@ import (
 // valid. Who dials has signs of life of its own: TCP keepalive is off.
 func DialTCP(ctx context.Context, path Path, to, by netip.AddrPort) (*net.TCPConn, error) {
 	dialer := net.Dialer{KeepAlive: -1, Control: path.control}
-	if path.Source.IsValid() {
-		dialer.LocalAddr = &net.TCPAddr{IP: path.Source.AsSlice()}
+	first := to
+	if by.IsValid() {
+		first = by
+	}
+	if from := path.From(first.Addr()); from.IsValid() {
+		dialer.LocalAddr = &net.TCPAddr{IP: from.AsSlice()}
 	}
 	c, err := proxy.Dial(ctx, &dialer, to, by)
 	if err != nil {

@@ -19,9 +19,35 @@ import (
 // sockets are bound to its link, so that one that drains keeps its own uplink
 // when another is preferred. The zero value leaves it to the kernel's routes.
 type Path struct {
-	Link   string     // the uplink
-	Source netip.Addr // its address
-	MTU    int        // of outer packets, in bytes, if the way is known to swallow longer ones; 0 if not
+	Link    string     // the uplink
+	Source  netip.Addr // its IPv4 address, if it has one
+	Source6 netip.Addr // its IPv6 address, if it has one
+	MTU     int        // of outer packets, in bytes, if the way is known to swallow longer ones; 0 if not
+}
+
+// From returns the source address of packets to a; zero leaves it to the kernel.
+func (p Path) From(a netip.Addr) netip.Addr {
+	if a.Is4() {
+		return p.Source
+	}
+	return p.Source6
+}
+
+// Reaches reports whether the path has an address of the family of a, or leaves
+// it to the kernel.
+func (p Path) Reaches(a netip.AddrPort) bool {
+	return p.From(a.Addr()).IsValid() || !p.Source.IsValid() && !p.Source6.IsValid()
+}
+
+// Without returns the path without what a session with a does not use: one that
+// differs in no more is as good for it.
+func (p Path) Without(a netip.Addr) Path {
+	if a.Is4() {
+		p.Source6 = netip.Addr{}
+	} else {
+		p.Source = netip.Addr{}
+	}
+	return p
 }
 
 // Target is what a session is opened to and with.

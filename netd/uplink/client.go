@@ -4,6 +4,7 @@ package uplink
 
 import (
 	"context"
+	crand "crypto/rand"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -25,7 +26,13 @@ const (
 
 // New returns a Manager. Run it once.
 func New(c Config) *Manager {
-	return &Manager{Config: c, lease: client{}.keep, now: time.Now, events: make(chan func()), known: map[string]*record{}}
+	m := &Manager{Config: c, lease: client{}.keep, now: time.Now, events: make(chan func()), known: map[string]*record{}}
+	if c.IPv6 {
+		six := client6{}
+		crand.Read(six.secret[:])
+		m.lease6 = six.keep
+	}
+	return m
 }
 
 // client is the DHCPv4 client. Its packet socket is open only during an

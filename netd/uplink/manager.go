@@ -6,7 +6,9 @@
 // says it takes address, mask, router, lease times, server identifier and MTU,
 // and only if they make sense. Routes (options 33, 121, 249), proxies (252),
 // captive portals (114), vendor options (43), host and resolver names are never
-// looked at.
+// looked at. IPv6 addresses are made in what routers advertise (RFC 4862), stable
+// and opaque (RFC 7217), or come by DHCPv6 if these say so; package ndp says how
+// little of an advertisement is read.
 package uplink
 
 import (
@@ -16,6 +18,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"sekisho/netd"
@@ -43,6 +46,9 @@ type Config struct {
 	// Internet. A lease whose prefix holds one is bad.
 	Claims []netip.Addr
 	Policy Policy
+	// IPv6: the organisation's servers have such addresses, so that uplinks need
+	// them too. Otherwise IPv6 is off everywhere outside.
+	IPv6 bool
 	// Wifi joins a Wi-Fi link to a network, Wired answers a switch that asks
 	// for 802.1X, each until ctx is done: wpa.Supplicant's. Nil does not.
 	Wifi, Wired func(ctx context.Context, name string, report func(wpa.Facts))
@@ -52,6 +58,7 @@ type Config struct {
 type Manager struct {
 	Config
 	lease  leaser
+	lease6 func(ctx context.Context, l Link, report func(Six)) // nil: none
 	now    func() time.Time
 	events chan func() // for Run's goroutine, which alone touches records
 	known  map[string]*record
@@ -63,7 +70,9 @@ type leaser func(ctx context.Context, l Link, previous netip.Addr, report func(n
 // record is what is known of one link.
 type record struct {
 	link   Link
-	uplink netd.Uplink // the lease's part of it
+	four   netd.Uplink // what its lease reports
+	six    Six
+	uplink netd.Uplink // both together
 	health string
 	// pathMTU is what the last probe that got through had to keep to; 0 if nothing.
 	pathMTU int
@@ -215,8 +224,21 @@ func (m *Manager) start(ctx context.Context, r *record) {
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	link, previous := r.link, r.last
+	var all sync.WaitGroup
+	if m.lease6 != nil {
+		all.Go(func() {
+			m.lease6(ctx, link, func(s Six) {
+				m.post(ctx, func() {
+					if ctx.Err() == nil {
+						m.leased6(ctx, r, s)
+					}
+				})
+			})
+		})
+	}
 	go func() {
 		defer close(done)
+		defer all.Wait()
 		m.lease(ctx, link, previous, func(u netd.Uplink) {
 			m.post(ctx, func() {
 				if ctx.Err() == nil { // reported before r was stopped, and not of an older lease
@@ -233,7 +255,7 @@ func (m *Manager) stop(ctx context.Context, r *record) {
 	if r.stopLease != nil {
 		r.stopLease()
 	}
-	r.stopLease = nil
+	r.stopLease, r.six = nil, Six{}
 	m.leased(ctx, r, netd.Uplink{Name: r.link.Name, Reason: netd.ReasonNoCarrier, Detail: "no carrier on " + r.link.Name})
 }
 
@@ -245,9 +267,48 @@ func (m *Manager) leased(ctx context.Context, r *record, u netd.Uplink) {
 				Detail: fmt.Sprintf("the network on %s claims %s, which holds the organisation's server %s", u.Name, u.Address.Masked(), m.Claims[i])}
 		}
 	}
-	same := u.Address == r.uplink.Address && u.Router == r.uplink.Router
+	r.four = u
+	m.changed(ctx, r)
+}
+
+// leased6 takes over what the finder of IPv6 addresses reports.
+func (m *Manager) leased6(ctx context.Context, r *record, s Six) {
+	if i := slices.IndexFunc(m.Claims, s.Prefix.Contains); i >= 0 {
+		s = Six{Detail: fmt.Sprintf("the network on %s claims %s, which holds the organisation's server %s", r.link.Name, s.Prefix, m.Claims[i])}
+	}
+	r.six = s
+	m.changed(ctx, r)
+}
+
+// both is what an uplink has by its lease and of IPv6. One without the other is
+// an uplink too. On a link narrower than IPv6 needs there is none of it.
+func both(four netd.Uplink, six Six) netd.Uplink {
+	u := four
+	if six.Address.IsValid() && four.Usable() && four.MTU != 0 && four.MTU < minMTU6 {
+		six = Six{Detail: fmt.Sprintf("mtu %d, want at least %d", four.MTU, minMTU6)}
+	}
+	if u.IPv6 = six.Detail; !six.Address.IsValid() {
+		return u
+	}
+	if !four.Usable() {
+		u = netd.Uplink{Name: four.Name, Carrier: true, MTU: maxMTU, Expires: six.Expires}
+	}
+	u.Address6, u.Local6, u.Router6, u.MTU6 = six.Address, six.Local, six.Router, six.MTU
+	if u.MTU6 >= u.MTU && u.MTU != 0 {
+		u.MTU6 = 0
+	}
+	return u
+}
+
+// changed draws the conclusions: what an uplink lost makes it another, whose
+// health has to be found, and what it gained only if it was dead.
+func (m *Manager) changed(ctx context.Context, r *record) {
+	was, u := r.uplink, both(r.four, r.six)
 	r.uplink = u
-	if same && (u.Usable() || r.stopProbe == nil) {
+	lost := was.Address.IsValid() && (u.Address != was.Address || u.Router != was.Router) ||
+		was.Address6.IsValid() && (u.Address6 != was.Address6 || u.Router6 != was.Router6)
+	gained := !was.Address.IsValid() && u.Address.IsValid() || !was.Address6.IsValid() && u.Address6.IsValid()
+	if !lost && was.Usable() == u.Usable() && !(gained && r.health == netd.HealthDead) {
 		return
 	}
 	if r.stopProbe != nil {
@@ -258,7 +319,9 @@ func (m *Manager) leased(ctx context.Context, r *record, u netd.Uplink) {
 		m.setHealth(r, netd.HealthUnknown)
 		return
 	}
-	r.last, r.pathMTU = u.Address.Addr(), 0
+	if r.pathMTU = 0; u.Address.IsValid() {
+		r.last = u.Address.Addr()
+	}
 	if m.Probe == nil {
 		m.setHealth(r, netd.HealthGood)
 		return

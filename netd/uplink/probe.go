@@ -161,29 +161,35 @@ func Prober(org *attest.Organization, dial dialer, admitted func() bool) (func(c
 			servers = org.Gateways
 		}
 		for _, g := range servers {
-			first := g.Address
-			if proxy.IsValid() {
-				first = proxy
+			addresses := g.Addresses()
+			if proxy.IsValid() { // it is the first hop, whatever the gateway's family is
+				addresses = []netip.AddrPort{g.Address}
 			}
-			if u.Address.Addr().Is4() != first.Addr().Is4() {
-				continue
+			for _, to := range addresses {
+				first := to
+				if proxy.IsValid() {
+					first = proxy
+				}
+				if first.Addr().Is4() && !u.Address.IsValid() || first.Addr().Is6() && !u.Address6.IsValid() {
+					continue
+				}
+				n++
+				go func() {
+					mtu, err := width(ctx, func(ctx context.Context, mtu int) error {
+						conn, err := dial(ctx, u, mtu, to, proxy)
+						if err != nil {
+							return err
+						}
+						defer conn.Close()
+						config := org.KeyAgreement.Config()
+						config.ServerName, config.RootCAs = g.ServerName, roots
+						return tls.Client(conn, config).HandshakeContext(ctx)
+					})
+					results <- result{mtu, err}
+				}()
 			}
-			n++
-			go func() {
-				mtu, err := width(ctx, func(ctx context.Context, mtu int) error {
-					conn, err := dial(ctx, u, mtu, g.Address, proxy)
-					if err != nil {
-						return err
-					}
-					defer conn.Close()
-					config := org.KeyAgreement.Config()
-					config.ServerName, config.RootCAs = g.ServerName, roots
-					return tls.Client(conn, config).HandshakeContext(ctx)
-				})
-				results <- result{mtu, err}
-			}()
 		}
-		err := fmt.Errorf("no server has an address of the family of %s", u.Address)
+		err := fmt.Errorf("no server has an address of the family of %s", u.Addresses())
 		reached, mtu := false, 0
 		for i := range n { // the goroutines end with this function
 			r := <-results

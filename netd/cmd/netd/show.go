@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -41,7 +42,7 @@ func printStatus(w io.Writer, s netd.Status) error {
 		fmt.Fprintf(t, "reason\t%s: %s\n", s.Reason, s.Detail)
 	}
 	if u := s.Uplink; u.Usable() {
-		fmt.Fprintf(t, "uplink\t%s %s router %s mtu %d lease until %s\n", u.Name, u.Address, u.Router, u.MTU, u.Expires.Format(time.DateTime))
+		fmt.Fprintf(t, "uplink\t%s %s router %s mtu %d lease until %s\n", u.Name, u.Addresses(), cmp.Or(u.Router, u.Router6), u.MTU, u.Expires.Format(time.DateTime))
 	} else {
 		fmt.Fprintf(t, "uplink\t%s %s\n", u.Name, u.Detail)
 	}
@@ -157,9 +158,9 @@ func line(u netd.Uplink, inUse string) string {
 	}
 	switch {
 	case u.Name == inUse && u.Usable():
-		words = append(words, "in use", u.Address.String(), u.Health)
+		words = append(words, "in use", u.Addresses(), u.Health)
 	case u.Usable():
-		words = append(words, "ready", u.Address.String(), u.Health)
+		words = append(words, "ready", u.Addresses(), u.Health)
 	default:
 		words = append(words, u.Detail)
 	}

@@ -171,7 +171,7 @@ func (w *world) allowed() []netip.AddrPort {
 		out, servers = []netip.AddrPort{p}, nil
 	}
 	for _, e := range servers {
-		out = append(out, e.Address)
+		out = append(out, e.Addresses()...)
 	}
 	if o := w.organization.Office; o != nil {
 		for _, b := range o.Beacons {
@@ -295,6 +295,8 @@ func wrong(data []byte, c *tap, servers []netip.AddrPort) string {
 	case layers.EthernetTypeEAPOL:
 		return ""
 	case layers.EthernetTypeIPv4:
+	case layers.EthernetTypeIPv6:
+		return wrong6(data, servers)
 	default:
 		return fmt.Sprintf("ethertype %s", kind)
 	}
@@ -327,4 +329,28 @@ func wrong(data []byte, c *tap, servers []netip.AddrPort) string {
 		}
 	}
 	return "neither ARP nor DHCP nor to a server of the organisation"
+}
+
+// wrong6 is wrong for IPv6: neighbour solicitations and advertisements and
+// router solicitations without extension headers, DHCPv6 of a client, and TCP or
+// UDP to a server's very endpoint, none with the work domain's content.
+func wrong6(data []byte, servers []netip.AddrPort) string {
+	if bytes.Contains(data, []byte(secret)) {
+		return "the work domain's content in the clear"
+	}
+	if len(data) < 14+40+8 {
+		return "malformed IPv6"
+	}
+	ip, rest := data[14:54], data[54:]
+	dst := netip.AddrFrom16([16]byte(ip[24:40]))
+	from, to := binary.BigEndian.Uint16(rest), binary.BigEndian.Uint16(rest[2:])
+	switch next := layers.IPProtocol(ip[6]); {
+	case next == layers.IPProtocolICMPv6 && rest[0] >= 133 && rest[0] <= 136 && rest[0] != 134 && ip[7] == 255:
+		return ""
+	case next == layers.IPProtocolUDP && from == 546 && to == 547 && dst == netip.MustParseAddr("ff02::1:2"):
+		return ""
+	case (next == layers.IPProtocolTCP || next == layers.IPProtocolUDP) && slices.Contains(servers, netip.AddrPortFrom(dst, to)):
+		return ""
+	}
+	return "neither neighbour discovery nor DHCPv6 nor to a server of the organisation"
 }

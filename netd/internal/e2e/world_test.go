@@ -96,6 +96,7 @@ type world struct {
 	capture                               *exec.Cmd
 	dhcp                                  *exec.Cmd
 	dnsmasq                               []string // extra arguments of the home's DHCP server
+	gatewayConfig                         map[string]any
 
 	tapped   tapped
 	lans     []netip.Prefix // of all LANs
@@ -146,11 +147,12 @@ func newWorld(t testing.TB, dnsmasq ...string) *world {
 	w.writeBytes("gateway.crt", chain)
 	w.writeBytes("gateway.key", key)
 	w.writeBytes("verifier-ca.crt", []byte(w.verifierCA.pem()))
-	w.write("gateway.json", map[string]any{
+	w.gatewayConfig = map[string]any{
 		"listen": gatewayAddr, "certificate": w.path("gateway.crt"), "key": w.path("gateway.key"), "client_ca": w.path("verifier-ca.crt"),
 		"pool": "10.80.0.0/16", "pool6": "fd00:80::/112", "leases": w.path("leases.json"), "tun": "sekisho0", "lgwan": "lgwan0",
 		"dns": []string{"10.1.0.53"}, "status": w.path("gateway.sock"),
-	})
+	}
+	w.write("gateway.json", w.gatewayConfig)
 	w.linkd()
 	w.tapped.far = w.startTap(w.web, "eth0", "lgwan.pcap")
 	l, l6 := w.web.Listen("10.1.0.80:80"), w.web.Listen("[fd00:1::80]:80")

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"sekisho/attest"
 	"sekisho/netd/tunnel"
 )
 
@@ -58,6 +59,7 @@ type opened struct {
 	assignment tunnel.Assignment // but for the addresses
 	carriage   Carriage
 	tls        tls.ConnectionState
+	gateway    netip.AddrPort // which of its addresses
 }
 
 // session is one open connection to a gateway.
@@ -334,14 +336,29 @@ func (d *Driver) open(ctx context.Context, to tunnel.Target, by Carriage) (*sess
 	if by == HTTP3 {
 		dial = dialH3
 	}
-	o, err := dial(ctx, to)
+	addresses := slices.DeleteFunc(to.Gateway.Addresses(), func(a netip.AddrPort) bool { return !to.Path.Reaches(a) })
+	if to.Proxy.IsValid() { // its family is the path's
+		addresses = []netip.AddrPort{to.Gateway.Address}
+	}
+	if len(addresses) == 0 {
+		return nil, fmt.Errorf("%s has no address of the family of %s", to.Path.Link, to.Gateway.Address)
+	}
+	o, err := attest.First(ctx, addresses, func(ctx context.Context, a netip.AddrPort) (*opened, error) {
+		to := to
+		to.Gateway.Address = a
+		o, err := dial(ctx, to)
+		if err == nil {
+			o.gateway = a
+		}
+		return o, err
+	}, func(o *opened) { o.stream.by.close() })
 	if err != nil {
 		return nil, err
 	}
 	s := &session{
 		stream: o.stream, carriage: by,
 		status: tunnel.Status{
-			Open: true, Gateway: to.Gateway.Address, Path: to.Path, Carriage: by.String(), Since: time.Now(), Until: to.Until,
+			Open: true, Gateway: o.gateway, Path: to.Path, Carriage: by.String(), Since: time.Now(), Until: to.Until,
 			Cipher: tls.CipherSuiteName(o.tls.CipherSuite) + " " + o.tls.CurveID.String(),
 		},
 		ended: make(chan struct{}),

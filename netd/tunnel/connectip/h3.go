@@ -286,7 +286,7 @@ func dialH3(ctx context.Context, to tunnel.Target) (_ *opened, err error) {
 		return nil, errors.New("an http proxy carries no udp")
 	}
 	listen := net.ListenConfig{Control: tunnel.BindToLink(to.Path.Link)}
-	local := net.UDPAddr{IP: to.Path.Source.AsSlice()}
+	local := net.UDPAddr{IP: to.Path.From(to.Gateway.Address.Addr()).AsSlice()}
 	udp, err := listen.ListenPacket(ctx, "udp", local.String())
 	if err != nil {
 		return nil, err
@@ -352,5 +352,5 @@ func connect(ctx context.Context, conn *quic.Conn, end func(), to tunnel.Target)
 	if err != nil {
 		return nil, err
 	}
-	return &opened{NewH3Stream(stream, conn, trains, end, to.Until), a, HTTP3, state}, nil
+	return &opened{stream: NewH3Stream(stream, conn, trains, end, to.Until), assignment: a, carriage: HTTP3, tls: state}, nil
 }

@@ -150,5 +150,5 @@ func upgrade(ctx context.Context, conn *tls.Conn, wire *Wire, to tunnel.Target) 
 	}
 	s := NewTLSStream(conn, wire, buffered, to.Until)
 	s.Trains = trains
-	return &opened{s, a, TLS, state}, nil
+	return &opened{stream: s, assignment: a, carriage: TLS, tls: state}, nil
 }
