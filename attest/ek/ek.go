@@ -3,9 +3,9 @@
 //
 // Issuers are found by the raw bytes of their names, because not every maker
 // writes DER (Nuvoton). Every pinned certificate is an anchor by itself, a
-// maker's intermediate as well as its root, and nothing that a device sends
-// takes part in a chain but its own certificate: so path lengths and name
-// constraints bind nobody here.
+// maker's intermediate as well as its root. Between the TPM's certificate and
+// an anchor there may be CAs that the TPM brings along, as Intel's of one chip
+// each: those are bound by all that X.509 binds a CA with.
 package ek
 
 import (
@@ -27,8 +27,13 @@ import (
 	"sekisho/attest/tpm"
 )
 
-// MaxCertificate bounds a certificate as a TPM keeps it, in bytes.
-const MaxCertificate = 4 << 10
+// Bounds in bytes: of a certificate as a TPM keeps it, of that with the CAs
+// behind it, and of their text (PEM).
+const (
+	MaxCertificate = 4 << 10
+	MaxChain       = 16 << 10
+	MaxText        = 64 << 10
+)
 
 // maxChain bounds the certificates of a chain.
 const maxChain = 8
@@ -36,22 +41,30 @@ const maxChain = 8
 // Certificate is a certificate of a TPM.
 type Certificate struct {
 	*x509.Certificate
-	Received []byte // byte for byte, as it came
-	Header   bool   // the TCG's NV header stood in front
-	Rest     int    // bytes behind it
+	Received []byte              // byte for byte, as it came
+	Header   bool                // the TCG's NV header stood in front
+	Sent     []*x509.Certificate // CAs that came behind it
+	Rest     int                 // bytes behind all of them
 }
 
 // Parse reads a certificate as TPMs keep it: with or without the TCG's header
 // (PC Client Implementation Specification for TPM 1.2, section 7.3.2), and with
-// padding behind it; or as PEM. Its key may be of a kind that cannot be used:
-// then PublicKey is nil and KeyType says which.
+// padding behind it; or as PEM. CAs may follow in the same form. Its key may be
+// of a kind that cannot be used: then PublicKey is nil and KeyType says which.
 func Parse(raw []byte) (*Certificate, error) {
-	if len(raw) > MaxCertificate {
-		return nil, fmt.Errorf("certificate of %d bytes, at most %d", len(raw), MaxCertificate)
+	if len(raw) > MaxText {
+		return nil, fmt.Errorf("certificate of over %d bytes", MaxText)
 	}
 	c := &Certificate{Received: bytes.Clone(raw)}
-	if b, _ := pem.Decode(raw); b != nil {
-		raw = b.Bytes
+	if b, more := pem.Decode(raw); b != nil {
+		for raw = b.Bytes; ; raw = append(raw, b.Bytes...) {
+			if b, more = pem.Decode(more); b == nil {
+				break
+			}
+		}
+	}
+	if len(raw) > MaxChain {
+		return nil, fmt.Errorf("certificates of %d bytes, at most %d", len(raw), MaxChain)
 	}
 	const header = 7 // tag 0x1001, type, length, tag 0x1002
 	if len(raw) > header && bytes.HasPrefix(raw, []byte{0x10, 0x01}) {
@@ -62,10 +75,24 @@ func Parse(raw []byte) (*Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
-	c.Rest = len(rest)
+	if len(outer.FullBytes) > MaxCertificate {
+		return nil, fmt.Errorf("certificate of %d bytes, at most %d", len(outer.FullBytes), MaxCertificate)
+	}
 	if c.Certificate, err = x509.ParseCertificate(outer.FullBytes); err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
+	for len(c.Sent) < maxChain {
+		after, err := asn1.Unmarshal(bytes.TrimLeft(rest, "\x00\xff"), &outer) // padding of the one before
+		if err != nil {
+			break
+		}
+		ca, err := x509.ParseCertificate(outer.FullBytes)
+		if err != nil {
+			break
+		}
+		c.Sent, rest = append(c.Sent, ca), after
+	}
+	c.Rest = len(rest)
 	return c, nil
 }
 
@@ -121,7 +148,7 @@ func (c *Certificate) isIDevID() bool {
 // certified something else.
 var endorsement = asn1.ObjectIdentifier{2, 23, 133, 8, 1}
 
-func (c *Certificate) forEndorsement() bool {
+func forEndorsement(c *x509.Certificate) bool {
 	return len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) == 0 || slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageAny) ||
 		slices.ContainsFunc(c.UnknownExtKeyUsage, endorsement.Equal)
 }
@@ -149,10 +176,14 @@ const (
 )
 
 // Kind tells what c is for. What is neither a CA's nor a device identity is
-// taken for an endorsement key, which the chain must then bear out.
+// taken for an endorsement key, which the chain must then bear out. Intel's
+// certificates of endorsement keys since the 11th generation say that they are
+// a CA's, and that their key is for endorsement and may sign no certificates:
+// that is none (RFC 5280, section 4.2.1.3).
 func (c *Certificate) Kind() Kind {
+	mayNotSign := c.KeyUsage != 0 && c.KeyUsage&x509.KeyUsageCertSign == 0
 	switch {
-	case c.IsCA:
+	case c.IsCA && !(mayNotSign && slices.ContainsFunc(c.UnknownExtKeyUsage, endorsement.Equal)):
 		return KindCA
 	case c.isIDevID():
 		return KindIDevID
@@ -175,6 +206,7 @@ type Report struct {
 	Kind     Kind            `json:"kind"`
 	KeyType  string          `json:"keyType"`
 	Header   bool            `json:"nvHeader"`
+	Sent     int             `json:"sent"` // CAs that came with it
 	Rest     int             `json:"trailingBytes"`
 	Instance *Instance       `json:"instance,omitempty"` // of a virtual TPM of Google's cloud
 	Chain    []Link          `json:"chain"`              // the certificate first, the anchor last
@@ -187,11 +219,11 @@ func (r *Report) find(s attest.Severity, code attest.Reason, ja, en string, a ..
 
 // Judge judges a certificate by the pinned ones. Accepted proves: the
 // certificate is no CA's, nor for another use; its key is of a kind that an
-// endorsement key can be used with, or it is a device identity; it is signed by a pinned certificate
-// or by one that a pinned certificate signed. Expiry is a warning: makers'
-// certificates expire while their TPMs live on.
+// endorsement key can be used with, or it is a device identity; it is signed by
+// a pinned certificate, or by a CA beside it that one has signed, and so on.
+// Expiry is a warning: makers' certificates expire while their TPMs live on.
 func Judge(c *Certificate, roots *Roots, now time.Time) *Report {
-	r := &Report{Kind: c.Kind(), KeyType: c.KeyType(), Header: c.Header, Rest: c.Rest, Instance: c.instance(), Findings: []attest.Remark{}}
+	r := &Report{Kind: c.Kind(), KeyType: c.KeyType(), Header: c.Header, Sent: len(c.Sent), Rest: c.Rest, Instance: c.instance(), Findings: []attest.Remark{}}
 	block, warn := attest.SeverityBlock, attest.SeverityWarn
 	switch {
 	case r.Kind == KindCA:
@@ -200,7 +232,7 @@ func Judge(c *Certificate, roots *Roots, now time.Time) *Report {
 		r.find(warn, attest.ReasonEKAttributes, "種類 %s の鍵を持つ機器識別用の証明書です。エンドースメント鍵のものではなく、TPM の登録には使えません。", "certificate of a device identity with a key of type %s; it is no endorsement key's and no TPM enrols with it", r.KeyType)
 	case c.PublicKey == nil:
 		r.find(block, attest.ReasonEKAttributes, "種類 %s の鍵は使用できません。この TPM は登録できません。", "key of type %s cannot be used; this TPM cannot enrol", r.KeyType)
-	case !c.forEndorsement():
+	case !forEndorsement(c.Certificate):
 		r.find(block, attest.ReasonEKAttributes, "別の用途の証明書で（拡張鍵用途 %s）、エンドースメント鍵のものではありません。", "certificate is for another use (extended key usage %s) and no endorsement key's", c.usages())
 	case c.KeyUsage != 0 && c.KeyUsage&(x509.KeyUsageKeyEncipherment|x509.KeyUsageKeyAgreement) == 0:
 		r.find(warn, attest.ReasonEKAttributes, "署名用の鍵で、エンドースメント用ではありません。証明鍵の証明書かもしれません。", "key is for signing, not for endorsement: perhaps an attestation key's certificate")
@@ -211,7 +243,7 @@ func Judge(c *Certificate, roots *Roots, now time.Time) *Report {
 	if now.After(c.NotAfter) {
 		r.find(warn, attest.ReasonEKUntrusted, "証明書の有効期限は %s に切れています。", "certificate expired on %s", c.NotAfter.UTC().Format(time.DateOnly))
 	}
-	chain, err := roots.chain(c.Certificate)
+	chain, err := roots.chain(c)
 	for i, link := range chain {
 		r.Chain = append(r.Chain, newLink(link))
 		if i > 0 && now.After(link.NotAfter) {
@@ -219,7 +251,7 @@ func Judge(c *Certificate, roots *Roots, now time.Time) *Report {
 		}
 	}
 	if err != nil {
-		r.find(block, attest.ReasonEKUntrusted, "%q が発行した証明書を検証できません（%v）。信頼するなら CA を ek_roots に加えてください。", "certificate by %q: %v; add its CA to ek_roots if you trust it", c.Issuer, err)
+		r.find(block, attest.ReasonEKUntrusted, "%q が発行した証明書を検証できません（%v）。信頼するなら CA を ek_roots に加えてください。", "certificate by %q: %v; add its CA to ek_roots if you trust it", chain[len(chain)-1].Issuer, err)
 	}
 	r.Accepted, r.Verdict = true, "pass"
 	for _, f := range r.Findings {

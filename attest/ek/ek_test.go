@@ -6,12 +6,14 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/pem"
 	"errors"
 	"math/big"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -223,6 +225,90 @@ func TestOtherUses(t *testing.T) {
 		}
 		if r := ek.Judge(cert, ek.NewRoots(maker), time.Now()); r.Accepted != c.want {
 			t.Errorf("%v %v: %s, %+v", c.known, c.unknown, r.Verdict, r.Findings)
+		}
+	}
+}
+
+// TestCAsOfTheTPM is a TPM that brings CAs along, between its own certificate
+// and the maker's, as Intel's do since the 11th generation.
+func TestCAsOfTheTPM(t *testing.T) {
+	maker, makerKey := authority(t)
+	none, usage := asn1.ObjectIdentifier{2, 23, 133, 8, 3}, x509.KeyUsageCertSign
+	type link struct {
+		name string
+		ca   bool
+		path int // -1: any
+		use  x509.KeyUsage
+		eku  []asn1.ObjectIdentifier
+	}
+	rom, kernel, leaf := link{"rom", true, -1, usage, nil}, link{"kernel", true, 0, usage, nil}, link{"", false, -1, x509.KeyUsageKeyAgreement, nil}
+	build := func(links ...link) (all [][]byte) {
+		parent, key := maker, makerKey
+		for i, l := range links {
+			own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+			if err != nil {
+				t.Fatal(err)
+			}
+			template := &x509.Certificate{SerialNumber: big.NewInt(int64(i + 2)), Subject: pkix.Name{CommonName: l.name}, NotBefore: maker.NotBefore, NotAfter: maker.NotAfter,
+				KeyUsage: l.use, UnknownExtKeyUsage: l.eku, BasicConstraintsValid: true, IsCA: l.ca}
+			if l.ca {
+				template.MaxPathLen, template.MaxPathLenZero = l.path, l.path == 0
+			}
+			der, err := x509.CreateCertificate(rand.Reader, template, parent, own.Public(), key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if parent, err = x509.ParseCertificate(der); err != nil {
+				t.Fatal(err)
+			}
+			key, all = own, append([][]byte{der}, all...) // the leaf first
+		}
+		return all
+	}
+	good := build(rom, kernel, leaf)
+	text := func(list [][]byte) (out []byte) {
+		for _, der := range list {
+			out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+		}
+		return out
+	}
+	changed := func(f func(l []link)) []byte {
+		l := []link{rom, kernel, leaf}
+		f(l)
+		return bytes.Join(build(l...), nil)
+	}
+	short := *maker
+	short.MaxPathLen, short.MaxPathLenZero = 1, false
+	roots := ek.NewRoots(maker)
+	for _, c := range []struct {
+		name  string
+		raw   []byte
+		roots *ek.Roots
+		want  bool
+	}{
+		{"CAs behind it", bytes.Join(good, nil), roots, true},
+		{"in another order", bytes.Join([][]byte{good[0], good[2], good[1]}, nil), roots, true},
+		{"padding between", bytes.Join(good, []byte{0xff, 0xff, 0}), roots, true},
+		{"PEM", text(good), roots, true},
+		{"the maker's own beside them", bytes.Join(append(slices.Clone(good), maker.Raw), nil), roots, true},
+		{"one missing", bytes.Join([][]byte{good[0], good[2]}, nil), roots, false},
+		{"maker not pinned, its own beside them", bytes.Join(append(slices.Clone(good), maker.Raw), nil), ek.NewRoots(), false},
+		{"nothing pinned", bytes.Join(good, nil), nil, false},
+		{"EK that says CA and may sign nothing, as Intel's", changed(func(l []link) { l[2].ca, l[2].eku = true, []asn1.ObjectIdentifier{{2, 23, 133, 8, 1}} }), roots, true},
+		{"CA that does not say what for", changed(func(l []link) { l[2].ca = true }), roots, false},
+		{"a CA's certificate", changed(func(l []link) { l[2].ca, l[2].use = true, usage }), roots, false},
+		{"another EK as CA", changed(func(l []link) { l[1].ca = false }), roots, false},
+		{"CA that may not sign", changed(func(l []link) { l[1].use = x509.KeyUsageKeyAgreement }), roots, false},
+		{"CA for another use", changed(func(l []link) { l[1].eku = []asn1.ObjectIdentifier{none} }), roots, false},
+		{"CA below one that may have none", changed(func(l []link) { l[0].path = 0 }), roots, false},
+		{"maker that may have one CA below it", bytes.Join(good, nil), ek.NewRoots(&short), false},
+	} {
+		cert, err := ek.Parse(c.raw)
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		if r := ek.Judge(cert, c.roots, time.Now()); r.Accepted != c.want || c.want && len(r.Chain) != 4 {
+			t.Errorf("%s: %s, %+v", c.name, r.Verdict, r.Findings)
 		}
 	}
 }

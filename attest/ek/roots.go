@@ -89,24 +89,52 @@ func (r *Roots) Add(data []byte) error {
 	return nil
 }
 
-// chain builds a path from c to a certificate that is signed by itself or whose
-// issuer is not pinned. An error means that not even c's issuer is.
-func (r *Roots) chain(c *x509.Certificate) ([]*x509.Certificate, error) {
-	path := []*x509.Certificate{c}
+// chain builds a path from a TPM's certificate, over CAs that came with it, to
+// a pinned one, and on as far as issuers are pinned. An error means that it
+// reaches none.
+func (r *Roots) chain(leaf *Certificate) ([]*x509.Certificate, error) {
+	c, path, anchored := leaf.Certificate, []*x509.Certificate{leaf.Certificate}, false
 	for len(path) < maxChain && !bytes.Equal(c.RawIssuer, c.RawSubject) {
 		issuer, err := r.issuer(c)
-		if issuer == nil {
-			if len(path) == 1 {
+		switch {
+		case issuer != nil && !anchored && !mayIssue(issuer, len(path)-1):
+			return path, fmt.Errorf("%q may not have %d CAs below it", issuer.Subject, len(path)-1)
+		case issuer != nil:
+			anchored = true
+		case anchored:
+			return path, nil
+		default:
+			if issuer = leaf.sentIssuer(c, len(path)-1); issuer == nil {
 				return path, err
 			}
-			break
 		}
 		path, c = append(path, issuer), issuer
 	}
-	if len(path) == 1 {
-		return path, errors.New("it is signed by itself")
+	if !anchored {
+		return path, errors.New("it is signed by itself, or leads to no pinned CA")
 	}
 	return path, nil
+}
+
+// sentIssuer finds the CA that signed c among those that came with it, for
+// which below CAs stand between it and the TPM's certificate. Nobody has vouched
+// for it yet: it must be all that X.509 asks of a CA (RFC 5280, section 6.1.4),
+// for this use.
+func (leaf *Certificate) sentIssuer(c *x509.Certificate, below int) *x509.Certificate {
+	for _, s := range leaf.Sent {
+		if bytes.Equal(s.RawSubject, c.RawIssuer) && s.BasicConstraintsValid && s.IsCA && mayIssue(s, below) && len(s.UnhandledCriticalExtensions) == 0 &&
+			(s.KeyUsage == 0 || s.KeyUsage&x509.KeyUsageCertSign != 0) && forEndorsement(s) &&
+			s.CheckSignature(c.SignatureAlgorithm, c.RawTBSCertificate, c.Signature) == nil {
+			return s
+		}
+	}
+	return nil
+}
+
+// mayIssue reports whether a CA may have that many CAs below it (RFC 5280,
+// section 4.2.1.9).
+func mayIssue(ca *x509.Certificate, below int) bool {
+	return below == 0 || ca.MaxPathLen < 0 || below <= ca.MaxPathLen
 }
 
 // issuer finds the pinned certificate that signed c, by the raw bytes of its

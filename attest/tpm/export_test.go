@@ -60,3 +60,24 @@ func (t *TPM) ClearTPM() error {
 	_, err := tpm2.Clear{AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHLockout, Auth: tpm2.PasswordAuth(nil)}}.Execute(t.conn)
 	return err
 }
+
+// DefineCA puts a CA's certificate where a TPM's maker does.
+func (t *TPM) DefineCA(n int, data []byte) error {
+	index := nvCAs + tpm2.TPMHandle(n)
+	_, err := tpm2.NVDefineSpace{
+		AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
+		PublicInfo: tpm2.New2B(tpm2.TPMSNVPublic{NVIndex: index, NameAlg: tpm2.TPMAlgSHA256, DataSize: uint16(len(data)),
+			Attributes: tpm2.TPMANV{OwnerWrite: true, OwnerRead: true, AuthRead: true, NoDA: true}}),
+	}.Execute(t.conn)
+	for at := 0; err == nil && at < len(data); at += 512 {
+		var public *tpm2.NVReadPublicResponse
+		if public, err = (tpm2.NVReadPublic{NVIndex: index}).Execute(t.conn); err == nil {
+			_, err = tpm2.NVWrite{
+				AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
+				NVIndex:    tpm2.NamedHandle{Handle: index, Name: public.NVName},
+				Data:       tpm2.TPM2BMaxNVBuffer{Buffer: data[at:min(at+512, len(data))]}, Offset: uint16(at),
+			}.Execute(t.conn)
+		}
+	}
+	return err
+}

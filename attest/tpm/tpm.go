@@ -19,22 +19,29 @@ import (
 	"sekisho/attest"
 )
 
-// NV indices of the EK certificates (TCG EK Credential Profile 2.5, section
-// 2.2.1.4).
+// NV indices of the EK certificates and of the CAs that lead to them (TCG EK
+// Credential Profile 2.5, section 2.2.1.4; TPM 2.0 Provisioning Guidance,
+// section 2.2.1.5.2). Intel's TPMs since the 11th generation have CAs of one
+// chip each there, one behind the other.
 const (
-	nvCertRSA tpm2.TPMHandle = 0x01c00002 // template L-1, RSA 2048
-	nvCertECC tpm2.TPMHandle = 0x01c0000a // template L-2, P-256
+	nvCertRSA  tpm2.TPMHandle = 0x01c00002 // template L-1, RSA 2048
+	nvCertECC  tpm2.TPMHandle = 0x01c0000a // template L-2, P-256
+	nvCAs      tpm2.TPMHandle = 0x01c00100 // the first of them
+	nvCAsAfter tpm2.TPMHandle = 0x01c00200
 )
 
-// maxCertificate bounds an EK certificate in NV, in bytes.
-const maxCertificate = 4 << 10
+// Bounds in bytes: of one index, and of the EK certificate with its CAs.
+const (
+	maxCertificate = 4 << 10
+	maxChain       = 16 << 10
+)
 
 // ErrNoTPM is returned by Open where there is no TPM to open.
 var ErrNoTPM = errors.New("no TPM")
 
 // Identity is what a TPM shows of itself. The keys are TPMT_PUBLIC.
 type Identity struct {
-	EKCertificate []byte // DER as it stands in NV, empty when there is none
+	EKCertificate []byte // DER as it stands in NV, CAs behind it; empty when there is none
 	EK            []byte // endorsement key, of the TPM's maker
 	AK            []byte // attestation key, the same at every start
 	Key           []byte // credential key, another one at each start
@@ -123,7 +130,7 @@ func (t *TPM) findEK() error {
 			return fmt.Errorf("tpm: EK certificate at 0x%08x: %w", uint32(c.index), err)
 		}
 		if len(cert) > 0 {
-			t.ek, t.ident.EKCertificate = c.template, cert
+			t.ek, t.ident.EKCertificate = c.template, append(cert, t.readCAs(maxChain-len(cert))...)
 			break
 		}
 	}
@@ -310,6 +317,20 @@ func (t *TPM) flush(h tpm2.TPMHandle) error {
 		return fmt.Errorf("tpm: flush 0x%08x: %w", uint32(h), err)
 	}
 	return nil
+}
+
+// readCAs returns the certificates of the CAs in NV, at most limit bytes. That
+// they cannot be read is no fault of the TPM's: then the EK certificate has to
+// do without.
+func (t *TPM) readCAs(limit int) (list []byte) {
+	for index := nvCAs; index < nvCAsAfter; index++ {
+		data, err := t.readNV(index)
+		if err != nil || len(data) == 0 || len(list)+len(data) > limit {
+			break
+		}
+		list = append(list, data...)
+	}
+	return list
 }
 
 // readNV returns the content of an NV index, nothing if it is not defined.

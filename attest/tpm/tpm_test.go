@@ -76,6 +76,28 @@ func TestKeys(t *testing.T) {
 	}
 }
 
+// TestCAsOfTheTPM reads the CAs that a TPM brings along, as Intel's do.
+func TestCAsOfTheTPM(t *testing.T) {
+	e := tpmtest.Start(t)
+	plain, err := tpm.Open(e.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert := plain.Identity().EKCertificate
+	for i, data := range [][]byte{bytes.Repeat([]byte{1}, 700), bytes.Repeat([]byte{2}, 1400)} {
+		if err := plain.DefineCA(i, data); err != nil {
+			t.Fatal(err)
+		}
+		cert = append(bytes.Clone(cert), data...)
+	}
+	if err := plain.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := open(t, e).Identity().EKCertificate; !bytes.Equal(got, cert) {
+		t.Errorf("%d bytes, want %d", len(got), len(cert))
+	}
+}
+
 func TestActivate(t *testing.T) {
 	dev := open(t, tpmtest.Start(t))
 	id := dev.Identity()

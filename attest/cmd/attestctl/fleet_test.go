@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/big"
 	"net"
@@ -283,7 +284,10 @@ func TestPolicyLife(t *testing.T) {
 	o.ctl(0, "firmware", "import", summary)
 	o.until("the other city's laptops counted", func(string) bool {
 		list := strings.Split(strings.TrimSpace(o.ctl(0, "report", "list", device)), "\n")
-		o.ctl(0, "report", "get", strings.Fields(list[len(list)-1])[0], "-out", o.file("report"))
+		get := []string{"-socket", o.socket, "report", "get", strings.Fields(list[len(list)-1])[0], "-out", o.file("report")}
+		if administer(t.Context(), get, io.Discard, io.Discard) != exitPass {
+			return false // a report is named a moment before it is in the archive
+		}
 		return strings.Contains(o.offline(0, "explain", o.file("report"), "-lang", "en"), fmt.Sprintf("seen on %d other devices of 2 organisations, of the same model (\"Test Laptop\")", 2*laptops-1))
 	}, "policy", "status")
 	if err := os.WriteFile(o.file("report.pub"), []byte(o.ctl(0, "report", "key")), 0o600); err != nil {

@@ -146,19 +146,22 @@ func (o *sampleOptions) print(w io.Writer, v any, human func(printer)) error {
 
 // readCapped reads a file of at most limit bytes.
 func readCapped(name string, limit int64) ([]byte, error) {
+	data, err := readSample(name, limit)
+	if err == nil && int64(len(data)) > limit {
+		return nil, fmt.Errorf("%s: over %d bytes", name, limit)
+	}
+	return data, err
+}
+
+// readSample reads a sample, which limit bounds: of a larger one a byte more,
+// for which whoever judges it refuses it.
+func readSample(name string, limit int64) ([]byte, error) {
 	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return nil, err
-	}
-	if int64(len(data)) > limit {
-		return nil, fmt.Errorf("%s: over %d bytes", name, limit)
-	}
-	return data, nil
+	return io.ReadAll(io.LimitReader(f, limit+1))
 }
 
 // logReport is the judgement of a log and, with -ak, of the quote in it.
@@ -215,8 +218,7 @@ func (o *sampleOptions) eventlog(names []string) (*logReport, error) {
 func readLogs(names []string) (*eventlog.Log, error) {
 	var all []*eventlog.Log
 	for _, name := range names {
-		// One byte over the cap is enough for Read to refuse it.
-		data, err := readCapped(name, attest.MaxEventLog+1)
+		data, err := readSample(name, attest.MaxEventLog)
 		if err != nil {
 			return nil, err
 		}
@@ -241,7 +243,7 @@ func (o *sampleOptions) values() (map[eventlog.Bank]map[int][]byte, error) {
 }
 
 func (o *sampleOptions) ek(name string) (*ek.Report, error) {
-	raw, err := readCapped(name, ek.MaxCertificate)
+	raw, err := readSample(name, ek.MaxText)
 	if err != nil {
 		return nil, err
 	}
@@ -323,10 +325,10 @@ func (o *sampleOptions) quote() (*quote.Report, error) {
 	if in.Key, err = tpm.ParseSigner(key); err != nil {
 		return nil, err
 	}
-	if in.Message, err = readCapped(o.message, attest.MaxTPMBytes); err != nil {
+	if in.Message, err = readSample(o.message, attest.MaxTPMBytes); err != nil {
 		return nil, err
 	}
-	if in.Signature, err = readCapped(o.signature, attest.MaxTPMBytes); err != nil {
+	if in.Signature, err = readSample(o.signature, attest.MaxTPMBytes); err != nil {
 		return nil, err
 	}
 	if o.nonceGiven {
