@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"time"
 
@@ -52,6 +53,10 @@ func (c client6) run(ctx context.Context, l Link, report func(Six)) error {
 	go func() { ended <- hear(ctx, conn, l.Hardware, messages) }()
 	defer func() { cancel(); conn.Close(); <-ended }()
 	s := newSlaac(c.secret, l.Hardware)
+	grants := make(chan grant)
+	dhcp := func() {} // ends it
+	defer func() { dhcp() }()
+	asking := false
 	var last Six
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -68,6 +73,14 @@ func (c client6) run(ctx context.Context, l Link, report func(Six)) error {
 			last = six
 			report(six)
 		}
+		if managed := s.managed(now) && s.local.address.IsValid() && past(s.local.ready, now); managed != asking {
+			if asking = managed; asking {
+				dhcp = c.start(ctx, l, s.local.address, grants)
+			} else {
+				dhcp()
+				dhcp = func() {}
+			}
+		}
 		timer.Reset(time.Until(next))
 		select {
 		case <-ctx.Done():
@@ -75,11 +88,29 @@ func (c client6) run(ctx context.Context, l Link, report func(Six)) error {
 		case err := <-ended:
 			ended <- err
 			return fmt.Errorf("IPv6 on %s: %w", l.Name, err)
+		case g := <-grants:
+			s.granted(g)
 		case m := <-messages:
 			s.hear(m, time.Now())
 		case <-timer.C:
 		}
 	}
+}
+
+// start runs DHCPv6, and returns what ends it.
+func (c client6) start(ctx context.Context, l Link, local netip.Addr, grants chan<- grant) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		c.dhcp(ctx, l, local, func(g grant) {
+			select {
+			case grants <- g:
+			case <-ctx.Done():
+			}
+		})
+	}()
+	return func() { cancel(); <-done }
 }
 
 // hear reads what neighbours say until ctx is done. What comes from the link's

@@ -60,6 +60,7 @@ type slaac struct {
 	prefix  netip.Prefix // global was made in
 	router  netip.Addr   // the one in use
 	given   lease6       // of DHCPv6
+	asked   bool         // for the link-local address, by whom DHCPv6 would answer
 	why     string
 	next    time.Time // the next solicitation of routers
 	pause   time.Duration
@@ -103,6 +104,8 @@ func (s *slaac) hear(m ndp.Message, now time.Time) {
 	switch {
 	case m.Advertisement != nil:
 		s.advertised(m.Advertisement, now)
+	case m.Asked.IsValid():
+		s.asked = s.asked || m.Asked == s.local.address
 	case m.Claimed.IsValid():
 		for _, c := range []*claim{&s.local, &s.global} {
 			if c.address == m.Claimed && !past(c.ready, now) {
@@ -170,7 +173,7 @@ func believable(p ndp.Prefix, known bool) error {
 	switch {
 	case p.Prefix.Bits() != 64: // RFC 4862, section 5.5.3 d, with RFC 2464's identifiers
 		return fmt.Errorf("prefix %s is not a /64", p.Prefix)
-	case !netip.MustParsePrefix("2000::/3").Contains(a) && !netip.MustParsePrefix("fc00::/7").Contains(a):
+	case !reachable(a):
 		return fmt.Errorf("prefix %s is not one of unicast addresses", p.Prefix)
 	case p.Preferred > p.Valid:
 		return fmt.Errorf("prefix %s is preferred for longer than it is valid", p.Prefix)
@@ -279,6 +282,21 @@ func (s *slaac) managed(now time.Time) bool {
 	return !s.another(now) && slices.ContainsFunc(s.known(), func(a netip.Addr) bool { return s.routers[a].managed })
 }
 
+// granted takes over what came of DHCPv6.
+func (s *slaac) granted(g grant) {
+	if g.lease.address.IsValid() {
+		s.given = g.lease
+	} else {
+		s.why = g.why
+	}
+}
+
+// grant is what came of DHCPv6: an address, or why there is none.
+type grant struct {
+	lease lease6
+	why   string
+}
+
 // step returns what has to be sent now, and when to step again at the latest.
 func (s *slaac) step(now time.Time) (send [][]byte, next time.Time) {
 	s.forget(now)
@@ -306,6 +324,10 @@ func (s *slaac) step(now time.Time) (send [][]byte, next time.Time) {
 		}
 		soon(c.ready)
 	}
+	if s.asked && s.managed(now) && !s.given.address.IsValid() && past(s.local.ready, now) {
+		send = append(send, ndp.Answer(s.local.address, s.hardware)) // the kernel does not know it yet
+	}
+	s.asked = false
 	if len(s.routers) > 0 {
 		s.next, s.pause = time.Time{}, firstAsk
 	} else {

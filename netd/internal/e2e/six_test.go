@@ -12,10 +12,14 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/gopacket/gopacket/layers"
+	"github.com/insomniacslk/dhcp/dhcpv6"
+	"github.com/insomniacslk/dhcp/dhcpv6/server6"
+	"github.com/insomniacslk/dhcp/iana"
 	"golang.org/x/sys/unix"
 
 	"sekisho/attest/gate"
@@ -179,6 +183,24 @@ func scenarios6() []scenario {
 			w.waitState(10*time.Second, netd.Attesting, "")
 			w.attestd.set(gate.StateAffirming, time.Hour)
 			w.over(20*time.Second, true)
+		}},
+		{name: "IPv6 alone, by DHCPv6", before: func(w *world) { w.alone("--dhcp-range=" + homeNet + "1000," + homeNet + "1fff,64,2m") }, run: func(t *testing.T, w *world) {
+			s := w.over(30*time.Second, true)
+			w.quiet6()
+			if !netip.MustParsePrefix(homeNet + "1000/116").Contains(s.Uplink.Address6) {
+				t.Errorf("uplink %+v", s.Uplink)
+			}
+			w.home.Run("ip", "link", "set", "lan0", "down")
+			w.home.Run("ip", "link", "set", "lan0", "up")
+			w.home.Run("ip", "address", "replace", homeNet+"1/64", "dev", "lan0", "nodad")
+			w.home.Run("ip", "address", "replace", homeRouter+"/64", "dev", "lan0", "nodad")
+			w.over(40*time.Second, true)
+		}},
+		{name: "IPv6: absurd answers of DHCPv6", before: func(w *world) { w.rogue6("ff02::1", "fe80::66", "::1", "::", "64:ff9b::a01:50") }, run: none6("absurd lease: address ")},
+		{name: "IPv6: DHCPv6 gives the gateway's address", before: func(w *world) { w.rogue6("2001:db8:f::20") }, run: none6("which holds the organisation's server")},
+		{name: "IPv6: DHCPv6 gives the inner address", before: func(w *world) { w.rogue6(inner6) }, run: func(t *testing.T, w *world) {
+			w.has6("fd00:80::/64")
+			w.over(10*time.Second, false)
 		}},
 		{name: "IPv6: prefix of the inner network, and routes to it", before: func(w *world) {
 			w.alone()
@@ -352,6 +374,38 @@ func (w *world) flood6(n int) {
 		}
 		w.send(frames...)
 	}
+}
+
+// rogue6 gives whoever asks one address after the other by DHCPv6, and resolvers
+// with it, on a link whose router says that this is the way.
+func (w *world) rogue6(addresses ...string) {
+	w.six()
+	w.forge(forged{router: "fe80::bad", managed: true})
+	var server *server6.Server
+	var n atomic.Int64 // of answers
+	handler := func(conn net.PacketConn, peer net.Addr, d dhcpv6.DHCPv6) {
+		m, err := d.GetInnerMessage()
+		if err != nil || m.Options.OneIANA() == nil {
+			return
+		}
+		modify := []dhcpv6.Modifier{
+			dhcpv6.WithServerID(&dhcpv6.DUIDLL{HWType: iana.HWTypeEthernet, LinkLayerAddr: net.HardwareAddr{2, 0xba, 0xd, 0, 0, 3}}),
+			dhcpv6.WithIAID(m.Options.OneIANA().IaId), dhcpv6.WithIANA(dhcpv6.OptIAAddress{IPv6Addr: net.ParseIP(addresses[int(n.Add(1))%len(addresses)]), PreferredLifetime: time.Hour, ValidLifetime: time.Hour}),
+			dhcpv6.WithDNS(net.ParseIP(homeNet + "1")), dhcpv6.WithDomainSearchList("evil.test"),
+		}
+		r, err := dhcpv6.NewReplyFromMessage(m, modify...)
+		if m.MessageType == dhcpv6.MessageTypeSolicit {
+			r, err = dhcpv6.NewAdvertiseFromSolicit(m, modify...)
+		}
+		if err == nil {
+			conn.WriteTo(r.ToBytes(), peer)
+		}
+	}
+	if err := w.home.Do(func() (err error) { server, err = server6.NewServer("lan0", nil, handler); return err }); err != nil {
+		w.t.Fatal(err)
+	}
+	go server.Serve()
+	w.t.Cleanup(func() { server.Close() })
 }
 
 // claimEverything answers every question whether an address is somebody's.

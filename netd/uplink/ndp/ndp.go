@@ -169,6 +169,13 @@ func Probe(a netip.Addr) []byte {
 	return Packet(netip.IPv6Unspecified(), SolicitedNode(a), hops, icmpv6, append([]byte{TypeNeighbourSolicitation, 0, 0, 0, 0, 0, 0, 0}, target[:]...))
 }
 
+// Answer tells everybody on the link the hardware address of a (RFC 4861,
+// section 4.4): unsolicited, with the override flag.
+func Answer(a netip.Addr, hardware net.HardwareAddr) []byte {
+	b := append([]byte{TypeNeighbourAdvertisement, 0, 0, 0, 0x20, 0, 0, 0}, a.AsSlice()...)
+	return Packet(a, AllNodes, hops, icmpv6, append(append(b, 2, 1), hardware...))
+}
+
 // Packet makes an IPv6 packet of ICMPv6 or UDP, whose checksum stands at the
 // usual place in body and is put there.
 func Packet(from, to netip.Addr, hopLimit, protocol uint8, body []byte) []byte {
@@ -193,11 +200,6 @@ func Packet(from, to netip.Addr, hopLimit, protocol uint8, body []byte) []byte {
 
 // Destination is where a packet made here goes.
 func Destination(packet []byte) netip.Addr { return netip.AddrFrom16([16]byte(packet[24:40])) }
-
-// Checked reports whether the checksum of body is right.
-func Checked(from, to netip.Addr, protocol uint8, body []byte) bool {
-	return checksum(from, to, protocol, body) == 0
-}
 
 // checksum is that of body with the pseudo-header (RFC 8200, section 8.1).
 func checksum(from, to netip.Addr, protocol uint8, body []byte) uint16 {
