@@ -31,10 +31,10 @@ func attacks() []scenario {
 		{name: "the LAN takes the laptop for a router", before: func(w *world) { w.newDesk() }, run: notARouter},
 		{name: "forged ICMP errors about the tunnel", run: forgedErrors},
 		{name: "forged resets of the tunnel", run: forgedResets},
-		{name: "the router's hardware address is claimed", run: poisoned},
+		{name: "the router's hardware address is claimed", waits: true, run: poisoned},
 		{name: "a LAN of inner addresses, the laptop's own among them", run: innerLAN},
 		{name: "a LAN that claims the servers' addresses", run: serversLAN},
-		{name: "DHCP: another address every two seconds", dark: true, before: renumbering, run: func(t *testing.T, w *world) {
+		{name: "DHCP: another address every two seconds", waits: true, dark: true, before: renumbering, run: func(t *testing.T, w *world) {
 			seen := map[netip.Addr]bool{}
 			nstest.Eventually(t, 60*time.Second, func() error {
 				s, err := w.status()
@@ -50,7 +50,7 @@ func attacks() []scenario {
 		}},
 		{name: "from the office into its twin", before: func(w *world) { w.newDesk() }, run: intoTwin},
 		{name: "another program opens the laptop", run: meddled},
-		{name: "a card named as the tunnel", run: misnamed},
+		{name: "a card named as the tunnel", waits: true, run: misnamed},
 		{name: "100,000 flows of the work domain", run: manyFlows},
 	}
 }

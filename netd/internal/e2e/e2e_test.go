@@ -115,6 +115,7 @@ func TestGatewayKilledAndRestarted(t *testing.T) {
 // TestGatewaySilent stops the gateway without ending its connections, as a
 // dead path does.
 func TestGatewaySilent(t *testing.T) {
+	t.Parallel() // it mostly waits
 	w := open(t, time.Hour)
 	w.gateway.Process.Signal(syscall.SIGSTOP)
 	start := time.Now()
@@ -256,6 +257,7 @@ func TestSpoofedSourceIsDropped(t *testing.T) {
 // TestCarrierAndEvilLease pulls the cable, and puts an absurd DHCP server at
 // its end.
 func TestCarrierAndEvilLease(t *testing.T) {
+	t.Parallel() // it mostly waits
 	w := newWorld(t, "--dhcp-option-force=3,192.168.99.1", "--dhcp-option-force=26,68")
 	w.startNetd()
 	s := w.waitState(30*time.Second, netd.Dark, netd.ReasonBadLease)

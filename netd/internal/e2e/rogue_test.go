@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -24,6 +25,9 @@ import (
 // DNS domain. Each has something in the beacon's place. The work domain calls
 // the office's server all the time, and not one of its packets may be seen.
 func TestRogueOffices(t *testing.T) {
+	var all sync.WaitGroup
+	defer all.Wait()
+	places := make(chan struct{}, together)
 	for name, rogue := range map[string]func(w *world, genuine, fake *desk){
 		"nobody": func(*world, *desk, *desk) {},
 		// Its certificate says everything that the true one says.
@@ -38,7 +42,7 @@ func TestRogueOffices(t *testing.T) {
 			w.relay(tr, f, relay{ttl: 255, twin: true, delay: 30 * time.Millisecond})
 		},
 	} {
-		t.Run(name, func(t *testing.T) {
+		play := func(t *testing.T) {
 			w := newWorld(t)
 			d := w.newDesk()
 			d.startBeacon(d.officeCA)
@@ -68,7 +72,12 @@ func TestRogueOffices(t *testing.T) {
 			w.judge()
 			// The true office is one all the same.
 			w.plug(f.router, d.router)
-			w.waitState(20*time.Second, netd.Office, "")
+			w.waitState(60*time.Second, netd.Office, "")
+		}
+		all.Go(func() {
+			places <- struct{}{}
+			defer func() { <-places }()
+			t.Run(name, play)
 		})
 	}
 }

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -18,6 +19,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -45,48 +48,72 @@ type scenario struct {
 	// has come to the state Tunnel. run then does what the scenario is about.
 	before func(*world)
 	dark   bool
+	waits  bool          // it mostly waits, and is not measured: others may run beside it
 	life   time.Duration // of the certificate, an hour if absent
 	run    func(*testing.T, *world)
 }
 
+// together is how many of the scenarios that only wait run at once.
+const together = 4
+
 // TestScenarios runs them all and prints what was sent, delivered and leaked.
 func TestScenarios(t *testing.T) {
 	nstest.Require(t, "dnsmasq", "nft", "tc")
-	var sent, delivered, leaked int
-	for _, s := range append(scenarios(), scenarios6()...) {
-		t.Run(s.name, func(t *testing.T) {
-			w := newWorld(t, s.dhcp...)
-			if s.life == 0 {
-				s.life = time.Hour
-			}
-			w.startGateway()
-			w.attestd.set(gate.StateAffirming, s.life)
-			w.tapped.quiet = s.dark
-			stop := w.pester()
-			if s.before != nil {
-				s.before(w)
-			}
-			w.startNetd()
-			if !s.dark {
-				w.waitState(30*time.Second, netd.Tunnel, "")
-				w.readPage(10 * time.Second)
-			}
-			if s.run != nil {
-				s.run(t, w)
-			}
-			nstest.Eventually(t, time.Minute, func() error { // each of its packets at least once
-				if n := int(w.tapped.sent.Load()); n < len(hostile()) {
-					return fmt.Errorf("only %d packets sent", n)
-				}
-				return nil
-			})
-			stop()
-			v := w.judge()
-			fmt.Printf("scenario %-58s sent %7d  delivered %6d  leaked %d\n", s.name, w.tapped.sent.Load(), v.delivered, v.leaked)
-			sent, delivered, leaked = sent+int(w.tapped.sent.Load()), delivered+v.delivered, leaked+v.leaked
-		})
+	var total tally
+	var waiting sync.WaitGroup
+	places := make(chan struct{}, together)
+	all := append(scenarios(), scenarios6()...)
+	for _, s := range all {
+		if !s.waits {
+			t.Run(s.name, func(t *testing.T) { s.play(t, &total) })
+		}
 	}
-	fmt.Printf("scenario %-58s sent %7d  delivered %6d  leaked %d\n", "TOTAL", sent, delivered, leaked)
+	for _, s := range all {
+		if s.waits {
+			waiting.Go(func() {
+				places <- struct{}{}
+				defer func() { <-places }()
+				t.Run(s.name, func(t *testing.T) { s.play(t, &total) })
+			})
+		}
+	}
+	waiting.Wait()
+	fmt.Printf("scenario %-58s sent %7d  delivered %6d  leaked %d\n", "TOTAL", total.sent.Load(), total.delivered.Load(), total.leaked.Load())
+}
+
+// tally is over all scenarios.
+type tally struct{ sent, delivered, leaked atomic.Int64 }
+
+func (s scenario) play(t *testing.T, total *tally) {
+	w := newWorld(t, s.dhcp...)
+	w.startGateway()
+	w.attestd.set(gate.StateAffirming, cmp.Or(s.life, time.Hour))
+	w.tapped.quiet = s.dark
+	stop := w.pester()
+	if s.before != nil {
+		s.before(w)
+	}
+	w.startNetd()
+	if !s.dark {
+		w.waitState(30*time.Second, netd.Tunnel, "")
+		w.readPage(10 * time.Second)
+	}
+	if s.run != nil {
+		s.run(t, w)
+	}
+	nstest.Eventually(t, time.Minute, func() error { // each of its packets at least once
+		if n := int(w.tapped.sent.Load()); n < len(hostile()) {
+			return fmt.Errorf("only %d packets sent", n)
+		}
+		return nil
+	})
+	stop()
+	v := w.judge()
+	sent := w.tapped.sent.Load()
+	fmt.Printf("scenario %-58s sent %7d  delivered %6d  leaked %d\n", s.name, sent, v.delivered, v.leaked)
+	total.sent.Add(sent)
+	total.delivered.Add(int64(v.delivered))
+	total.leaked.Add(int64(v.leaked))
 }
 
 func scenarios() []scenario {
@@ -130,10 +157,10 @@ func scenarios() []scenario {
 			again(t, w)
 		}},
 		{name: "CVE-2019-14899: probes for the inner address", run: probes},
-		{name: "DHCP: MTU 68", dhcp: force("26,68"), dark: true, run: absurdThenGood},
-		{name: "DHCP: the laptop's own address as router", dark: true, before: func(w *world) { w.evilDHCP(dhcpv4.WithRouter(net.IPv4(192, 168, 50, 99))) }, run: absurdThenGood},
-		{name: "DHCP: a lease of no time", dark: true, before: func(w *world) { w.evilDHCP(dhcpv4.WithLeaseTime(0)) }, run: absurdThenGood},
-		{name: "DHCP: malformed options", dark: true, before: func(w *world) {
+		{name: "DHCP: MTU 68", waits: true, dhcp: force("26,68"), dark: true, run: absurdThenGood},
+		{name: "DHCP: the laptop's own address as router", waits: true, dark: true, before: func(w *world) { w.evilDHCP(dhcpv4.WithRouter(net.IPv4(192, 168, 50, 99))) }, run: absurdThenGood},
+		{name: "DHCP: a lease of no time", waits: true, dark: true, before: func(w *world) { w.evilDHCP(dhcpv4.WithLeaseTime(0)) }, run: absurdThenGood},
+		{name: "DHCP: malformed options", waits: true, dark: true, before: func(w *world) {
 			w.evilDHCP(dhcpv4.WithGeneric(dhcpv4.OptionSubnetMask, []byte{255}), dhcpv4.WithGeneric(dhcpv4.OptionRouter, []byte{1, 2, 3, 4, 5}), dhcpv4.WithGeneric(dhcpv4.OptionIPAddressLeaseTime, []byte{1}))
 		}, run: absurdThenGood},
 		{name: "UDP blocked", before: func(w *world) { w.firewall("meta l4proto udp drop") }, run: again},
@@ -155,7 +182,7 @@ func scenarios() []scenario {
 			}
 			again(t, w)
 		}},
-		{name: "uplink swallows everything for a while", run: func(t *testing.T, w *world) {
+		{name: "uplink swallows everything for a while", waits: true, run: func(t *testing.T, w *world) {
 			w.firewall("drop")
 			w.waitState(40*time.Second, netd.Attesting, "")
 			w.home.Run("nft", "delete table ip evil")
@@ -192,7 +219,7 @@ func scenarios() []scenario {
 		{name: "suspended, resumed in another network", run: elsewhere},
 		{name: "no network card, then one under another name", run: renamed},
 		{name: "captive portal that fakes 204", dark: true, before: func(w *world) { w.portal() }, run: portalThenOpen},
-		{name: "captive portal that drops port 443", dark: true, dhcp: force("114,http://192.168.50.1/portal"), before: func(w *world) { w.firewall("drop") }, run: func(t *testing.T, w *world) {
+		{name: "captive portal that drops port 443", waits: true, dark: true, dhcp: force("114,http://192.168.50.1/portal"), before: func(w *world) { w.firewall("drop") }, run: func(t *testing.T, w *world) {
 			s := w.waitState(60*time.Second, netd.Attesting, netd.ReasonGateway)
 			if !s.Uplink.SignIn || s.Words.EN != "Blocked: the gateway does not answer over this network; it says that it has a sign-in page" || !strings.Contains(s.Words.JA, "サインインページ") {
 				t.Errorf("words %+v, uplink %+v", s.Words, s.Uplink)
