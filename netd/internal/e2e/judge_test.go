@@ -266,15 +266,19 @@ func (v *verdict) leak(info gopacket.CaptureInfo, data []byte, why string) {
 }
 
 // names says why an ARP frame (RFC 826) of the laptop is wrong, empty if it is
-// not: it names addresses of LANs only, never an inner one or a server. Those of
-// the LAN before may be among them: until netd hears of the change, the kernel
-// looks for the router that was there.
-func (c *tap) names(data []byte) string {
+// not: it names addresses of LANs only. Those of the LAN before may be among
+// them, until netd hears of the change; and a server's as the one looked for:
+// for a socket that is bound to a link the kernel takes a destination without a
+// route to be on the link (net/ipv4/route.c), as when the link was just renamed.
+func (c *tap) names(data []byte, servers []netip.AddrPort) string {
 	if len(data) < 42 {
 		return "malformed ARP"
 	}
-	for _, at := range []int{28, 38} { // sender's and target's address
-		a := netip.AddrFrom4([4]byte(data[at:]))
+	own, looked := netip.AddrFrom4([4]byte(data[28:])), netip.AddrFrom4([4]byte(data[38:]))
+	if slices.ContainsFunc(servers, func(s netip.AddrPort) bool { return s.Addr() == looked }) {
+		looked = own
+	}
+	for _, a := range []netip.Addr{own, looked} {
 		if !a.IsUnspecified() && !slices.ContainsFunc(c.lans, func(p netip.Prefix) bool { return p.Contains(a) }) {
 			return fmt.Sprintf("ARP names %s, which is of no LAN here", a)
 		}
@@ -291,7 +295,7 @@ func wrong(data []byte, c *tap, servers []netip.AddrPort) string {
 	}
 	switch kind := layers.EthernetType(binary.BigEndian.Uint16(data[12:])); kind {
 	case layers.EthernetTypeARP:
-		return c.names(data)
+		return c.names(data, servers)
 	case layers.EthernetTypeEAPOL:
 		return ""
 	case layers.EthernetTypeIPv4:
