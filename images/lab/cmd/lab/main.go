@@ -18,7 +18,7 @@ import (
 const usage = `lab boots the laptop in QEMU, with a home, a site and an LGWAN around it in
 network namespaces. Nothing leaves the machine. It has to run as root.
 
-usage: lab [-accel auto|kvm|tcg] COMMAND [-accel auto|kvm|tcg]
+usage: lab [-accel auto|kvm|tcg] [-logon] COMMAND [-accel auto|kvm|tcg]
 
   run                          build what is missing, boot, show the page, then the
                                state until Ctrl-C; with ONCE=1 or without a terminal
@@ -42,6 +42,7 @@ usage: lab [-accel auto|kvm|tcg] COMMAND [-accel auto|kvm|tcg]
                                vsock, guest link and tunnel (what make bench runs)
   down                         power the laptop off in order, take the rest down
 
+-logon: run builds a laptop that is a smart card; its work domain has pcscd, OpenSC, kinit
 files: out/lab/*.log, out/run/console.log, out/run/uplink.pcap
 
 exit status: 0 done, and for up the page was read; 1 failed; 2 wrong usage;
@@ -58,11 +59,11 @@ var errUsage = errors.New("usage")
 
 func main() {
 	flag.Usage = func() { fmt.Fprint(os.Stderr, usage) }
-	accel := flag.String("accel", "auto", "auto, kvm or tcg")
+	accel, logon := flag.String("accel", "auto", "auto, kvm or tcg"), flag.Bool("logon", false, "the laptop is a smart card")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	err := dispatch(ctx, *accel, flag.Args())
+	err := dispatch(ctx, *accel, *logon, flag.Args())
 	var code exitStatus
 	switch {
 	case err == nil:
@@ -85,7 +86,7 @@ func main() {
 	os.Exit(1)
 }
 
-func dispatch(ctx context.Context, accel string, args []string) error {
+func dispatch(ctx context.Context, accel string, logon bool, args []string) error {
 	if len(args) == 0 {
 		return errUsage
 	}
@@ -96,8 +97,8 @@ func dispatch(ctx context.Context, accel string, args []string) error {
 	if err != nil {
 		return err
 	}
-	l.Accel, args, err = accelIn(accel, args)
-	if err != nil {
+	l.Logon = logon
+	if l.Accel, args, err = accelIn(accel, args); err != nil {
 		return err
 	}
 	c, known := commands[args[0]]
