@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
@@ -236,8 +238,16 @@ func TestAPI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	offs := 0
+	offs, asks, again, staged := 0, 0, 0, ""
 	srv := newServer(handler(actions{status: func() Status { return Status{State: "running"} }, powerOff: func() { offs++ },
+		restart: func() { again++ }, ask: func() error { asks++; return nil },
+		update: func(_ context.Context, image io.Reader, size int64) error {
+			data, err := io.ReadAll(image)
+			if staged = string(data); int64(len(data)) != size {
+				return fmt.Errorf("%d bytes of %d", len(data), size)
+			}
+			return err
+		},
 		wake: func(context.Context) error { return errors.New("it does not sleep") }}))
 	done := make(chan struct{})
 	go func() { defer close(done); srv.Serve(l) }()
@@ -255,6 +265,9 @@ func TestAPI(t *testing.T) {
 	}
 	if err := c.PowerOff(context.Background()); err != nil || offs != 1 {
 		t.Fatalf("%v, %d power-offs", err, offs)
+	}
+	if err := errors.Join(c.Restart(context.Background()), c.AskUpdate(context.Background()), c.Update(context.Background(), strings.NewReader("image"), 5)); err != nil || again != 1 || asks != 1 || staged != "image" {
+		t.Errorf("%v: %d restarts, %d questions, staged %q", err, again, asks, staged)
 	}
 	if err := c.Wake(context.Background()); err == nil || !strings.Contains(err.Error(), "does not sleep") {
 		t.Errorf("wake: %v, want what init says", err)

@@ -24,7 +24,8 @@ type Source interface {
 const (
 	firstAsk = 10 * time.Second // after the running image proved good
 	askGap   = time.Hour        // up to half as much again, so that laptops do not all ask at once
-	brokeGap = 10 * time.Second // after a download that broke
+	brokeGap = 10 * time.Second // after a connection that brought nothing, doubled up to
+	maxBroke = 10 * time.Minute
 )
 
 // maxTries is how often an update is tried that failed for a reason that need
@@ -107,6 +108,7 @@ type download struct {
 	want gate.NextRelease
 	at   int64
 	body io.ReadCloser // nil: not connected
+	wait time.Duration // before the next connection; 0: the last one brought something
 }
 
 func (d *download) Read(b []byte) (int, error) {
@@ -122,27 +124,27 @@ func (d *download) Read(b []byte) (int, error) {
 			d.shut()
 		}
 		if n > 0 {
+			d.wait = 0
 			return n, nil
 		}
 	}
 	return 0, io.EOF
 }
 
-// connect opens the rest of the image.
+// connect opens the rest of the image. After a connection that brought nothing
+// it waits, the longer the oftener, and sees that the image is still offered.
 func (d *download) connect() error {
-	for broken := false; ; broken = true {
-		if broken {
-			if !pause(d.ctx, brokeGap) {
+	for {
+		if d.wait > 0 {
+			if !pause(d.ctx, d.wait) {
 				return d.ctx.Err()
 			}
 			n, err := d.f.Source.NextRelease(d.ctx, gate.VolumeRequest{Release: d.f.Running.Raw})
-			if err != nil {
-				continue // no verifier answers
-			}
-			if n.SHA256 != d.want.SHA256 {
+			if err == nil && n.SHA256 != d.want.SHA256 {
 				return errors.New("it is no longer offered")
 			}
 		}
+		d.wait = min(max(2*d.wait, brokeGap), maxBroke)
 		var err error
 		if d.body, err = d.f.Source.Image(d.ctx, d.at); err == nil {
 			return nil

@@ -20,6 +20,7 @@ type source struct {
 	next   gate.NextRelease
 	breaks int     // bytes of each connection; 0: it never breaks
 	down   int     // connections that are refused first
+	empty  int     // connections that bring nothing first
 	from   []int64 // offsets that were asked for
 	gone   bool    // the release is withdrawn once a connection broke
 	asked  int
@@ -40,6 +41,10 @@ func (s *source) Image(_ context.Context, offset int64) (io.ReadCloser, error) {
 		return nil, errors.New("verifier away")
 	}
 	s.from = append(s.from, offset)
+	if s.empty > 0 {
+		s.empty--
+		return io.NopCloser(broken{}), nil
+	}
 	rest := s.image[offset:]
 	if s.breaks == 0 || s.breaks >= len(rest) {
 		return io.NopCloser(bytes.NewReader(rest)), nil
@@ -75,6 +80,7 @@ func TestFollow(t *testing.T) {
 	}{
 		"whole":            {source{next: offer}, nil, true, 0},
 		"breaks":           {source{next: offer, breaks: 16 << 10, down: 3}, nil, true, 32 << 10},
+		"brings nothing":   {source{next: offer, empty: 3}, nil, true, 0},
 		"withdrawn":        {source{next: offer, breaks: 16 << 10, gone: true}, nil, false, 0},
 		"another image":    {source{next: other}, nil, false, 0},
 		"another epoch":    {source{next: epoch}, nil, false, 0},
