@@ -109,6 +109,7 @@ type Daemon struct {
 	paths  chan office.Path
 	asker  chan struct{} // for the path's watcher
 	probe  func(context.Context, path.Prober, attest.Endpoint, bool) path.Result
+	leapt  time.Time // when the clock was last set ahead; the path watcher's own
 	// Journal is what has happened lately.
 	Journal journal.Journal
 

@@ -587,3 +587,28 @@ func TestVerifierAwayForAnHour(t *testing.T) {
 		r.want(netd.Attesting, netd.ReasonLapsed)
 	})
 }
+
+// TestLeap: a signed time far ahead is kept only when it has stood for a while.
+func TestLeap(t *testing.T) {
+	runRig(t, func(r *rig) {
+		k := &kept{}
+		r.set(func() { r.d.Times, r.answer, r.signed = k, path.Ours, time.Now() })
+		r.lease("192.168.50.23/24")
+		sleep(2 * askEvery)
+		synctest.Wait()
+		before := k.at
+		if before.IsZero() {
+			t.Fatal("the right time is not kept")
+		}
+		ahead := time.Now().AddDate(0, 0, 1)
+		r.set(func() { r.signed = ahead })
+		sleep(2 * askEvery)
+		synctest.Wait()
+		if k.at.After(ahead.Add(-time.Minute)) {
+			t.Errorf("kept %s at once", k.at)
+		}
+		if r.d.leapt.IsZero() {
+			t.Error("the leap was not noted")
+		}
+	})
+}

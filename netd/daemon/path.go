@@ -28,6 +28,11 @@ const (
 	// slept is how far the wall clock may run away from the monotonic one,
 	// which stands still while the laptop is suspended, before it is doubted.
 	slept = 5 * time.Second
+	// leap is how far ahead of the clock a signed time may be to be kept over
+	// restarts at once. A farther one is kept when it has stood for as long: a
+	// verifier whose clock runs ahead for a while must not shut laptops out until
+	// the world has caught up.
+	leap = time.Hour
 )
 
 // asked is what the path's watcher is to find out.
@@ -191,7 +196,10 @@ func (d *Daemon) correct(r path.Result, floor time.Time) (time.Time, bool) {
 	if set {
 		d.setClock(local, right, fmt.Sprintf("signed by %s", r.Endpoint), fmt.Sprintf("%s の署名付き時刻", r.Endpoint))
 	}
-	if d.Times != nil {
+	if right.Sub(local) > leap {
+		d.leapt = time.Now()
+	}
+	if d.Times != nil && (d.leapt.IsZero() || time.Since(d.leapt) >= leap) {
 		if err := d.Times.Store(right); err != nil {
 			d.Log.Warn("the signed time is not kept", "err", err)
 		}
