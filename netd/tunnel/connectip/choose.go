@@ -49,8 +49,8 @@ const (
 	// fast where datagrams would hand each loss on to them.
 	bulk = 256 << 10
 	// So are crowded inner packets in a second that HTTP/3 has no room for,
-	// whatever the rate is: quic-go holds few datagrams, and their loss keeps the
-	// inner flows below bulk for ever.
+	// whatever the rate is: quic-go yields to each loss, and what is dropped
+	// meanwhile keeps the inner flows below bulk for ever.
 	crowded = 10
 	// A path counts as rough after roughFor such seconds of the last window, and
 	// as clean after cleanFor without one; cleanFor doubles up to cleanMost with

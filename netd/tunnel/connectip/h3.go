@@ -186,7 +186,7 @@ func (c *overH3) datagrams(ctx context.Context, deliver func([][]byte)) error {
 	}
 }
 
-func (c *overH3) send(capsules []byte) (lost int, err error) {
+func (c *overH3) send(capsules []byte, _ int) (lost int, err error) {
 	small := len(capsules) <= smallBatch
 	run := capsules[:0] // of the stream: overwrites what has been looked at
 	for len(capsules) > 0 {

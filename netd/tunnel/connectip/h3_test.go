@@ -94,7 +94,7 @@ func TestWhatGoesWhere(t *testing.T) {
 			}
 			var r recorder
 			h := &overH3{stream: &r, ours: c.ours, moved: func() {}}
-			if lost, err := h.send(out); lost != 0 || err != nil {
+			if lost, err := h.send(out, queueFirst); lost != 0 || err != nil {
 				t.Fatal(lost, err)
 			}
 			onStream, trains := r.packets(t)

@@ -8,12 +8,14 @@ import (
 )
 
 const (
+	// queueFirst is the bound before anything is known of the path.
+	queueFirst = 1 << 20
 	// queueMost and queueLeast bound the bytes that wait for the peer; packets
 	// beyond are dropped, which tells the inner TCP to slow down. Between them
 	// the bound is what the path takes within queueTime: the most of lately, for
 	// which a measurement counts queueFade, so that a moment's loss does not make
 	// the queue too short for the path to be filled again.
-	queueMost  = 1 << 20
+	queueMost  = 4 << 20
 	queueLeast = 96 << 10
 	queueTime  = 100 * time.Millisecond
 	queueFade  = 4 * time.Second
@@ -21,7 +23,7 @@ const (
 	queueBlocked = 2 * time.Millisecond
 	// controlMost is what capsules that are not dropped may come to: the peer's
 	// own requests bound them, and a peer that asks without reading is cut.
-	controlMost = 2 * queueMost
+	controlMost = queueMost + 1<<20
 )
 
 // outBuffers are what outboxes hold their bytes in, shared by all streams of
@@ -122,15 +124,16 @@ func (o *outbox) control(capsule []byte) {
 	o.write()
 }
 
-// take returns all that is queued. A writer that gets nothing is none any more.
-func (o *outbox) take() (data *[]byte, closed bool) {
+// take returns all that is queued, and how much may be: what the path takes
+// within queueTime. A writer that gets nothing is none any more.
+func (o *outbox) take() (data *[]byte, most int, closed bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	data, o.data = o.data, nil
 	if data == nil && !o.closed {
 		o.writing = false
 	}
-	return data, o.closed
+	return data, o.most, o.closed
 }
 
 // took adapts the queue to a path that took n bytes within t.

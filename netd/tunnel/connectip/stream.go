@@ -60,8 +60,8 @@ type carriage interface {
 	// there will be no more. It returns nil if there never are any.
 	datagrams(ctx context.Context, deliver func([][]byte)) error
 	// send sends whole capsules. What it cannot send is lost; how many packets
-	// that were, it returns.
-	send(capsules []byte) (lost int, err error)
+	// that were, it returns. most is how many bytes the path takes in queueTime.
+	send(capsules []byte, most int) (lost int, err error)
 	// finish says that nothing more is sent, where that lets the peer end too.
 	finish()
 	// close ends everything at once.
@@ -129,10 +129,10 @@ var scanBuffers sync.Pool
 func newStream(by carriage, buffered []byte, until time.Time) *Stream {
 	s := &Stream{
 		by: by, scan: newScanner(&scanBuffers, buffered), until: until, start: time.Now(),
-		out: outbox{most: queueMost}, flushed: make(chan struct{}),
+		out: outbox{most: queueFirst}, flushed: make(chan struct{}),
 	}
 	if by.lanes() > 1 {
-		s.quick = &outbox{most: queueMost}
+		s.quick = &outbox{most: queueFirst}
 	}
 	return s
 }
@@ -450,11 +450,11 @@ func (s *Stream) control(kind uint64, v []byte) error {
 // when the stream has been retired for long enough.
 func (s *Stream) transmit(ctx context.Context, out *outbox) error {
 	for {
-		data, closed := out.take()
+		data, most, closed := out.take()
 		if data != nil {
 			from := time.Now()
 			n := len(*data)
-			lost, err := s.by.send(*data)
+			lost, err := s.by.send(*data, most)
 			*data = (*data)[:0]
 			outBuffers.Put(data)
 			if err != nil {

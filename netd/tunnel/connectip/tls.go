@@ -17,28 +17,26 @@ import (
 	"sekisho/netd/tunnel"
 )
 
-// unsent bounds what the kernel holds of a connection beyond its window, in
-// bytes (tcp(7), TCP_NOTSENT_LOWAT): what waits, waits in the outbox, which
-// drops before it gets old.
-const unsent = 128 << 10
+// unsentShare of what the path takes in queueTime, and unsentLeast bytes (a TLS
+// record), are what the kernel may hold of a connection beyond its window
+// (tcp(7), TCP_NOTSENT_LOWAT): what waits, waits in the outbox, which drops
+// before it gets old. It lasts until a busy machine brings more.
+const (
+	unsentShare = 1.0 / 8
+	unsentLeast = 16 << 10
+)
 
 // overTLS carries capsules on the bare TLS stream.
 type overTLS struct {
 	*tls.Conn
-	wire *Wire
-	last tcpCount
+	wire   *Wire
+	last   tcpCount
+	unsent int // bytes, as the kernel was told
 }
 
 // NewTLSStream returns a stream over conn, whose HTTP upgrade is done and whose
 // NetConn is a *Wire, or has one. buffered holds what was read beyond it.
 func NewTLSStream(conn *tls.Conn, wire *Wire, buffered []byte, until time.Time) *Stream {
-	tcp := wire.Conn.(*net.TCPConn)
-	if raw, err := tcp.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) {
-			// Without it the tunnel is as good, only its queue is longer.
-			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, unsent)
-		})
-	}
 	return newStream(&overTLS{Conn: conn, wire: wire}, buffered, until)
 }
 
@@ -49,7 +47,14 @@ func (c *overTLS) finish()                                         { c.Conn.Clos
 func (c *overTLS) close()                                          { c.wire.Close() } // not tls.Conn.Close, which waits for a stuck write
 func (c *overTLS) datagrams(context.Context, func([][]byte)) error { return nil }
 
-func (c *overTLS) send(capsules []byte) (int, error) {
+func (c *overTLS) send(capsules []byte, most int) (int, error) {
+	if n := max(int(float64(most)*unsentShare), unsentLeast); n >= 2*c.unsent || n <= c.unsent/2 {
+		c.unsent = n
+		c.wire.raw.Control(func(fd uintptr) {
+			// Without it the tunnel is as good, only its queue is longer.
+			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, n)
+		})
+	}
 	c.Conn.SetWriteDeadline(time.Now().Add(DeadAfter))
 	err := c.wire.together(func() error { _, err := c.Conn.Write(capsules); return err })
 	if errors.Is(err, os.ErrDeadlineExceeded) {
