@@ -1,6 +1,7 @@
 package uplink
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -274,4 +275,47 @@ func TestBoth(t *testing.T) {
 	if u := both(four, six); !u.Usable() || u.Address6.IsValid() || u.IPv6 == "" {
 		t.Errorf("%+v", u)
 	}
+}
+
+// TestBothFamilies: what an uplink gains leaves its health as it is unless it is
+// dead, what it loses has it probed anew, and a server's address claimed by one
+// family does not take the other away.
+func TestBothFamilies(t *testing.T) {
+	server := netip.MustParseAddr("2001:db8:f::20")
+	runManager(t, []netip.Addr{server}, func(ctx context.Context, r *rig) {
+		six := make(chan Six)
+		r.lease6 = func(ctx context.Context, _ Link, report func(Six)) {
+			for {
+				select {
+				case s := <-six:
+					report(s)
+				case <-ctx.Done():
+					return
+				}
+			}
+		}
+		good := Six{Address: netip.MustParseAddr("2001:db8:a::1"), Prefix: netip.MustParsePrefix(netA), Local: netip.MustParseAddr("fe80::1"), Router: netip.MustParseAddr(routerA)}
+		r.links <- []Link{{Index: 2, Name: "eth0", Kind: netd.KindWired, Carrier: true}}
+		r.want("eth0", netd.HealthGood, true, 0)
+		six <- good
+		if c := r.want("eth0", netd.HealthGood, true, 0); c.Address6 != good.Address || !c.Address.IsValid() || r.tried["eth0"] != 1 {
+			t.Errorf("%+v, tried %d times", c, r.tried["eth0"])
+		}
+		six <- Six{Detail: "gone"}
+		if c := r.want("eth0", netd.HealthGood, true, 0); c.Address6.IsValid() || c.IPv6 != "gone" || r.tried["eth0"] < 2 {
+			t.Errorf("%+v, tried %d times", c, r.tried["eth0"])
+		}
+		claims := good
+		claims.Prefix = netip.MustParsePrefix("2001:db8:f::/64")
+		six <- claims
+		if c := r.want("eth0", netd.HealthGood, true, 0); c.Address6.IsValid() || !strings.Contains(c.IPv6, server.String()) {
+			t.Errorf("%+v", c)
+		}
+		r.lose("eth0", true)
+		r.Doubt(ctx, "eth0")
+		r.want("eth0", netd.HealthDead, true, 1)
+		r.lose("eth0", false)
+		six <- good // another way: it is tried at once
+		r.want("eth0", netd.HealthGood, true, 1)
+	})
 }
