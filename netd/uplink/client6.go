@@ -29,13 +29,14 @@ const (
 // IPv6 is off on the link until the plan has the address.
 type client6 struct{ secret ndp.Secret }
 
-// keep reports what l has of IPv6, at every change, until ctx is done.
-func (c client6) keep(ctx context.Context, l Link, report func(Six)) {
+// keep reports what l has of IPv6, at every change, until ctx is done. doubt says
+// that nothing comes back over it.
+func (c client6) keep(ctx context.Context, l Link, doubt <-chan struct{}, report func(Six)) {
 	if _, err := os.Stat(procIPv6); err != nil || len(l.Hardware) != 6 {
 		return
 	}
 	for ctx.Err() == nil {
-		err := c.run(ctx, l, report)
+		err := c.run(ctx, l, doubt, report)
 		if ctx.Err() == nil { // the link may be going
 			report(Six{Detail: err.Error()})
 			wait(ctx, maxPause)
@@ -43,7 +44,7 @@ func (c client6) keep(ctx context.Context, l Link, report func(Six)) {
 	}
 }
 
-func (c client6) run(ctx context.Context, l Link, report func(Six)) error {
+func (c client6) run(ctx context.Context, l Link, doubt <-chan struct{}, report func(Six)) error {
 	conn, err := listen6(l, neighbourFilter)
 	if err != nil {
 		return err
@@ -88,6 +89,8 @@ func (c client6) run(ctx context.Context, l Link, report func(Six)) error {
 		case err := <-ended:
 			ended <- err
 			return fmt.Errorf("IPv6 on %s: %w", l.Name, err)
+		case <-doubt:
+			s.doubt(time.Now())
 		case g := <-grants:
 			s.granted(g)
 		case m := <-messages:

@@ -58,7 +58,7 @@ type Config struct {
 type Manager struct {
 	Config
 	lease  leaser
-	lease6 func(ctx context.Context, l Link, report func(Six)) // nil: none
+	lease6 func(ctx context.Context, l Link, doubt <-chan struct{}, report func(Six)) // nil: none
 	now    func() time.Time
 	events chan func() // for Run's goroutine, which alone touches records
 	known  map[string]*record
@@ -83,7 +83,7 @@ type record struct {
 	facts wpa.Facts // of the network that it has joined
 
 	stopLease, stopProbe, stopJoin func()
-	doubt                          chan struct{} // for its prober
+	doubt, doubt6                  chan struct{} // for its prober, and the finder of IPv6 addresses
 }
 
 // Run follows the links that arrive on links until ctx is done.
@@ -126,9 +126,11 @@ func (m *Manager) Doubt(ctx context.Context, name string) {
 	m.post(ctx, func() {
 		if r := m.known[name]; r != nil && r.doubt != nil {
 			m.setHealth(r, netd.HealthDead)
-			select {
-			case r.doubt <- struct{}{}:
-			default:
+			for _, c := range []chan struct{}{r.doubt, r.doubt6} {
+				select {
+				case c <- struct{}{}:
+				default:
+				}
 			}
 		}
 	})
@@ -225,9 +227,11 @@ func (m *Manager) start(ctx context.Context, r *record) {
 	done := make(chan struct{})
 	link, previous := r.link, r.last
 	var all sync.WaitGroup
+	doubt := make(chan struct{}, 1)
+	r.doubt6 = doubt
 	if m.lease6 != nil {
 		all.Go(func() {
-			m.lease6(ctx, link, func(s Six) {
+			m.lease6(ctx, link, doubt, func(s Six) {
 				m.post(ctx, func() {
 					if ctx.Err() == nil {
 						m.leased6(ctx, r, s)

@@ -3,6 +3,7 @@ package uplink
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -31,6 +32,9 @@ const (
 	// firstAsk and mostAsk are between solicitations while no router is known
 	// (RFC 7559).
 	firstAsk, mostAsk = 4 * time.Second, 2 * time.Minute
+	// answers is how long routers have to show that they are there: half a second
+	// by chance, and 3 s between advertisements (RFC 4861, section 6.2.6).
+	answers = 4 * time.Second
 	// lookAgain is how often the wall clock is looked at, which sees a life end
 	// while the machine was suspended.
 	lookAgain = 10 * time.Second
@@ -61,6 +65,7 @@ type slaac struct {
 	router  netip.Addr   // the one in use
 	given   lease6       // of DHCPv6
 	asked   bool         // for the link-local address, by whom DHCPv6 would answer
+	doubted time.Time    // since when it is in question which routers are there
 	why     string
 	next    time.Time // the next solicitation of routers
 	pause   time.Duration
@@ -69,6 +74,7 @@ type slaac struct {
 // router is what one router said.
 type router struct {
 	since    int
+	heard    time.Time
 	until    time.Time
 	managed  bool
 	mtu      int
@@ -141,7 +147,7 @@ func (s *slaac) advertised(a *ndp.Advertisement, now time.Time) {
 		r = &router{since: s.heard, prefixes: map[netip.Prefix]*life{}}
 		s.routers[a.Router] = r
 	}
-	r.until, r.managed, r.mtu = now.Add(a.Lifetime), a.Managed, a.MTU
+	r.heard, r.until, r.managed, r.mtu = now, now.Add(a.Lifetime), a.Managed, a.MTU
 	for _, p := range a.Prefixes {
 		if !p.Autonomous {
 			continue
@@ -183,8 +189,24 @@ func believable(p ndp.Prefix, known bool) error {
 	return nil
 }
 
+// doubt says that nothing comes back over the link: routers are asked, and those
+// that are silent are left if another answers.
+func (s *slaac) doubt(now time.Time) {
+	if s.doubted.IsZero() && len(s.routers) > 0 {
+		s.doubted, s.next = now, now
+	}
+}
+
 // forget drops what has lapsed.
 func (s *slaac) forget(now time.Time) {
+	if !s.doubted.IsZero() && past(s.doubted.Add(answers), now) {
+		silent := func(_ netip.Addr, r *router) bool { return r.heard.Before(s.doubted) }
+		left := maps.Clone(s.routers)
+		if maps.DeleteFunc(left, silent); len(left) > 0 {
+			s.routers = left
+		}
+		s.doubted = time.Time{}
+	}
 	for a, r := range s.routers {
 		if past(r.until, now) {
 			delete(s.routers, a)
@@ -329,7 +351,12 @@ func (s *slaac) step(now time.Time) (send [][]byte, next time.Time) {
 	}
 	s.asked = false
 	if len(s.routers) > 0 {
-		s.next, s.pause = time.Time{}, firstAsk
+		if !s.next.IsZero() && !s.doubted.IsZero() {
+			send = append(send, ndp.RouterSolicitation(netip.IPv6Unspecified()))
+		}
+		if s.next, s.pause = (time.Time{}), firstAsk; !s.doubted.IsZero() {
+			soon(s.doubted.Add(answers))
+		}
 	} else {
 		if s.next.IsZero() || past(s.next, now) {
 			send = append(send, ndp.RouterSolicitation(netip.IPv6Unspecified()))

@@ -247,6 +247,30 @@ func TestFloods(t *testing.T) {
 	}
 }
 
+// TestDoubt: a router that is silent when asked is left for one that answers,
+// and kept if none does.
+func TestDoubt(t *testing.T) {
+	r := newSixRig(t)
+	r.say(routerA, ndp.Advertisement{}, prefix6(netA, time.Hour, time.Hour))
+	r.say(routerB, ndp.Advertisement{}, prefix6(netB, time.Hour, time.Hour))
+	r.pass(time.Second)
+	r.want(routerA, netA)
+	for _, answers := range []bool{false, true} {
+		r.sent = nil
+		r.doubt(r.now)
+		r.pass(time.Second)
+		if len(r.sent) != 1 || r.sent[0][40] != ndp.TypeRouterSolicitation {
+			t.Errorf("sent %x, want one solicitation", r.sent)
+		}
+		if answers {
+			r.say(routerB, ndp.Advertisement{}, prefix6(netB, time.Hour, time.Hour))
+		}
+		r.want(routerA, netA)
+		r.pass(5 * time.Second)
+	}
+	r.want(routerB, netB)
+}
+
 // TestGlobalFirst: a local prefix is used only where there is no other.
 func TestGlobalFirst(t *testing.T) {
 	r := newSixRig(t)
@@ -284,7 +308,7 @@ func TestBothFamilies(t *testing.T) {
 	server := netip.MustParseAddr("2001:db8:f::20")
 	runManager(t, []netip.Addr{server}, func(ctx context.Context, r *rig) {
 		six := make(chan Six)
-		r.lease6 = func(ctx context.Context, _ Link, report func(Six)) {
+		r.lease6 = func(ctx context.Context, _ Link, _ <-chan struct{}, report func(Six)) {
 			for {
 				select {
 				case s := <-six:

@@ -214,20 +214,25 @@ func scenarios6() []scenario {
 			stop := w.forge(forged{router: first, prefixes: []string{homeNet + "/64"}})
 			s := w.over(30*time.Second, true)
 			stop()
-			const second = "fe80::2:2"
-			w.home.Run("ip", "address", "add", second+"/64", "dev", "lan0", "nodad")
-			w.forge(forged{router: second, prefixes: []string{"2001:db8:51::/64"}})
-			w.home.Run("ip", "address", "add", "2001:db8:51::1/64", "dev", "lan0", "nodad")
-			w.site.Run("ip", "route", "add", "2001:db8:51::/64", "via", "2001:db8:f::1")
+			w.second()
 			w.send(forged{router: first, lifetime: -1}.packet()) // it says goodbye
-			nstest.Eventually(t, 30*time.Second, func() error {
-				n, err := w.status()
-				if err == nil && (n.State != netd.Tunnel || n.Uplink.Router6.String() != second || n.Uplink.Address6 == s.Uplink.Address6) {
-					err = fmt.Errorf("%s; uplink %+v", n.Line(), n.Uplink)
-				}
-				return err
-			})
+			w.by(secondRouter)
+			if n := w.over(10*time.Second, true); n.Uplink.Address6 == s.Uplink.Address6 {
+				t.Errorf("still %s", n.Uplink.Address6)
+			}
+		}},
+		{name: "IPv6: router falls silent, another is there", before: func(w *world) { w.alone() }, dark: true, run: func(t *testing.T, w *world) {
+			stop := w.forge(forged{router: homeRouter, prefixes: []string{homeNet + "/64"}})
+			w.over(30*time.Second, true)
+			w.second()
+			w.by(homeRouter)
+			stop()
+			start := time.Now()
+			w.home.Run("ip", "address", "del", homeRouter+"/64", "dev", "lan0")
+			w.home.Run("nft", "add table ip6 evil; add chain ip6 evil f { type filter hook forward priority 0; }; add rule ip6 evil f ip6 saddr "+homeNet+"/64 drop")
+			w.by(secondRouter)
 			w.over(10*time.Second, true)
+			t.Logf("page %v after it", time.Since(start).Round(time.Millisecond))
 		}},
 		{name: "IPv6: RA says MTU 68", before: func(w *world) {
 			w.six()
@@ -258,6 +263,28 @@ func scenarios6() []scenario {
 			w.quiet6()
 		}},
 	}
+}
+
+const secondRouter = "fe80::2:2"
+
+// second puts another router with another prefix into the home's LAN.
+func (w *world) second() {
+	w.home.Run("ip", "address", "add", secondRouter+"/64", "dev", "lan0", "nodad")
+	w.home.Run("ip", "address", "add", "2001:db8:51::1/64", "dev", "lan0", "nodad")
+	w.site.Run("ip", "route", "add", "2001:db8:51::/64", "via", "2001:db8:f::1")
+	w.forge(forged{router: secondRouter, prefixes: []string{"2001:db8:51::/64"}})
+}
+
+// by waits until the tunnel goes by a router.
+func (w *world) by(router string) {
+	w.t.Helper()
+	nstest.Eventually(w.t, 60*time.Second, func() error {
+		s, err := w.status()
+		if err == nil && (s.State != netd.Tunnel || s.Uplink.Router6.String() != router) {
+			err = fmt.Errorf("%s; uplink %+v", s.Line(), s.Uplink)
+		}
+		return err
+	})
 }
 
 // has6 waits until the uplink has an address in a prefix.
