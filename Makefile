@@ -31,6 +31,7 @@ bench: packages build
 	@echo "== attestation against its yardsticks"; $(GO) test ./attest/eventlog ./attest/quote ./attest/tpm -run '^$$' -bench Ratio
 	@echo "== whole verifications over TLS"; $(GO) test ./attest/fleet -run '^$$' -bench Load -benchtime 1x -count 3
 	@echo "== the smart card against swtpm's bare signatures"; SEKISHO_TEST=all $(GO) test ./images/lab -run '^$$' -bench CardRatio -benchtime 300x
+	@echo "== a login storm"; $(GO) test ./attest/fleet -run '^$$' -bench Storm -benchtime 1x
 	@echo "== guest link against its yardsticks"; set -o pipefail; $(GO) test ./guestlink/packet -run '^$$' -bench Ratio -benchtime 1x -v | grep -v '^goos\|^goarch\|^pkg' && \
 	 SEKISHO_TEST=all $(GO) test ./guestlink/guest -run '^$$' -bench Ratio -benchtime 1x -v | grep -v '^goos\|^goarch\|^pkg'
 	@echo "== the tunnel against wireguard-go and OpenVPN"; SEKISHO_TEST=all $(GO) test ./netd/internal/e2e -run '^$$' -bench 'Tunnel|GatewayMemory' -benchtime 5x

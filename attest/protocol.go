@@ -56,6 +56,16 @@ type Enrolment struct {
 // ChallengeRequest asks for a nonce.
 type ChallengeRequest struct {
 	Device Digest `json:"device_id"`
+	Ticket []byte `json:"ticket,omitempty"` // of the Busy that told it to come now
+}
+
+// Busy is the answer, with HTTP status 503 or 429, of a verifier that cannot
+// take a request now. It also has the header Retry-After.
+type Busy struct {
+	Reason     Reason `json:"reason"` // ReasonBusy
+	Detail     string `json:"detail"`
+	RetryAfter int64  `json:"retry_after_ms"`   // then the device's turn has come
+	Ticket     []byte `json:"ticket,omitempty"` // shows that it is
 }
 
 // Challenge is a nonce for one attestation.

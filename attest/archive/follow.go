@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"time"
 
 	"sekisho/attest"
@@ -117,3 +118,32 @@ func (a *Archive) Keep(from Position) {
 
 // nobody is unseen when nobody follows.
 const nobody = math.MaxUint64
+
+// Last returns the data of the newest entries, at most n of them, oldest first.
+func (a *Archive) Last(n int) ([][]byte, error) {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	var list [][]byte
+	for _, s := range slices.Backward(a.entries.all()) {
+		var offsets []int64
+		if err := s.each(func(_ []byte, offset int64) { offsets = append(offsets, offset) }); err != nil {
+			return nil, fmt.Errorf("archive: %w", err)
+		}
+		slices.Sort(offsets)
+		for _, offset := range slices.Backward(offsets) {
+			if len(list) == n {
+				break
+			}
+			data, err := a.read(s, offset)
+			if err != nil {
+				return nil, fmt.Errorf("archive: %w", err)
+			}
+			list = append(list, data)
+		}
+		if len(list) == n {
+			break
+		}
+	}
+	slices.Reverse(list)
+	return list, nil
+}

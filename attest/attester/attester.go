@@ -4,6 +4,7 @@
 package attester
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -15,6 +16,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -161,6 +163,10 @@ func (a *Attester) attempt(ctx context.Context) time.Duration {
 		return a.settle(ctx)
 	}
 	a.fail(err)
+	// Exactly when we are told, for others have their turns before and behind.
+	if later, ok := errors.AsType[*busy](err); ok {
+		return later.wait
+	}
 	bound := min(backoffMax, backoffFirst<<min(a.failures, 10))
 	a.failures++
 	return rand.N(bound)
@@ -211,6 +217,7 @@ func (a *Attester) fail(err error) {
 		refusal *attest.Refusal
 		local   *fault
 		away    *unreachable
+		later   *busy
 	)
 	switch {
 	case errors.As(err, &local):
@@ -220,7 +227,7 @@ func (a *Attester) fail(err error) {
 		a.facts.Refused, a.facts.Unreachable = true, false
 		a.drop()
 		a.publish(refusal.Reason, refusal.Detail)
-	case errors.As(err, &away) || errors.As(err, &refusal):
+	case errors.As(err, &away) || errors.As(err, &later) || errors.As(err, &refusal):
 		if a.away.IsZero() {
 			a.away = a.Now()
 		}
@@ -248,19 +255,50 @@ func (a *Attester) advance(ctx context.Context) error {
 	return a.each(ctx, a.attest)
 }
 
-// each tries f with one verifier after the other until one answers.
+// spares is how many verifiers beside its own a device goes to.
+const spares = 2
+
+// order is in which order the device goes to the verifiers: each device in
+// another one, so that a verifier's laptops spread over all others when it
+// fails (rendezvous hashing), and the same one every time.
+func (a *Attester) order() []*remote {
+	weight := func(r *remote) [sha256.Size]byte {
+		return sha256.Sum256([]byte(a.device.String() + " " + r.endpoint.Address.String()))
+	}
+	list := slices.SortedFunc(slices.Values(a.remotes), func(x, y *remote) int {
+		p, q := weight(x), weight(y)
+		return bytes.Compare(p[:], q[:])
+	})
+	return list[:min(len(list), 1+spares)]
+}
+
+// each tries f with one verifier after the other until one answers. One that
+// is busy has answered: to go to the others would make them busy too. Only who
+// would be without a credential by then does.
 func (a *Attester) each(ctx context.Context, f func(context.Context, *remote) error) error {
 	var errs []error
-	for _, r := range a.remotes {
+	for _, r := range a.order() {
 		a.begin(a.Now())
 		err := f(ctx, r)
 		var away *unreachable
-		if !errors.As(err, &away) {
+		later, isBusy := errors.AsType[*busy](err)
+		if !errors.As(err, &away) && !(isBusy && later.wait > patience && a.without(later.wait)) {
 			return err
 		}
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// patience is how long a device without a credential waits for its turn with
+// one verifier before it asks the next.
+const patience = 20 * time.Second
+
+// without reports whether the credential will have ended after a wait.
+func (a *Attester) without(wait time.Duration) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return !a.Now().Add(wait).Before(a.facts.NotAfter)
 }
 
 // both is an error for people: English first, because the kernel's console has
@@ -389,9 +427,10 @@ func (a *Attester) attest(ctx context.Context, r *remote) error {
 		return &fault{attest.ReasonTPMFault, err}
 	}
 	var c attest.Challenge
-	if err := r.callJSON(ctx, attest.PathChallenge, attest.ChallengeRequest{Device: a.device}, &c); err != nil {
+	if err := r.callJSON(ctx, attest.PathChallenge, attest.ChallengeRequest{Device: a.device, Ticket: r.ticket}, &c); err != nil {
 		return err
 	}
+	r.ticket = nil
 	if err := r.isNamed(c.Verifier); err != nil {
 		return err
 	}

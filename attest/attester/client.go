@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"time"
 
 	"sekisho/attest"
@@ -36,10 +37,49 @@ type unreachable struct {
 func (u *unreachable) Error() string { return fmt.Sprintf("verifier %s: %v", u.address, u.err) }
 func (u *unreachable) Unwrap() error { return u.err }
 
+// busy is an error that says that a verifier wants us to come back later.
+type busy struct {
+	address string
+	detail  string
+	wait    time.Duration
+}
+
+func (b *busy) Error() string {
+	return fmt.Sprintf("verifier %s: %s; our turn is in %s", b.address, b.detail, b.wait.Round(time.Second))
+}
+
+// maxBusy is the longest that a verifier may send us away for.
+const maxBusy = 15 * time.Minute
+
+// busyOf reads the answer of a verifier that is busy, nil if it says nothing
+// of when to come back.
+func busyOf(address string, resp *http.Response, data []byte) (*busy, []byte) {
+	if resp.StatusCode != http.StatusServiceUnavailable && resp.StatusCode != http.StatusTooManyRequests {
+		return nil, nil
+	}
+	var b attest.Busy
+	if json.Unmarshal(data, &b) != nil || len(b.Ticket) > maxTicket {
+		b = attest.Busy{}
+	}
+	wait := time.Duration(min(b.RetryAfter, maxBusy.Milliseconds())) * time.Millisecond
+	if wait <= 0 { // a proxy's, perhaps (RFC 9110, section 10.2.3)
+		n, err := strconv.ParseUint(resp.Header.Get("Retry-After"), 10, 32)
+		if err != nil || n == 0 {
+			return nil, nil
+		}
+		wait = min(maxBusy, time.Duration(n)*time.Second)
+	}
+	return &busy{address, "it is busy", wait}, b.Ticket
+}
+
+// maxTicket bounds a ticket to come back with, in bytes.
+const maxTicket = 256
+
 // remote is one verifier.
 type remote struct {
 	endpoint attest.Endpoint
 	http     *http.Client
+	ticket   []byte // to come back with; of Run's goroutine alone
 }
 
 // newRemote returns a client of a verifier, by the HTTP proxy by if that is valid.
@@ -47,7 +87,7 @@ func newRemote(e attest.Endpoint, roots *x509.CertPool, agreement cryptrec.KeyAg
 	config := agreement.Config()
 	config.RootCAs = roots
 	config.ServerName = e.ServerName
-	return &remote{e, &http.Client{
+	return &remote{endpoint: e, http: &http.Client{
 		Timeout: callTime,
 		Transport: &http.Transport{
 			// The endpoint is an address; no name is ever asked for.
@@ -84,7 +124,8 @@ func newRemote(e attest.Endpoint, roots *x509.CertPool, agreement cryptrec.KeyAg
 }
 
 // call posts body and decodes the answer. A verifier's refusal comes back as
-// *attest.Refusal, anything that is no proper answer as *unreachable.
+// *attest.Refusal, a time to come back as *busy, anything that is no proper
+// answer as *unreachable.
 func (r *remote) call(ctx context.Context, path, contentType string, body []byte, answer any) error {
 	away := func(err error) error { return &unreachable{r.endpoint.Address.String(), err} }
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+r.endpoint.Address.String()+path, bytes.NewReader(body))
@@ -110,6 +151,12 @@ func (r *remote) call(ctx context.Context, path, contentType string, body []byte
 			return away(errors.New("answer is no refusal of ours; is it the verifier?"))
 		}
 		return &why
+	}
+	if b, ticket := busyOf(r.endpoint.Address.String(), resp, data); b != nil {
+		if path == attest.PathChallenge {
+			r.ticket = ticket
+		}
+		return b
 	}
 	if resp.StatusCode != http.StatusOK {
 		return away(fmt.Errorf("http status %d: %.200s", resp.StatusCode, bytes.TrimSpace(data)))

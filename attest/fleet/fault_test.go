@@ -18,6 +18,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -284,6 +286,9 @@ func TestFaultKilledAfterRevocation(t *testing.T) {
 		}
 		if f, err := p.admin().Report(t.Context(), good.Result.Report); err != nil || len(f.Data) == 0 {
 			t.Errorf("report from before the kill: %v", err)
+		}
+		if list, err := p.admin().Results(t.Context()); err != nil || !slices.ContainsFunc(list, func(r attest.Result) bool { return reflect.DeepEqual(r, good.Result) }) {
+			t.Errorf("the result from before the kill is not among %+v, %v", list, err)
 		}
 		before, err := p.evidence(d, id)
 		if err != nil {

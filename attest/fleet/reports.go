@@ -85,6 +85,22 @@ func (r *Reports) Get(id string) ([]byte, error) {
 	return data, nil
 }
 
+// results are those of the newest reports, oldest first. What cannot be read,
+// such as a report of a former report key, is left out.
+func (r *Reports) results(n int) ([]attest.Result, error) {
+	list, err := r.Last(n)
+	if err != nil {
+		return nil, err
+	}
+	var results []attest.Result
+	for _, data := range list {
+		if res, err := report.Result(data, &r.key.PublicKey); err == nil {
+			results = append(results, res)
+		}
+	}
+	return results, nil
+}
+
 // lastGood returns the event log of the last affirmed boot, nil if that report
 // is not here any more.
 func (r *Reports) lastGood(seen Seen) ([]byte, error) {

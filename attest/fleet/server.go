@@ -8,9 +8,11 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"sync"
 	"time"
 
@@ -22,16 +24,20 @@ import (
 
 // Limits of the API server.
 const (
-	maxConns   = 1024
-	maxWork    = 64 // requests in work at once
+	maxConns   = 4096
+	maxWork    = 64               // requests in work at once
+	maxLine    = 10 * time.Second // that a request waits to be one of them
 	headerTime = 5 * time.Second
 	bodyTime   = 30 * time.Second
-	idleTime   = time.Minute
+	idleTime   = 15 * time.Second
 	maxHeader  = 8 << 10
 
-	// Requests of one address: a device needs two for each attestation.
-	ratePerSecond = 20
-	rateBurst     = 60
+	// Requests of one address that show nothing yet: thousands of laptops may
+	// be behind one, all at 8:30. Each attestation of a genuine device gives
+	// the address back what it took, so this bounds only who asks for more
+	// challenges than it answers.
+	ratePerSecond = 64
+	rateBurst     = 4096
 	maxAddresses  = 65536
 )
 
@@ -95,10 +101,10 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 
 // Handler returns the API. What is not one of its routes is refused.
 func Handler(s *Service, log *slog.Logger) http.Handler {
-	a := &api{service: s, log: log, limits: newLimiter(s.Now), work: make(chan struct{}, maxWork), downloads: make(chan struct{}, maxDownloads)}
+	a := &api{service: s, log: log, limits: newLimiter(s.Now), work: make(chan struct{}, maxWork), downloads: make(chan struct{}, maxDownloads), ramp: newRamp(s.NonceKey, s.Now)}
 	mux := http.NewServeMux()
 	for _, r := range a.routes() {
-		if !r.stream {
+		if !r.own {
 			r.handler = a.limited(r.handler)
 		}
 		mux.HandleFunc(r.pattern, r.handler)
@@ -110,7 +116,7 @@ func Handler(s *Service, log *slog.Logger) http.Handler {
 type route struct {
 	pattern string // of http.ServeMux
 	handler http.HandlerFunc
-	stream  bool // it lasts, has limits of its own, and is for those with a certificate or a token
+	own     bool // it has limits of its own
 }
 
 // routes are all of the public API. Each of them judges by itself what it is
@@ -119,14 +125,14 @@ func (a *api) routes() []route {
 	return []route{
 		{pattern: "POST " + attest.PathEnrolBegin, handler: a.begin},
 		{pattern: "POST " + attest.PathEnrolFinish, handler: a.finish},
-		{pattern: "POST " + attest.PathChallenge, handler: a.challenge},
-		{pattern: "POST " + attest.PathAttest, handler: a.attest},
+		{pattern: "POST " + attest.PathChallenge, handler: a.challenge, own: true},
+		{pattern: "POST " + attest.PathAttest, handler: a.attest, own: true},
 		{pattern: "POST " + attest.PathEscrow, handler: a.escrow},
 		{pattern: "POST " + attest.PathNetwork, handler: a.network},
 		{pattern: "POST " + attest.PathLogon, handler: a.logon},
 		{pattern: "POST " + attest.PathUpdate, handler: a.update},
-		{pattern: "GET " + attest.PathImage + "/{sha256}", handler: a.image, stream: true},
-		{pattern: "GET " + attest.PathRevocations, handler: a.revocations, stream: true},
+		{pattern: "GET " + attest.PathImage + "/{sha256}", handler: a.image, own: true},
+		{pattern: "GET " + attest.PathRevocations, handler: a.revocations, own: true},
 	}
 }
 
@@ -135,6 +141,7 @@ type api struct {
 	log     *slog.Logger
 	limits  *limiter
 	work    chan struct{}
+	ramp    *ramp
 	// downloads is the places for those who fetch an image.
 	downloads chan struct{}
 	bodies    sync.Pool // *bytes.Buffer: evidence, of which nothing is kept
@@ -143,19 +150,57 @@ type api struct {
 // limited applies the limits by address and of work at once.
 func (a *api) limited(h http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		from, err := netip.ParseAddrPort(r.RemoteAddr)
-		if err != nil || !a.limits.allow(network(from.Addr())) {
-			reply(w, http.StatusTooManyRequests, attest.Refuse(attest.ReasonBusy, "too many requests from this address; try again"))
+		if !a.allow(w, r) {
 			return
 		}
-		select {
-		case a.work <- struct{}{}:
-			defer func() { <-a.work }()
-			h(w, r)
-		default:
-			reply(w, http.StatusServiceUnavailable, attest.Refuse(attest.ReasonBusy, "verifier is busy; try again"))
+		if !a.turn(r.Context()) {
+			busy(w, http.StatusServiceUnavailable, "verifier is busy", scatter(maxLine), nil)
+			return
 		}
+		defer a.done()
+		h(w, r)
 	}
+}
+
+// allow applies the limit by address.
+func (a *api) allow(w http.ResponseWriter, r *http.Request) bool {
+	from, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err == nil && a.limits.allow(network(from.Addr())) {
+		return true
+	}
+	busy(w, http.StatusTooManyRequests, "too many requests from this address", scatter(idleTime), nil)
+	return false
+}
+
+// turn waits until a request may be worked on, and done ends that.
+func (a *api) turn(ctx context.Context) bool {
+	select {
+	case a.work <- struct{}{}:
+		return true
+	default:
+	}
+	late := time.NewTimer(maxLine)
+	defer late.Stop()
+	select {
+	case a.work <- struct{}{}:
+		return true
+	case <-ctx.Done():
+	case <-late.C:
+	}
+	return false
+}
+
+func (a *api) done() { <-a.work }
+
+// scatter is a time between t and twice that, at random: whoever is sent away
+// for it does not come back with all others.
+func scatter(t time.Duration) time.Duration { return t + rand.N(t) }
+
+// busy tells a device to come back later, on another connection.
+func busy(w http.ResponseWriter, code int, detail string, wait time.Duration, ticket []byte) {
+	w.Header().Set("Retry-After", strconv.Itoa(int((wait+time.Second-1)/time.Second)))
+	w.Header().Set("Connection", "close")
+	reply(w, code, attest.Busy{Reason: attest.ReasonBusy, Detail: detail + "; try again later", RetryAfter: wait.Milliseconds(), Ticket: ticket})
 }
 
 func (a *api) begin(w http.ResponseWriter, r *http.Request) {
@@ -181,9 +226,24 @@ func (a *api) finish(w http.ResponseWriter, r *http.Request) {
 
 func (a *api) challenge(w http.ResponseWriter, r *http.Request) {
 	var req attest.ChallengeRequest
-	if a.decode(w, r, &req) {
-		reply(w, http.StatusOK, a.service.Challenge(req))
+	if !a.allow(w, r) || !a.decode(w, r, &req) {
+		return
 	}
+	wait, ticket := a.ramp.admit(req.Device, req.Ticket)
+	if wait > rampHold {
+		busy(w, http.StatusServiceUnavailable, "many laptops attest at once", wait, ticket)
+		return
+	}
+	if wait > 0 {
+		place := time.NewTimer(wait)
+		defer place.Stop()
+		select {
+		case <-place.C:
+		case <-r.Context().Done():
+			return
+		}
+	}
+	reply(w, http.StatusOK, a.service.Challenge(req))
 }
 
 func (a *api) attest(w http.ResponseWriter, r *http.Request) {
@@ -203,8 +263,20 @@ func (a *api) attest(w http.ResponseWriter, r *http.Request) {
 		reply(w, http.StatusBadRequest, attest.Refuse(attest.ReasonRequestMalformed, "request body ended early"))
 		return
 	}
-	resp, err := a.service.Attest(r.Context(), body.Bytes())
+	a.ramp.enter()
+	defer a.ramp.leave()
+	if !a.turn(r.Context()) {
+		busy(w, http.StatusServiceUnavailable, "verifier is busy", scatter(maxLine), nil)
+		return
+	}
+	resp, err := func() (*attest.AttestResponse, error) {
+		defer a.done()
+		return a.service.Attest(r.Context(), body.Bytes())
+	}()
 	if err == nil {
+		if from, e := netip.ParseAddrPort(r.RemoteAddr); e == nil && fresh(resp.Result) {
+			a.limits.refund(network(from.Addr()))
+		}
 		res := resp.Result
 		a.log.Info("appraised", "device", res.Device, "status", res.Status, "reason", res.Reason, "detail", res.Detail, "from", r.RemoteAddr)
 	}
@@ -219,11 +291,11 @@ func (a *api) answer(w http.ResponseWriter, r *http.Request, what string, v any,
 		reply(w, http.StatusOK, v)
 	case errors.As(err, &why):
 		a.log.Warn("refused", "request", what, "reason", why.Reason, "detail", why.Detail, "from", r.RemoteAddr)
-		code := http.StatusForbidden
 		if why.Reason == attest.ReasonBusy {
-			code = http.StatusServiceUnavailable
+			busy(w, http.StatusServiceUnavailable, why.Detail, scatter(maxLine), nil)
+			return
 		}
-		reply(w, code, why)
+		reply(w, http.StatusForbidden, why)
 	default:
 		a.log.Error("failed", "request", what, "error", err, "from", r.RemoteAddr)
 		reply(w, http.StatusInternalServerError, attest.Refuse(attest.ReasonNone, "verifier failed; its log says why"))
@@ -297,6 +369,16 @@ func (l *limiter) allow(from netip.Addr) bool {
 	}
 	l.buckets[from] = b
 	return ok
+}
+
+// refund gives back what a request took: it was a genuine device's.
+func (l *limiter) refund(from netip.Addr) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if b, ok := l.buckets[from]; ok {
+		b.tokens = min(rateBurst, b.tokens+1)
+		l.buckets[from] = b
+	}
 }
 
 // sweep forgets addresses whose bucket is full again, or all of them when that

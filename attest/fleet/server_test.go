@@ -58,25 +58,25 @@ func TestRateLimit(t *testing.T) {
 	b := newBench(t)
 	h := Handler(b.service, slog.New(slog.DiscardHandler))
 	ask := func(from string) int {
-		r := httptest.NewRequest("POST", attest.PathChallenge, bytes.NewReader([]byte(`{}`)))
+		r := httptest.NewRequest("POST", attest.PathEnrolFinish, bytes.NewReader([]byte(`{"unknown":1}`)))
 		r.RemoteAddr = from
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, r)
 		return w.Code
 	}
 	for i := range rateBurst {
-		if code := ask("192.0.2.1:1"); code != http.StatusOK {
+		if code := ask("192.0.2.1:1"); code != http.StatusBadRequest {
 			t.Fatalf("request %d: %d", i, code)
 		}
 	}
 	if code := ask("192.0.2.1:2"); code != http.StatusTooManyRequests {
 		t.Errorf("one too many: %d", code)
 	}
-	if code := ask("192.0.2.2:1"); code != http.StatusOK {
+	if code := ask("192.0.2.2:1"); code != http.StatusBadRequest {
 		t.Errorf("another address: %d", code)
 	}
 	b.now = b.now.Add(time.Second)
-	if code := ask("192.0.2.1:3"); code != http.StatusOK {
+	if code := ask("192.0.2.1:3"); code != http.StatusBadRequest {
 		t.Errorf("a second later: %d", code)
 	}
 }

@@ -83,7 +83,7 @@ type Service struct {
 	count   counter
 	logs    second.Memory
 	mu      sync.Mutex
-	results []attest.Result // newest last, in memory only
+	results []attest.Result // newest last; of those before the start, what has a report
 }
 
 // pending is an enrolment between begin and finish.
@@ -113,6 +113,12 @@ func NewService(ctx context.Context, c Config) (*Service, error) {
 	s.Commons = newCommons(c.Organization)
 	if c.PolicyKeys != nil {
 		s.Policies = newPolicies(c.Organization, c.PolicyKeys)
+	}
+	if s.Reports != nil {
+		var err error
+		if s.results, err = s.Reports.results(maxResults); err != nil {
+			return nil, err
+		}
 	}
 	return s, s.follow(ctx)
 }
@@ -315,8 +321,8 @@ func (s *Service) Attest(ctx context.Context, data []byte) (*attest.AttestRespon
 	return resp, nil
 }
 
-// Results returns the last results, oldest first. Refusals are kept in memory
-// only.
+// Results returns the last results, oldest first. After a start they are those
+// that have a report in the archive of this verifier.
 func (s *Service) Results() []attest.Result {
 	s.mu.Lock()
 	defer s.mu.Unlock()

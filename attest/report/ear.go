@@ -108,7 +108,7 @@ func NewClaims(r attest.Result, organization string, key *attest.Digest, lifetim
 		Shadow: r.Shadow, Changes: r.Changes, LastGood: r.LastGood, Firmware: r.Firmware, Report: r.Report, Events: r.Events,
 	}
 	if r.Policy != nil {
-		a.Policies = []string{"urn:sekisho:policy:" + r.Policy.String()}
+		a.Policies = []string{policyURN + r.Policy.String()}
 	}
 	c.Submods = map[string]Appraisal{submodule: a}
 	return c
