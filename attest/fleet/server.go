@@ -274,7 +274,7 @@ func (a *api) attest(w http.ResponseWriter, r *http.Request) {
 		return a.service.Attest(r.Context(), body.Bytes())
 	}()
 	if err == nil {
-		if from, e := netip.ParseAddrPort(r.RemoteAddr); e == nil && fresh(resp.Result) {
+		if from, e := netip.ParseAddrPort(r.RemoteAddr); e == nil && (resp.Result.Report != "" || resp.Result.Status == attest.StatusAffirming) {
 			a.limits.refund(network(from.Addr()))
 		}
 		res := resp.Result
