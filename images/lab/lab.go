@@ -253,6 +253,8 @@ func allowed() capture.AllowList {
 		Offices:  []netip.Prefix{officePrefix},
 		QUIC:     []netip.AddrPort{gatewayAddress},
 		Links:    []netip.Prefix{homePrefix, officePrefix, airPrefix, ltePrefix},
+
+		PortAccess: true,
 	}
 }
 

@@ -34,7 +34,7 @@ type authority struct {
 // the organisation's configuration. The CA is part of the image, so all of it
 // stays as it is until out/ is removed.
 func (l *Lab) preparePKI() error {
-	if err := l.officePKI(); err != nil {
+	if err := errors.Join(l.officePKI(), l.accessPKI()); err != nil {
 		return err
 	}
 	if exist(l.lab("pki", "made")) {
@@ -103,6 +103,9 @@ func (l *Lab) writeOrganization() error {
 		WorkDomain: attest.WorkDomain{MemoryMiB: 256, VCPUs: 1, Firmware: attest.FirmwareBIOS, Disk: attest.DiskPersistent, Link: l.Link},
 	}
 	if o.EscrowKey, err = l.publicKey("escrow"); err != nil {
+		return err
+	}
+	if o.NetworkAccess, err = l.networkAccess(); err != nil {
 		return err
 	}
 	if err := l.setLogon(&o); err != nil {

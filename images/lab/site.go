@@ -64,6 +64,7 @@ func (l *Lab) verifierConfig(b Boot, policyKeys []string) map[string]any {
 		"id": verifierName, "organization": labOrganization, "listen": verifierAddress, "admin_socket": l.adminSocket(),
 		"certificate": l.lab("pki", "verifier.pem"), "key": l.lab("pki", "verifier.key"),
 		"ca_certificate": l.lab("pki", "device-ca.pem"), "ca_key": l.lab("pki", "device-ca.key"),
+		"network_ca_certificate": l.lab("pki", "network-ca.pem"), "network_ca_key": l.lab("pki", "network-ca.key"),
 		"ek_roots": l.ekRoots(), "policy_keys": policyKeys, "policy_threshold": policyThreshold,
 		"store": l.lab("site", "registry"), "escrow": true, "approvers": l.approversFile(), "certificate_lifetime": life.String(),
 	}

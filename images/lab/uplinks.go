@@ -27,14 +27,19 @@ const (
 	WifiPassphrase = "correct horse battery"
 )
 
-// AccessPoint is hostapd's configuration for a network with WPA3-Personal, or
-// an open one if passphrase is empty.
-func AccessPoint(ssid, passphrase string) string {
-	conf := fmt.Sprintf("ssid=%s\nhw_mode=g\nchannel=1\nieee80211n=1\nwmm_enabled=1\ncountry_code=JP\n", ssid)
-	if passphrase == "" {
-		return conf
-	}
-	return conf + fmt.Sprintf("wpa=2\nwpa_key_mgmt=SAE\nrsn_pairwise=CCMP\nieee80211w=2\nsae_pwe=2\nsae_password=%s\n", passphrase)
+// accessPoint begins hostapd's configuration of a network.
+func accessPoint(ssid string) string {
+	return fmt.Sprintf("ssid=%s\nhw_mode=g\nchannel=1\nieee80211n=1\nwmm_enabled=1\ncountry_code=JP\n", ssid)
+}
+
+// WPA3 is hostapd's configuration of an access point with WPA3-Personal.
+func WPA3(ssid, passphrase string) string {
+	return accessPoint(ssid) + fmt.Sprintf("wpa=2\nwpa_key_mgmt=SAE\nrsn_pairwise=CCMP\nieee80211w=2\nsae_pwe=2\nsae_password=%s\n", passphrase)
+}
+
+// HiddenWPA2 is that of an access point with WPA2-Personal that does not announce itself.
+func HiddenWPA2(ssid, passphrase string) string {
+	return accessPoint(ssid) + fmt.Sprintf("ignore_broadcast_ssid=1\nwpa=2\nwpa_key_mgmt=WPA-PSK\nrsn_pairwise=CCMP\nwpa_passphrase=%s\n", passphrase)
 }
 
 // Uplink plugs an uplink in or out. The Wi-Fi network is saved in the laptop too.
@@ -45,9 +50,9 @@ func (l *Lab) Uplink(ctx context.Context, name string, up bool) error {
 		return err
 	case "wifi":
 		if !up {
-			return l.air(ctx, "down", "")
+			return errors.Join(l.AirDown(ctx, 1), l.AirDown(ctx, 2))
 		}
-		if err := l.air(ctx, "up", AccessPoint(WifiSSID, WifiPassphrase)); err != nil {
+		if err := l.AirUp(ctx, 1, WPA3(WifiSSID, WifiPassphrase)); err != nil {
 			return err
 		}
 		return l.JoinWifi(ctx, WifiSSID, WifiPassphrase)
@@ -57,15 +62,22 @@ func (l *Lab) Uplink(ctx context.Context, name string, up bool) error {
 	return fmt.Errorf("lab: uplink %q: want one of %q", name, Uplinks())
 }
 
-// air puts an access point with hostapd's configuration conf on the air, or
-// takes it off.
-func (l *Lab) air(ctx context.Context, what, conf string) error {
-	return l.must(l.Call(ctx, hook.Request{Target: hook.Host, Timeout: time.Minute, Stdin: []byte(conf), Argv: []string{"/bbin/labhook", "air", what}}))
+// AirUp puts an access point with hostapd's configuration conf on the air by the
+// radio of a number, 1 or 2, in place of what was there.
+func (l *Lab) AirUp(ctx context.Context, number int, conf string) error {
+	return l.air(ctx, "up", number, []byte(conf))
+}
+
+// AirDown takes the access point of a number off the air, if there is one.
+func (l *Lab) AirDown(ctx context.Context, number int) error { return l.air(ctx, "down", number, nil) }
+
+func (l *Lab) air(ctx context.Context, what string, number int, in []byte) error {
+	return l.must(l.Call(ctx, hook.Request{Target: hook.Host, Timeout: time.Minute, Stdin: in, Argv: []string{"/bbin/labhook", "air", what, fmt.Sprint(number)}}))
 }
 
 // JoinWifi saves a network in the laptop, as a person at it would.
-func (l *Lab) JoinWifi(ctx context.Context, ssid, passphrase string) error {
-	return l.must(l.Call(ctx, hook.Request{Target: hook.Host, Stdin: []byte(passphrase + "\n"), Argv: []string{"/bbin/netd", "wifi", "join", ssid}}))
+func (l *Lab) JoinWifi(ctx context.Context, ssid, passphrase string, flags ...string) error {
+	return l.must(l.Call(ctx, hook.Request{Target: hook.Host, Timeout: time.Minute, Stdin: []byte(passphrase + "\n"), Argv: append([]string{"/bbin/netd", "wifi", "join", ssid}, flags...)}))
 }
 
 // must makes an error of a command's failure.

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -64,7 +66,46 @@ func (b *bench) untilReady(t *testing.T, kind string, holds func(netd.Uplink) bo
 	return u
 }
 
-// TestUplinks is one boot with cable, Wi-Fi and an LTE stick that come and go.
+// untilNetwork waits until the radio has an address in a network, and returns
+// how long that took.
+func (b *bench) untilNetwork(t *testing.T, ssid string) time.Duration {
+	t.Helper()
+	begin := time.Now()
+	u := b.untilReady(t, netd.KindWifi, func(u netd.Uplink) bool {
+		return u.Usable() && u.Health == netd.HealthGood && u.Network == ssid
+	})
+	took := time.Since(begin)
+	t.Logf("%s in %q at %d dBm, %s, seen after %.1f s", u.Name, u.Network, u.Signal, u.Address, took.Seconds())
+	return took
+}
+
+// wifi runs "netd wifi".
+func (b *bench) wifi(t *testing.T, args ...string) string {
+	t.Helper()
+	a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Timeout: time.Minute, Argv: append([]string{"/bbin/netd", "wifi"}, args...)})
+	if must(t, err); a.Exit != 0 {
+		t.Fatalf("netd wifi %s: exit status %d: %s", args, a.Exit, a.Stderr)
+	}
+	return string(a.Stdout)
+}
+
+// untilKept waits until saved networks and the network identity would outlive
+// a power cut.
+func (b *bench) untilKept(t *testing.T) netd.Access {
+	t.Helper()
+	var last *netd.Access
+	b.until(t, "networks and identity to be kept", func(ctx context.Context) bool {
+		s, err := b.network(ctx)
+		last = s.Access
+		return err == nil && last != nil && last.State == netd.AccessKept && last.Identity != ""
+	})
+	return *last
+}
+
+const cafeSSID = "cafe"
+
+// TestUplinks is one laptop with cable, Wi-Fi and an LTE stick that come and go,
+// over two boots.
 func TestUplinks(t *testing.T) {
 	b := realLab(t)
 	if _, err := b.Up(t.Context(), Boot{}); err != nil {
@@ -87,7 +128,7 @@ func TestUplinks(t *testing.T) {
 		b.untilUplink(t, netd.KindWired)
 	})
 	b.scenario(t, "Wi-Fi with a wrong passphrase", func(t *testing.T) {
-		must(t, b.air(t.Context(), "up", AccessPoint(WifiSSID, WifiPassphrase)))
+		must(t, b.AirUp(t.Context(), 1, WPA3(WifiSSID, WifiPassphrase)))
 		must(t, b.JoinWifi(t.Context(), WifiSSID, "not the passphrase"))
 		u := b.untilReady(t, netd.KindWifi, func(u netd.Uplink) bool { return u.Reason == netd.ReasonWrongSecret })
 		t.Log(u.Detail)
@@ -107,6 +148,17 @@ func TestUplinks(t *testing.T) {
 		plug("wired", false)
 		b.untilUplink(t, netd.KindWifi) // before the stick, by the order
 	})
+	b.scenario(t, "roam to the other access point", func(t *testing.T) {
+		first := b.untilUplink(t, netd.KindWifi).AccessPoint
+		must(t, b.AirUp(t.Context(), 2, WPA3(WifiSSID, WifiPassphrase)))
+		begin := time.Now()
+		must(t, b.AirDown(t.Context(), 1))
+		u := b.untilReady(t, netd.KindWifi, func(u netd.Uplink) bool {
+			return u.Usable() && u.Network == WifiSSID && u.AccessPoint != "" && u.AccessPoint != first
+		})
+		t.Logf("from %s to %s, seen after %.1f s", first, u.AccessPoint, time.Since(begin).Seconds())
+		b.untilUplink(t, netd.KindWifi)
+	})
 	b.scenario(t, "access point gone: the stick", func(t *testing.T) {
 		plug("wifi", false)
 		b.untilUplink(t, netd.KindUSB)
@@ -118,6 +170,39 @@ func TestUplinks(t *testing.T) {
 		plug("wired", true)
 		b.untilUplink(t, netd.KindWired)
 	})
+	b.scenario(t, "power cut, no cable: the saved network comes back, the forgotten one does not", func(t *testing.T) {
+		must(t, b.JoinWifi(t.Context(), cafeSSID, "another passphrase", "--hidden"))
+		b.wifi(t, "forget", WifiSSID)
+		a := b.untilKept(t)
+		t.Logf("identity %s until %s", a.Identity, a.IdentityUntil)
+		must(t, b.Cut(t.Context()))
+		_, err := b.Again(t.Context(), Boot{Stay: true})
+		must(t, err)
+		// The firmware takes longer than this.
+		b.until(t, "the cable to be out", func(ctx context.Context) bool { return b.Uplink(ctx, "wired", false) == nil })
+		b.untilState(t, "netd", "Dark", "")
+		must(t, b.AirUp(t.Context(), 1, HiddenWPA2(cafeSSID, "another passphrase")))
+		b.untilNetwork(t, cafeSSID)
+		b.untilUplink(t, netd.KindWifi)
+		list := b.wifi(t, "list")
+		t.Logf("netd wifi list:\n%s", list)
+		if !strings.Contains(list, strconv.Quote(cafeSSID)) || strings.Contains(list, strconv.Quote(WifiSSID)) {
+			t.Errorf("want %s and not %s:\n%s", cafeSSID, WifiSSID, list)
+		}
+	})
+	b.scenario(t, "a switch that asks for 802.1X", func(t *testing.T) {
+		plug("wifi", false)
+		must(t, b.GuardPort(t.Context()))
+		plug("wired", true)
+		b.until(t, "the switch to let the laptop in", func(context.Context) bool {
+			in, err := b.PortAuthenticated()
+			return err == nil && in
+		})
+		b.noPage(t)
+		must(t, b.OpenPort(t.Context()))
+		b.untilUplink(t, netd.KindWired)
+	})
+	b.cleanUplink(t, true)
 	others, err := b.CheckOthers()
 	must(t, err)
 	for name, r := range others {

@@ -59,6 +59,8 @@ type AllowList struct {
 	// multicast group of that card's own link-local address is counted as
 	// "firmware"; the host domain derives no address from a hardware address.
 	Firmware net.HardwareAddr
+	// PortAccess says that the laptop answers switches that ask for 802.1X.
+	PortAccess bool
 	// Wireless says that the capture is behind an access point, which tells the
 	// bridges there in a station's name that it has come (layer2Update).
 	Wireless bool
@@ -86,7 +88,7 @@ func (l Leak) String() string {
 type Report struct {
 	Frames int   `json:"frames"`
 	Bytes  int64 `json:"bytes"`
-	// Counts holds the frames of each kind: "arp", "nd", "dhcp", "tls",
+	// Counts holds the frames of each kind: "arp", "nd", "802.1x", "dhcp", "tls",
 	// "quic", "icmp", "firmware", "surroundings", "leak".
 	Counts map[string]int `json:"counts"`
 	// Flows counts the TLS connections to each server, and the QUIC ones under
@@ -242,6 +244,13 @@ func (c *checker) frame(data []byte, f frame) {
 			return
 		}
 		c.transport(ip.NextHeader, ip.Payload, src, dst, f)
+	case layers.EthernetTypeEAPOL:
+		f.protocol = "802.1x"
+		if c.allow.PortAccess && eapol(eth.Payload) {
+			c.allowed("802.1x")
+			return
+		}
+		c.leak(f, "802.1X that is neither EAP, nor its beginning or end")
 	case layers.EthernetTypeLLC:
 		f.protocol = "llc"
 		if c.allow.Wireless && bytes.HasPrefix(eth.Payload, layer2Update) {
@@ -270,6 +279,16 @@ func (c *checker) joins(hops uint8, b []byte, src, dst netip.Addr) bool {
 	own := netip.AddrFrom16([16]byte{0xfe, 0x80, 8: m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]})
 	group := netip.AddrFrom16([16]byte{0xff, 2, 11: 1, 0xff, m[3], m[4], m[5]})
 	return (src == own || src.IsUnspecified()) && dst == group && netip.AddrFrom16([16]byte(b[16:])) == group
+}
+
+// eapol reports whether p is an EAP packet, a start or a logoff of 802.1X with
+// nothing behind it but an Ethernet frame's padding (IEEE 802.1X-2010, section 11.3).
+func eapol(p []byte) bool {
+	if len(p) < 4 || p[0] < 1 || p[0] > 3 || p[1] > 2 {
+		return false
+	}
+	n := int(binary.BigEndian.Uint16(p[2:]))
+	return n <= len(p)-4 && (p[1] == 0 || n == 0) && len(bytes.Trim(p[4+n:], "\x00")) == 0
 }
 
 // neighbour allows neighbour discovery: types 133 to 137, hop limit 255 (RFC

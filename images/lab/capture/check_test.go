@@ -262,6 +262,33 @@ func TestFirmwareJoins(t *testing.T) {
 	}
 }
 
+// TestPortAccess: of 802.1X only EAP, start and logoff pass, with nothing hidden
+// behind them, and only where switches ask for it.
+func TestPortAccess(t *testing.T) {
+	frame := func(p ...byte) []byte {
+		return ether(t, false, layers.EthernetTypeEAPOL, gopacket.Payload(p))
+	}
+	for name, c := range map[string]struct {
+		frame []byte
+		clean bool
+	}{
+		"start":               {frame(1, 1, 0, 0), true},
+		"EAP":                 {frame(2, 0, 0, 5, 2, 1, 0, 5, 13), true},
+		"padded":              {frame(1, 1, 0, 0, 0, 0, 0), true},
+		"something behind it": {frame(1, 1, 0, 0, 's'), false},
+		"start with content":  {frame(1, 1, 0, 1, 's'), false},
+		"a key":               {frame(2, 3, 0, 0), false},
+		"longer than it is":   {frame(2, 0, 0, 99, 1), false},
+	} {
+		if r := check(t, AllowList{PortAccess: true}, c.frame); r.Clean() != c.clean {
+			t.Errorf("%s: %s", name, &r)
+		}
+		if r := check(t, AllowList{}, c.frame); r.Clean() {
+			t.Errorf("%s: passes where nobody asks for it", name)
+		}
+	}
+}
+
 func TestCaptureThatBeganMidway(t *testing.T) {
 	client, server, allow := netip.MustParseAddrPort("192.168.50.23:4433"), netip.MustParseAddrPort("203.0.113.20:443"), AllowList{
 		Servers: []netip.AddrPort{netip.MustParseAddrPort("203.0.113.20:443")}, Midway: true}

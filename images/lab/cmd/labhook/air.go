@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -33,29 +34,33 @@ const (
 	attrNetnsFD      = 219
 )
 
-// airDir holds the access point's configuration.
-const airDir = "/run/air"
-
-// air puts an access point on the air, or takes it off. Of two simulated radios
-// one stays with the host domain, the other moves into the namespace air, whose
-// network card leads to the lab. hostapd's configuration, but for interface and
-// bridge, comes on standard input.
+// air puts an access point on the air, or takes it off: the first or the second
+// one. Of three simulated radios one stays with the host domain, the others move
+// into the namespace air, whose network card leads to the lab. hostapd's
+// configuration, but for interface and bridge, comes on standard input.
 func air(_ context.Context, args []string) error {
-	switch {
-	case len(args) == 1 && args[0] == "up":
+	if len(args) != 2 || args[1] != "1" && args[1] != "2" {
+		return errors.New("usage: labhook air up|down 1|2")
+	}
+	switch args[0] {
+	case "up":
 		conf, err := io.ReadAll(io.LimitReader(os.Stdin, 64<<10))
 		if err != nil {
 			return err
 		}
-		return airUp(conf)
-	case len(args) == 1 && args[0] == "down":
-		return airDown()
+		return airUp(args[1], conf)
+	case "down":
+		return airDown(airDir(args[1]))
 	}
-	return errors.New("usage: labhook air up|down")
+	return fmt.Errorf("air: %q: want up or down", args[0])
 }
 
-func airUp(conf []byte) error {
-	if err := errors.Join(os.MkdirAll(airDir, 0o700), airDown()); err != nil {
+// airDir holds what belongs to the access point of a number.
+func airDir(number string) string { return "/run/air/" + number }
+
+func airUp(number string, conf []byte) error {
+	airDir := airDir(number)
+	if err := errors.Join(os.MkdirAll(airDir, 0o700), airDown(airDir)); err != nil {
 		return err
 	}
 	p, err := kmodule.NewProber(kmodule.ProbeOpts{})
@@ -63,18 +68,18 @@ func airUp(conf []byte) error {
 		return err
 	}
 	if _, err := os.Stat("/sys/module/mac80211_hwsim"); err != nil {
-		for module, params := range map[string]string{"bridge": "", "mac80211_hwsim": "radios=2"} {
+		for module, params := range map[string]string{"bridge": "", "mac80211_hwsim": "radios=3"} {
 			if err := p.Probe(module, params); err != nil {
 				return fmt.Errorf("module %s: %w", module, err)
 			}
 		}
-		if err := moveRadio(); err != nil {
+		if err := moveRadios(); err != nil {
 			return err
 		}
 	}
 	var out []byte
 	err = inAir(func() error {
-		radio, err := prepareAir()
+		radio, err := prepareAir(number)
 		if err != nil {
 			return err
 		}
@@ -93,8 +98,8 @@ func airUp(conf []byte) error {
 	return nil
 }
 
-// airDown ends the access point, if there is one.
-func airDown() error {
+// airDown ends the access point of a directory, if there is one.
+func airDown(airDir string) error {
 	b, err := os.ReadFile(filepath.Join(airDir, "pid"))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -118,13 +123,13 @@ func airDown() error {
 	return fmt.Errorf("hostapd (process %d) does not end", pid)
 }
 
-// moveRadio moves the newest radio into the namespace air.
-func moveRadio() error {
+// moveRadios moves all radios but the oldest into the namespace air.
+func moveRadios() error {
 	phys, err := filepath.Glob("/sys/class/ieee80211/phy*/index")
-	if err != nil || len(phys) < 2 {
-		return fmt.Errorf("radios %q, want two", phys)
+	if err != nil || len(phys) != 3 {
+		return fmt.Errorf("radios %q, want three", phys)
 	}
-	newest := -1
+	var numbers []int
 	for _, f := range phys {
 		b, err := os.ReadFile(f)
 		if err != nil {
@@ -134,8 +139,14 @@ func moveRadio() error {
 		if err != nil {
 			return err
 		}
-		newest = max(newest, n)
+		numbers = append(numbers, n)
 	}
+	slices.Sort(numbers)
+	return errors.Join(moveRadio(numbers[1]), moveRadio(numbers[2]))
+}
+
+// moveRadio moves a radio into the namespace air.
+func moveRadio(number int) error {
 	family, err := netlink.GenlFamilyGet("nl80211")
 	if err != nil {
 		return fmt.Errorf("nl80211: %w", err)
@@ -147,22 +158,25 @@ func moveRadio() error {
 	defer ns.Close()
 	req := nl.NewNetlinkRequest(int(family.ID), unix.NLM_F_ACK)
 	req.AddData(&nl.Genlmsg{Command: cmdSetWiphyNetns, Version: 1})
-	req.AddData(nl.NewRtAttr(attrWiphy, binary.NativeEndian.AppendUint32(nil, uint32(newest))))
+	req.AddData(nl.NewRtAttr(attrWiphy, binary.NativeEndian.AppendUint32(nil, uint32(number))))
 	req.AddData(nl.NewRtAttr(attrNetnsFD, binary.NativeEndian.AppendUint32(nil, uint32(ns.Fd()))))
 	if _, err := req.Execute(unix.NETLINK_GENERIC, 0); err != nil {
-		return fmt.Errorf("move radio %d: %w", newest, err)
+		return fmt.Errorf("move radio %d: %w", number, err)
 	}
 	return nil
 }
 
-// prepareAir joins the card to a bridge, and returns the radio's name.
-func prepareAir() (radio string, err error) {
+// prepareAir joins the card to a bridge, and returns the name of the first or
+// second radio.
+func prepareAir(number string) (radio string, err error) {
+	var radios []string
 	for _, f := range []string{"all", "default"} {
 		if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+f+"/disable_ipv6", []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return "", err
 		}
 	}
-	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}
+	snooping := false // it would join groups, and say so on the air
+	bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}, MulticastSnooping: &snooping}
 	if err := netlink.LinkAdd(bridge); err != nil && !errors.Is(err, unix.EEXIST) {
 		return "", fmt.Errorf("bridge: %w", err)
 	}
@@ -181,13 +195,14 @@ func prepareAir() (radio string, err error) {
 				return "", fmt.Errorf("bridge: %w", err)
 			}
 		case l.Attrs().EncapType == "ether" && strings.HasPrefix(l.Attrs().Name, "wlan"):
-			radio = l.Attrs().Name
+			radios = append(radios, l.Attrs().Name)
 		}
 	}
-	if radio == "" {
-		return "", errors.New("no radio in the namespace air")
+	if len(radios) != 2 {
+		return "", fmt.Errorf("radios %q in the namespace air, want two", radios)
 	}
-	return radio, nil
+	slices.Sort(radios)
+	return radios[number[0]-'1'], nil
 }
 
 // inAir runs f on a thread in the namespace air, which ends with it.

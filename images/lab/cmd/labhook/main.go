@@ -6,7 +6,7 @@
 //
 //	labhook
 //	labhook sink [-frames] PORT
-//	labhook air up|down
+//	labhook air up|down 1|2
 //	labhook tunnel INNER ADDRESS:PORT BYTES
 //	labhook link INNER ADDRESS:PORT [STREAMS]
 //	labhook send SOCKET < BYTES
