@@ -48,6 +48,7 @@ const (
 	ReasonSecureBoot        Reason = 33 // PCR 7
 	ReasonPolicyRule        Reason = 34 // a rule of the signed policy
 	ReasonNoPolicy          Reason = 35 // signed policies are required and none is in force
+	ReasonSuspended         Reason = 39 // by an administrator: the device, its key, its user or all
 )
 
 // Reasons of enrolment.
@@ -126,6 +127,7 @@ var reasonNames = map[Reason]string{
 	ReasonSecureBoot:        "secure-boot-mismatch",
 	ReasonPolicyRule:        "policy-rule",
 	ReasonNoPolicy:          "no-policy",
+	ReasonSuspended:         "suspended",
 	ReasonTicketUnknown:     "ticket-unknown",
 	ReasonTicketExpired:     "ticket-expired",
 	ReasonTicketUsed:        "ticket-used",

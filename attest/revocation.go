@@ -7,6 +7,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"net/url"
+	"slices"
+	"strconv"
 	"time"
 )
 
@@ -33,11 +37,114 @@ type Revocations struct {
 	Changes      []Revocation `json:"changes,omitempty"`
 }
 
-// Revocation is the end of a device, or its return.
+// What a revocation ends.
+const (
+	RevokeDevice       = ""             // one device
+	RevokeKey          = "key"          // one credential key
+	RevokePolicy       = "policy"       // credentials issued under a version of the policy
+	RevokeUser         = "user"         // the devices where a user has logged on last
+	RevokeOrganization = "organization" // all of the organisation's devices
+)
+
+// Revocation is the end of what Kind says, or its return.
 type Revocation struct {
-	Device   Digest `json:"device_id"`
-	Sequence uint64 `json:"sequence"`
-	Revoked  bool   `json:"revoked"`
+	Kind     string   `json:"kind,omitempty"` // one of the constants above
+	Device   Digest   `json:"device_id,omitzero"`
+	Key      Digest   `json:"key,omitzero"` // SHA-256 of its SubjectPublicKeyInfo
+	Policy   uint64   `json:"policy,omitempty"`
+	From     int64    `json:"from,omitempty"`  // of RevokePolicy: NotBefore of the credentials,
+	Until    int64    `json:"until,omitempty"` // both inclusive, in s since 1970
+	User     string   `json:"user,omitempty"`
+	Devices  []Digest `json:"devices,omitempty"` // of RevokeUser
+	Sequence uint64   `json:"sequence"`
+	Revoked  bool     `json:"revoked"`
+
+	// For people.
+	Reason string `json:"reason,omitempty"`
+	Time   int64  `json:"time,omitempty"` // s since 1970
+}
+
+// Subject names what a revocation is about, for one record of each.
+func (r Revocation) Subject() string {
+	switch r.Kind {
+	case RevokeDevice:
+		return "device/" + r.Device.String()
+	case RevokeKey:
+		return "key/" + r.Key.String()
+	case RevokePolicy:
+		return "policy/" + strconv.FormatUint(r.Policy, 10)
+	case RevokeUser:
+		return "user/" + url.PathEscape(r.User)
+	}
+	return r.Kind
+}
+
+// Holder is who holds a credential.
+type Holder struct {
+	Device Digest
+	Key    Digest    // SHA-256 of the SubjectPublicKeyInfo
+	Issued time.Time // NotBefore of the credential; zero: there is none yet
+}
+
+// Covers reports whether a revocation ends what h holds. One of a kind that is
+// not known ends everything.
+func (r Revocation) Covers(h Holder) bool {
+	if !r.Revoked {
+		return false
+	}
+	switch r.Kind {
+	case RevokeDevice:
+		return r.Device == h.Device
+	case RevokeKey:
+		return r.Key == h.Key
+	case RevokePolicy:
+		t := h.Issued.Unix()
+		return !h.Issued.IsZero() && r.From <= t && t <= r.Until
+	case RevokeUser:
+		return slices.Contains(r.Devices, h.Device)
+	}
+	return true
+}
+
+// RevocationSet is what is revoked now. The zero value is empty. It is not
+// safe for concurrent use.
+type RevocationSet struct {
+	single map[string]Revocation // of one device or key, by subject
+	broad  map[string]Revocation // the others, few
+}
+
+// Apply takes in a change.
+func (s *RevocationSet) Apply(r Revocation) {
+	if s.single == nil {
+		s.single, s.broad = make(map[string]Revocation), make(map[string]Revocation)
+	}
+	in := s.broad
+	if r.Kind == RevokeDevice || r.Kind == RevokeKey {
+		in = s.single
+	}
+	if delete(in, r.Subject()); r.Revoked {
+		in[r.Subject()] = r
+	}
+}
+
+// Covers returns a revocation that ends what h holds.
+func (s *RevocationSet) Covers(h Holder) (Revocation, bool) {
+	for _, r := range s.broad {
+		if r.Covers(h) {
+			return r, true
+		}
+	}
+	for _, q := range []Revocation{{Device: h.Device}, {Kind: RevokeKey, Key: h.Key}} {
+		if r, ok := s.single[q.Subject()]; ok {
+			return r, true
+		}
+	}
+	return Revocation{}, false
+}
+
+// List is all of it, in no order.
+func (s *RevocationSet) List() []Revocation {
+	return slices.AppendSeq(slices.Collect(maps.Values(s.broad)), maps.Values(s.single))
 }
 
 // SignedRevocations is a message with the verifier's signature.

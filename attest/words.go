@@ -127,6 +127,7 @@ var reasonWords = map[Reason]Words{
 	ReasonSecureBoot:        words("セキュアブートの設定が承認された値と異なります。", "The Secure Boot settings differ from the approved ones.", "ファームウェア設定でセキュアブートを有効にし、鍵を組織のものに戻してください。", "Turn Secure Boot on in the firmware setup and restore the organisation's keys."),
 	ReasonPolicyRule:        words("組織のポリシーの規則を満たしていません。", "A rule of the organisation's policy is not met.", "規則の理由を確認し、その指示に従ってください。", "Read the rule's reason and do what it says."),
 	ReasonNoPolicy:          words("有効な署名済みポリシーがありません。", "No signed policy is in force.", "ポリシーを署名して公開してください（attestctl policy publish）。", "Sign and publish a policy (attestctl policy publish)."),
+	ReasonSuspended:         words("管理者が利用を停止しています。", "The administrators have suspended this.", "情報システム担当へ連絡してください。停止が解除されると自動的に復帰します。", "Ask the help desk; it comes back by itself when the suspension ends."),
 	ReasonTicketUnknown:     words("登録チケットが無効です。", "The enrolment ticket is not one of this organisation's.", ticketJA, ticketEN),
 	ReasonTicketExpired:     words("登録チケットの有効期限が切れています。", "The enrolment ticket has expired.", ticketJA, ticketEN),
 	ReasonTicketUsed:        words("登録チケットは使い切られています。", "The enrolment ticket is used up.", ticketJA, ticketEN),

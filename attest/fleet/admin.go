@@ -106,7 +106,7 @@ func (a *admin) routes() []route {
 		{pattern: "DELETE " + AdminReferences, handler: a.removeReference},
 		{pattern: "GET " + AdminEscrows + "/{id}", handler: a.escrows},
 		{pattern: "GET " + AdminBackup, handler: a.backup},
-	}, a.identityRoutes(), a.recoveryRoutes(), a.policyRoutes(), a.logonRoutes(), a.auditRoutes(), a.releaseRoutes())
+	}, a.identityRoutes(), a.recoveryRoutes(), a.policyRoutes(), a.logonRoutes(), a.auditRoutes(), a.suspensionRoutes(), a.releaseRoutes())
 }
 
 type admin struct {

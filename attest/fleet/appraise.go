@@ -82,6 +82,9 @@ func (s *Service) appraise(ctx context.Context, data []byte, now time.Time) (*at
 		if err := rec.seen.unused(nonce); err != nil {
 			return refused(id, err), nil
 		}
+		if err := s.suspended(e, rec); err != nil {
+			return refused(id, err), nil
+		}
 		in, out := s.judge(e, rec, now)
 		if !out.Bound { // anyone can make such evidence: it leaves no trace
 			return &attest.AttestResponse{Result: out.Result}, nil
@@ -105,6 +108,9 @@ func (s *Service) judge(e *attest.Evidence, rec record, now time.Time) (in verif
 	id := e.DeviceID()
 	in = verifier.Input{Evidence: e, Verifier: s.Verifier, Now: now, Logs: &s.logs, References: s.unsigned()}
 	in.Policy, in.Shadow, in.PolicyNeeded = s.Policies.InForce(now)
+	if p := in.Policy; p != nil && s.policySuspended(p.Bundle.Version) {
+		in.Policy = nil
+	}
 	if rec.deviceRev != 0 {
 		in.Device = &verifier.Device{ID: rec.device.ID, AK: rec.device.AK, Clock: rec.seen.Clock, Retried: rec.seen.Unsafe, Volume: rec.seen.Volume}
 	}

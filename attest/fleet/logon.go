@@ -164,6 +164,9 @@ func (s *Service) Logon(ctx context.Context, r attest.LogonReport) (attest.Logon
 		if len(fresh) == 0 {
 			return nil
 		}
+		if err := s.loggedOn(t, n.Device, fresh); err != nil {
+			return err
+		}
 		return write(t, s.keys.logons(n.Device), list[max(0, len(list)-maxLogons):])
 	}
 	if len(n.Events) == 0 && len(n.Request) == 0 {

@@ -25,8 +25,9 @@ const streamWrite = 10 * time.Second
 // store.
 type revocations struct {
 	mu      sync.Mutex
-	last    map[attest.Digest]attest.Revocation // newest of each device
-	log     []attest.Revocation                 // as they came
+	last    map[string]attest.Revocation // newest of each subject
+	now     attest.RevocationSet
+	log     []attest.Revocation // as they came
 	changed chan struct{}
 	streams int
 }
@@ -41,7 +42,8 @@ func (r *revocations) apply(value []byte) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.last[v.Device] = v
+	r.last[v.Subject()] = v
+	r.now.Apply(v)
 	r.log = append(r.log, v)
 	close(r.changed)
 	r.changed = make(chan struct{})
@@ -66,9 +68,21 @@ func (r *revocations) since(seen int) (list []attest.Revocation, n int, changed 
 	return slices.Clone(r.log[seen:]), len(r.log), r.changed
 }
 
-// revoke notes, in a transaction, that a device has ended or come back. The
-// number of the change is the next one of the organisation.
+// covers returns a revocation that ends what h holds.
+func (r *revocations) covers(h attest.Holder) (attest.Revocation, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.now.Covers(h)
+}
+
+// revoke notes, in a transaction, that a device has ended or come back.
 func (s *Service) revoke(t concurrency.STM, id attest.Digest, revoked bool) error {
+	return s.noteRevocation(t, attest.Revocation{Device: id, Revoked: revoked})
+}
+
+// noteRevocation notes a revocation in a transaction. The number of the change is the
+// next one of the organisation.
+func (s *Service) noteRevocation(t concurrency.STM, v attest.Revocation) error {
 	n, _, err := read[uint64](t, s.keys.revocationCount())
 	if err != nil {
 		return err
@@ -76,7 +90,8 @@ func (s *Service) revoke(t concurrency.STM, id attest.Digest, revoked bool) erro
 	if err := write(t, s.keys.revocationCount(), n+1); err != nil {
 		return err
 	}
-	return write(t, s.keys.revocation(id), attest.Revocation{Device: id, Sequence: n + 1, Revoked: revoked})
+	v.Sequence = n + 1
+	return write(t, s.keys.revocationOf(v), v)
 }
 
 // revocations streams to a gateway until it goes or the server ends.

@@ -115,7 +115,7 @@ func TestRevocationsReachGateways(t *testing.T) {
 	defer func() { stop() }()
 	r = run(t, f)
 	until(t, "heard", func() bool { return r.Heard() == nil })
-	if !r.Revoked(other) || r.Revoked(id) {
+	if !r.Revoked(attest.Holder{Device: other}) || r.Revoked(attest.Holder{Device: id}) {
 		t.Error("the first message is not the whole list")
 	}
 	changed := r.Changed()
@@ -124,8 +124,8 @@ func TestRevocationsReachGateways(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-changed
-	if took := time.Since(begin); !r.Revoked(id) || took > 5*time.Second {
-		t.Errorf("revoked %v after %v", r.Revoked(id), took)
+	if took := time.Since(begin); !r.Revoked(attest.Holder{Device: id}) || took > 5*time.Second {
+		t.Errorf("revoked %v after %v", r.Revoked(attest.Holder{Device: id}), took)
 	}
 	if _, err := b.service.AddPermit(t.Context(), b.permit(PermitRequest{Device: id, Reason: "found"}, k...)); err != nil {
 		t.Fatal(err)
@@ -135,7 +135,7 @@ func TestRevocationsReachGateways(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-changed
-	if r.Revoked(id) {
+	if r.Revoked(attest.Holder{Device: id}) {
 		t.Error("still revoked after it came back")
 	}
 	// A verifier that ends lets its gateways go, and they come again.
@@ -145,7 +145,7 @@ func TestRevocationsReachGateways(t *testing.T) {
 	if _, err := b.service.Retire(t.Context(), id, "lost again"); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "revoked again", func() bool { return r.Revoked(id) && r.Heard() == nil })
+	until(t, "revoked again", func() bool { return r.Revoked(attest.Holder{Device: id}) && r.Heard() == nil })
 	<-changed
 }
 
@@ -204,7 +204,7 @@ func TestAttackRevocationsBehind(t *testing.T) {
 	}
 	r := run(t, f)
 	until(t, "left", func() bool { err := r.Heard(); return err != nil && strings.Contains(err.Error(), "503") })
-	if r.Revoked(id) {
+	if r.Revoked(attest.Holder{Device: id}) {
 		t.Error("heard of it all the same") // then this test shows nothing
 	}
 }

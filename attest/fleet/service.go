@@ -182,6 +182,9 @@ func (s *Service) admit(t concurrency.STM, d Device, ticket attest.Digest, now t
 // are *attest.Refusal.
 func (s *Service) Begin(ctx context.Context, r attest.EnrolRequest) (*attest.EnrolChallenge, error) {
 	now := s.Now()
+	if v, ok := s.shared.revoked.covers(attest.Holder{}); ok {
+		return nil, attest.Refuse(attest.ReasonSuspended, "%s", v.Subject())
+	}
 	if len(r.Ticket) > maxTicket {
 		return nil, attest.Refuse(attest.ReasonTicketUnknown, "ticket of %d bytes", len(r.Ticket))
 	}

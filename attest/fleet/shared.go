@@ -27,7 +27,7 @@ import (
 //	policy/newest                 attest.PolicyID
 //	policy/shadow                 a signed policy
 //	policy/hold                   Hold
-//	revoked/device/ID             attest.Revocation, the newest of that device
+//	revoked/SUBJECT               attest.Revocation, the newest of device/ID, key/, policy/, user/, organization
 //	revoked/count                 number of the newest
 //	firmware/device/ID            attest.Digest
 //	firmware/organization/NAME    counts by digest
@@ -46,7 +46,7 @@ func (s *Service) follow(ctx context.Context) error {
 		return err
 	}
 	h := &shared{references: make(map[string]attest.ReferenceValues), broken: make(map[string]error)}
-	h.revoked = revocations{last: make(map[attest.Digest]attest.Revocation), changed: make(chan struct{})}
+	h.revoked = revocations{last: make(map[string]attest.Revocation), changed: make(chan struct{})}
 	var err error
 	h.Mirror, err = s.Store.Mirror(ctx, s.keys.shared(), func(key string, value []byte) {
 		err := s.applyShared(h, key, value)

@@ -124,8 +124,9 @@ func (k keys) policyVersion(v uint64) string {
 func (k keys) revocation(id attest.Digest) string {
 	return k.shared() + "revoked/device/" + id.String()
 }
-func (k keys) revocationCount() string   { return k.shared() + "revoked/count" }
-func (k keys) policy(what string) string { return k.shared() + "policy/" + what }
+func (k keys) revocationOf(v attest.Revocation) string { return k.shared() + "revoked/" + v.Subject() }
+func (k keys) revocationCount() string                 { return k.shared() + "revoked/count" }
+func (k keys) policy(what string) string               { return k.shared() + "policy/" + what }
 
 // read reads one record within a transaction.
 func read[T any](t concurrency.STM, key string) (v T, found bool, err error) {

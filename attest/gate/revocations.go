@@ -33,7 +33,7 @@ type Revocations struct {
 	feed Feed
 
 	mu       sync.Mutex
-	revoked  map[attest.Digest]bool
+	revoked  attest.RevocationSet
 	sequence uint64
 	heard    time.Time // by the monotonic clock; zero: never
 	err      error     // why not
@@ -43,7 +43,7 @@ type Revocations struct {
 // NewRevocations returns a Revocations that has heard nothing. Run follows the
 // feed.
 func NewRevocations(f Feed) *Revocations {
-	return &Revocations{feed: f, revoked: make(map[attest.Digest]bool), err: errors.New("no verifier was heard yet"), changed: make(chan struct{})}
+	return &Revocations{feed: f, err: errors.New("no verifier was heard yet"), changed: make(chan struct{})}
 }
 
 // Heard returns why the feed is not to be relied on now: no verifier was heard
@@ -57,11 +57,12 @@ func (r *Revocations) Heard() error {
 	return fmt.Errorf("no word of revocations for %s: %w", attest.RevocationSilence, r.err)
 }
 
-// Revoked reports whether a device has ended.
-func (r *Revocations) Revoked(d attest.Digest) bool {
+// Revoked reports whether what h holds has ended.
+func (r *Revocations) Revoked(h attest.Holder) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.revoked[d]
+	_, ended := r.revoked.Covers(h)
+	return ended
 }
 
 // Changed returns a channel that is closed with the next change.
@@ -159,14 +160,10 @@ func (r *Revocations) take(m *attest.Revocations, first bool) error {
 		return nil
 	}
 	if first {
-		r.revoked = make(map[attest.Digest]bool)
+		r.revoked = attest.RevocationSet{}
 	}
 	for _, c := range m.Changes {
-		if c.Revoked {
-			r.revoked[c.Device] = true
-		} else {
-			delete(r.revoked, c.Device)
-		}
+		r.revoked.Apply(c)
 	}
 	close(r.changed)
 	r.changed = make(chan struct{})

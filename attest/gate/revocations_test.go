@@ -33,7 +33,7 @@ func TestSilence(t *testing.T) {
 			t.Error("after a heartbeat:", err)
 		}
 		time.Sleep(time.Millisecond)
-		if r.Heard() == nil || !r.Revoked(gone) {
+		if r.Heard() == nil || !r.Revoked(attest.Holder{Device: gone}) {
 			t.Error("after the silence")
 		}
 		for name, m := range map[string]*attest.Revocations{
@@ -41,7 +41,7 @@ func TestSilence(t *testing.T) {
 			"other": {Organization: "p", Sequence: 4, Full: true},
 			"part":  {Organization: "o", Sequence: 4},
 		} {
-			if r.take(m, true) == nil || !r.Revoked(gone) || r.Heard() == nil {
+			if r.take(m, true) == nil || !r.Revoked(attest.Holder{Device: gone}) || r.Heard() == nil {
 				t.Errorf("%s message was taken", name)
 			}
 		}

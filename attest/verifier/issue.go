@@ -27,8 +27,12 @@ import (
 const (
 	MinLifetime = 5 * time.Second
 	MaxLifetime = 24 * time.Hour
-	backdate    = time.Minute // for clocks that are a little behind
+	backdate    = Backdate
 )
+
+// Backdate is how long before its issue a certificate is in force, for clocks
+// that are a little behind.
+const Backdate = time.Minute
 
 // DevicePrefix begins the name of a device in its certificate.
 const DevicePrefix = "urn:sekisho:device:"

@@ -92,7 +92,7 @@ func TestForeignClient(t *testing.T) {
 type hasty struct{ asked atomic.Int32 }
 
 func (h *hasty) Heard() error               { return nil }
-func (h *hasty) Revoked(attest.Digest) bool { return h.asked.Add(1) > 1 }
+func (h *hasty) Revoked(attest.Holder) bool { return h.asked.Add(1) > 1 }
 func (h *hasty) Changed() <-chan struct{}   { return nil }
 
 // TestRevokedWhileAdmitted: a session that nobody knew of yet when its device
@@ -128,10 +128,10 @@ func (l *list) Heard() error {
 	return l.err
 }
 
-func (l *list) Revoked(d attest.Digest) bool {
+func (l *list) Revoked(h attest.Holder) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return slices.Contains(l.revoked, d)
+	return slices.Contains(l.revoked, h.Device)
 }
 
 func (l *list) Changed() <-chan struct{} {

@@ -3,6 +3,7 @@ package gateway
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -59,8 +60,8 @@ type Revocations interface {
 	// Heard returns why the feed is not to be relied on now, in which case
 	// nobody new is admitted; nil when it is.
 	Heard() error
-	// Revoked reports whether the device has lost its admission.
-	Revoked(attest.Digest) bool
+	// Revoked reports whether the holder has lost its admission.
+	Revoked(attest.Holder) bool
 	// Changed returns a channel that is closed with the next change.
 	Changed() <-chan struct{}
 }
@@ -279,6 +280,7 @@ func (s *Server) admit(r *http.Request) (*session, error) {
 	if err != nil {
 		return nil, &refusal{http.StatusForbidden, err}
 	}
+	holder := attest.Holder{Device: device, Key: sha256.Sum256(r.TLS.PeerCertificates[0].RawSubjectPublicKeyInfo), Issued: r.TLS.PeerCertificates[0].NotBefore}
 	if err := connectip.Requested(r); err != nil {
 		return nil, &refusal{http.StatusBadRequest, err}
 	}
@@ -286,7 +288,7 @@ func (s *Server) admit(r *http.Request) (*session, error) {
 		if err := s.Revocations.Heard(); err != nil {
 			return nil, &refusal{http.StatusServiceUnavailable, fmt.Errorf("revocations: %w", err)}
 		}
-		if s.Revocations.Revoked(device) {
+		if s.Revocations.Revoked(holder) {
 			return nil, &refusal{http.StatusForbidden, fmt.Errorf("device %s is revoked", device)}
 		}
 	}
@@ -304,7 +306,7 @@ func (s *Server) admit(r *http.Request) (*session, error) {
 	if full {
 		return nil, &refusal{http.StatusServiceUnavailable, fmt.Errorf("%d laptops are admitted", n)}
 	}
-	return &session{device: device, inner: s.config.inner(inner), remote: r.RemoteAddr, carriage: r.Proto, since: time.Now(), until: lapse(r.TLS.VerifiedChains[0])}, nil
+	return &session{device: device, holder: holder, inner: s.config.inner(inner), remote: r.RemoteAddr, carriage: r.Proto, since: time.Now(), until: lapse(r.TLS.VerifiedChains[0])}, nil
 }
 
 // leave gives back a place that admit took.

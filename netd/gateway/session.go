@@ -39,6 +39,7 @@ type laptop struct {
 type session struct {
 	stream   *connectip.Stream
 	device   attest.Digest
+	holder   attest.Holder
 	inner    []netip.Addr // IPv4, and IPv6 if there is any
 	remote   string
 	carriage string
@@ -219,7 +220,7 @@ func (s *Server) followRevocations(ctx context.Context) {
 }
 
 func (s *Server) endRevoked(sess *session) {
-	if s.Revocations != nil && s.Revocations.Revoked(sess.device) {
+	if s.Revocations != nil && s.Revocations.Revoked(sess.holder) {
 		sess.stream.End(errRevoked)
 	}
 }

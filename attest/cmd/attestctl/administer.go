@@ -92,6 +92,7 @@ func (o *options) run(ctx context.Context, args []string, stdout io.Writer) (any
 	if !ok || len(rest) != c.args {
 		return nil, errUsage
 	}
+	o.kind = args[1]
 	result, err := c.run(ctx, o, rest)
 	if err != nil {
 		return nil, err

@@ -23,6 +23,7 @@ type options struct {
 	uses     int
 	expires  time.Duration
 	device   string
+	kind     string // second word of the command
 	state    string
 	offset   int64
 	sealOptions

@@ -25,11 +25,23 @@ func identityCommands() map[string]command {
 		"store backup":   {1, storeBackup, show(printBackup)},
 		"device history": {1, deviceHistory, show(printFormer)},
 		"device retire":  {1, retireDevice, show(printRetired)},
-		"permit new":     {0, newPermit, show(printDocument[*approval.Signed])},
-		"permit add":     {1, addPermit, show(printPermit)},
-		"permit list":    {0, listPermits, show(printPermits)},
-		"purchase add":   {1, addPurchase, show(printAdded)},
-		"purchase list":  {0, listPurchase, show(printPurchase)},
+
+		"suspend device":       {1, suspend, show(printSuspension)},
+		"suspend key":          {1, suspend, show(printSuspension)},
+		"suspend policy":       {1, suspend, show(printSuspension)},
+		"suspend user":         {1, suspend, show(printSuspension)},
+		"suspend organization": {0, suspend, show(printSuspension)},
+		"suspend list":         {0, listSuspensions, show(printSuspensions)},
+		"resume device":        {1, resume, show(printSuspension)},
+		"resume key":           {1, resume, show(printSuspension)},
+		"resume policy":        {1, resume, show(printSuspension)},
+		"resume user":          {1, resume, show(printSuspension)},
+		"resume organization":  {0, resume, show(printSuspension)},
+		"permit new":           {0, newPermit, show(printDocument[*approval.Signed])},
+		"permit add":           {1, addPermit, show(printPermit)},
+		"permit list":          {0, listPermits, show(printPermits)},
+		"purchase add":         {1, addPurchase, show(printAdded)},
+		"purchase list":        {0, listPurchase, show(printPurchase)},
 	}
 }
 
