@@ -59,6 +59,7 @@ type ServerConfig struct {
 	CertificateLifetime string      `json:"certificate_lifetime"` // such as "10m"
 	GatewayCA           string      `json:"gateway_ca"`           // PEM file: CA of the gateways' client certificates, who hear of revocations
 	Approvers           string      `json:"approvers"`            // PEM file: public keys of those who sign permits, two of them each
+	Metrics             string      `json:"metrics"`              // address of the metrics for Prometheus, ":9464" on loopback; none, if absent
 	AdminSocket         string      `json:"admin_socket"`         // unix socket for attestctl
 
 	NonceKey           string   `json:"nonce_key"`            // file, shared by the organisation's verifiers; made on first use

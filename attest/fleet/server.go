@@ -101,7 +101,7 @@ func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger
 
 // Handler returns the API. What is not one of its routes is refused.
 func Handler(s *Service, log *slog.Logger) http.Handler {
-	a := &api{service: s, log: log, limits: newLimiter(s.Now), work: make(chan struct{}, maxWork), downloads: make(chan struct{}, maxDownloads), ramp: newRamp(s.NonceKey, s.Now)}
+	a := &api{service: s, log: log, limits: newLimiter(s.Now), work: make(chan struct{}, maxWork), downloads: make(chan struct{}, maxDownloads), ramp: s.ramp}
 	mux := http.NewServeMux()
 	for _, r := range a.routes() {
 		if !r.own {
@@ -154,6 +154,7 @@ func (a *api) limited(h http.HandlerFunc) http.HandlerFunc {
 			return
 		}
 		if !a.turn(r.Context()) {
+			a.service.metrics.told.WithLabelValues("line").Inc()
 			busy(w, http.StatusServiceUnavailable, "verifier is busy", scatter(maxLine), nil)
 			return
 		}
@@ -168,6 +169,7 @@ func (a *api) allow(w http.ResponseWriter, r *http.Request) bool {
 	if err == nil && a.limits.allow(network(from.Addr())) {
 		return true
 	}
+	a.service.metrics.told.WithLabelValues("address").Inc()
 	busy(w, http.StatusTooManyRequests, "too many requests from this address", scatter(idleTime), nil)
 	return false
 }
@@ -219,6 +221,7 @@ func (a *api) finish(w http.ResponseWriter, r *http.Request) {
 	}
 	e, err := a.service.Finish(r.Context(), req)
 	if err == nil {
+		a.service.metrics.enrolled.Inc()
 		a.log.Info("enrolled", "device", e.Device, "from", r.RemoteAddr)
 	}
 	a.answer(w, r, "enrol finish", e, err)
@@ -231,6 +234,7 @@ func (a *api) challenge(w http.ResponseWriter, r *http.Request) {
 	}
 	wait, ticket := a.ramp.admit(req.Device, req.Ticket)
 	if wait > rampHold {
+		a.service.metrics.told.WithLabelValues("ramp").Inc()
 		busy(w, http.StatusServiceUnavailable, "many laptops attest at once", wait, ticket)
 		return
 	}
@@ -266,9 +270,11 @@ func (a *api) attest(w http.ResponseWriter, r *http.Request) {
 	a.ramp.enter()
 	defer a.ramp.leave()
 	if !a.turn(r.Context()) {
+		a.service.metrics.told.WithLabelValues("line").Inc()
 		busy(w, http.StatusServiceUnavailable, "verifier is busy", scatter(maxLine), nil)
 		return
 	}
+	begin := time.Now()
 	resp, err := func() (*attest.AttestResponse, error) {
 		defer a.done()
 		return a.service.Attest(r.Context(), body.Bytes())
@@ -278,6 +284,7 @@ func (a *api) attest(w http.ResponseWriter, r *http.Request) {
 			a.limits.refund(network(from.Addr()))
 		}
 		res := resp.Result
+		a.service.metrics.result(res, time.Since(begin))
 		a.log.Info("appraised", "device", res.Device, "status", res.Status, "reason", res.Reason, "detail", res.Detail, "from", r.RemoteAddr)
 	}
 	a.answer(w, r, "attest", resp, err)
@@ -291,6 +298,7 @@ func (a *api) answer(w http.ResponseWriter, r *http.Request, what string, v any,
 		reply(w, http.StatusOK, v)
 	case errors.As(err, &why):
 		a.log.Warn("refused", "request", what, "reason", why.Reason, "detail", why.Detail, "from", r.RemoteAddr)
+		a.service.metrics.refused.WithLabelValues(what, why.Reason.String()).Inc()
 		if why.Reason == attest.ReasonBusy {
 			busy(w, http.StatusServiceUnavailable, why.Detail, scatter(maxLine), nil)
 			return

@@ -82,6 +82,8 @@ type Service struct {
 	shared  *shared
 	count   counter
 	logs    second.Memory
+	ramp    *ramp
+	metrics *metrics
 	mu      sync.Mutex
 	results []attest.Result // newest last; of those before the start, what has a report
 }
@@ -120,7 +122,12 @@ func NewService(ctx context.Context, c Config) (*Service, error) {
 			return nil, err
 		}
 	}
-	return s, s.follow(ctx)
+	if err := s.follow(ctx); err != nil {
+		return s, err
+	}
+	s.ramp = newRamp(s.NonceKey, s.Now)
+	s.metrics = newMetrics(s)
+	return s, nil
 }
 
 // Close ends what NewService began. The store stays open.

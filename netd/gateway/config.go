@@ -42,6 +42,7 @@ type Config struct {
 	MaxSessions  int                   `json:"max_sessions"`           // 10000 if absent
 	Revocations  *FeedConfig           `json:"revocations"`            // verifiers to hear of revoked devices from; none if absent
 	KeyAgreement cryptrec.KeyAgreement `json:"key_agreement,omitzero"` // the least; p256-mlkem768 if absent
+	Metrics      string                `json:"metrics"`                // address of the metrics for Prometheus, ":9465" on loopback; none if absent
 	Status       string                `json:"status"`                 // unix socket of the status; /run/sekisho-gateway/status.sock if absent
 }
 

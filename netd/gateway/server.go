@@ -84,16 +84,19 @@ type Server struct {
 	byInner map[[16]byte]*laptop
 	ended   netd.Counters // of sessions that are over
 	refused uint64
+	metrics *metrics
 	sources *sources       // of Serve, nil before it
 	running sync.WaitGroup // sessions, added under mu while Serve's context is not done
 }
 
 // New returns a Server that serves config with the given TLS configuration.
 func New(config *Config, t *tls.Config, leases *Leases, dev Device, log *slog.Logger) *Server {
-	return &Server{
+	s := &Server{
 		config: config, tls: t, leases: leases, dev: dev, log: log, since: time.Now(),
 		places: map[attest.Digest]int{}, devices: map[attest.Digest]*laptop{}, byInner: map[[16]byte]*laptop{},
 	}
+	s.metrics = newMetrics(s)
+	return s
 }
 
 // Serve accepts laptops on tcp, and over HTTP/3 on udp unless that is nil,
@@ -128,6 +131,11 @@ func (s *Server) Serve(ctx context.Context, tcp net.Listener, udp net.PacketConn
 	}
 	parts.Go(func() { cancel(s.dispatch()) })
 	parts.Go(func() { s.tick(ctx) })
+	parts.Go(func() {
+		if err := s.serveMetrics(ctx); err != nil { // the tunnels do not depend on it
+			s.log.Error("no metrics", "err", err)
+		}
+	})
 	parts.Go(func() { s.followRevocations(ctx) })
 	<-ctx.Done()
 	srv.Close()
@@ -306,6 +314,7 @@ func (s *Server) admit(r *http.Request) (*session, error) {
 	if full {
 		return nil, &refusal{http.StatusServiceUnavailable, fmt.Errorf("%d laptops are admitted", n)}
 	}
+	s.metrics.admitted.Inc()
 	return &session{device: device, holder: holder, inner: s.config.inner(inner), remote: r.RemoteAddr, carriage: r.Proto, since: time.Now(), until: lapse(r.TLS.VerifiedChains[0])}, nil
 }
 
@@ -330,6 +339,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	s.mu.Lock()
 	s.refused++
 	s.mu.Unlock()
+	s.metrics.refusedWith(status)
 	s.log.Warn("session refused", "remote", r.RemoteAddr, "status", status, "err", err)
 	http.Error(w, http.StatusText(status), status)
 }

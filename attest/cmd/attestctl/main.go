@@ -27,6 +27,10 @@ commands
   device list                             list enrolled devices
   device show ID                          show one device
   device retire ID -reason WHY            end a device at once: affirmed no more, back by a permit alone
+  suspend device ID | key SHA256 | policy N | user NAME | organization  -reason WHY
+  resume  device ID | key SHA256 | policy N | user NAME | organization
+                                          end something at once with all verifiers and gateways, and back
+  suspend list                            what is suspended
   device history ID                       show the records that have ended
   permit new -device ID [-replacement ID] -reason WHY [-expires 24h]
                                           a permit for a new key or a new board, to be signed by two

@@ -116,6 +116,7 @@ func serve(ctx context.Context, path string, log *slog.Logger) (err error) {
 	if config.AdminSocket != "" {
 		g.Go(func() error { return fleet.ServeAdmin(ctx, config.AdminSocket, server.Service, log) })
 	}
+	g.Go(func() error { return fleet.ServeMetrics(ctx, config.Metrics, server.Service, log) })
 	g.Go(func() error { return notify(ctx, l.Addr()) })
 	log.Info("serving", "id", config.ID, "address", l.Addr())
 	return g.Wait()
