@@ -330,6 +330,24 @@ func TestPolicyLife(t *testing.T) {
 	o.ctl(0, "result", "last") // not enforced
 	o.ctl(0, "policy", "unshadow")
 
+	// Suspended, and back: the whole organisation, then the policy in force.
+	for _, what := range [][]string{{"organization"}, {"policy", "1"}} {
+		o.ctl(2, append([]string{"suspend"}, what...)...) // without a reason
+		o.ctl(0, append([]string{"suspend", "-reason", "drill"}, what...)...)
+		o.until("the suspension of "+what[0], func(s string) bool {
+			return strings.Contains(s, `"suspended"`) || strings.Contains(s, `"no-policy"`)
+		}, "result", "last", "-json")
+		if s := o.ctl(0, "suspend", "list"); !strings.Contains(s, "drill") {
+			t.Error(s)
+		}
+		o.ctl(0, append([]string{"resume"}, what...)...)
+		o.until("the end of the suspension of "+what[0], func(s string) bool { return strings.Contains(s, `"affirming"`) }, "result", "last", "-json")
+	}
+	o.ctl(2, "suspend", "policy", "99", "-reason", "none such")
+	o.ctl(2, "suspend", "device", "x", "-reason", "none such")
+	o.ctl(0, "suspend", "user", "sato", "-reason", "lost card")
+	o.ctl(0, "resume", "user", "sato")
+
 	// Forced all the same: the mass refusal holds and alarms.
 	o.ctl(0, "policy", "publish", o.file("p2.cose"), "-force")
 	o.until("the hold", func(s string) bool { return strings.Contains(s, "HELD") }, "policy", "status")
