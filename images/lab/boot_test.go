@@ -32,6 +32,9 @@ func TestBoot(t *testing.T) {
 			d, err := b.Disk(ctx)
 			return err == nil && d.State == disk.Making && d.Detail != ""
 		})
+		b.killAll(t)
+		b.untilState(t, "attestd", "unreachable", "verifier-unreachable")
+		b.untilState(t, "netd", "Attesting", "")
 		b.cleanUplink(t, false)
 		if err := b.StartVerifier(t.Context()); err != nil {
 			t.Fatal(err)
@@ -161,6 +164,14 @@ func (b *bench) killService(t *testing.T, name string) {
 		pid, err := b.ServicePID(ctx, name)
 		return err == nil && pid != old
 	})
+}
+
+// killAll kills netd, attestd and linkd.
+func (b *bench) killAll(t *testing.T) {
+	t.Helper()
+	for _, service := range []string{"linkd", "attestd", "netd"} {
+		b.killService(t, service)
+	}
 }
 
 // connectionSurvives kills linkd while the work domain sends by TCP: every byte

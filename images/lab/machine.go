@@ -55,6 +55,7 @@ func (m machine) arguments() []string {
 		"-netdev", "tap,id=air,ifname=air,script=no,downscript=no",
 		"-device", "virtio-net-pci,netdev=air,romfile=,mac=" + airMAC,
 		"-device", "qemu-xhci,id=usb",
+		"-device", "ne2k_pci,romfile=", // a card for which the image has no driver
 		"-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=lab,server=on,wait=off,path=" + sock("hook"),
 		"-device", "virtserialport,chardev=lab,name=org.sekisho.lab",

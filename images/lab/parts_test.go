@@ -161,7 +161,7 @@ func TestKeysArePrivate(t *testing.T) {
 		t.Fatal(err)
 	}
 	keys, err := filepath.Glob(l.lab("pki", "*.key"))
-	if err != nil || len(keys) != 7+len(approvers)+len(policySigners) {
+	if err != nil || len(keys) != 10+len(approvers)+len(policySigners) {
 		t.Fatalf("keys %v, %v", keys, err)
 	}
 	for _, k := range keys {

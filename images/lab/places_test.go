@@ -64,6 +64,8 @@ func TestPlaces(t *testing.T) {
 		}
 		b.until(t, "the work domain to refuse a connection", func(context.Context) bool { return errors.Is(call(), syscall.ECONNREFUSED) })
 		b.untilPage(t) // LGWAN through the tunnel
+		b.killAll(t)
+		b.netd(t, "Office")
 		must(t, b.Surround(t.Context(), "home"))
 		b.netd(t, "Tunnel")
 	})
@@ -72,8 +74,22 @@ func TestPlaces(t *testing.T) {
 		if s := b.netd(t, "Portal"); s.Words.EN != "Sign in to this network" {
 			t.Errorf("words %+v", s.Words)
 		}
+		b.killAll(t)
+		b.netd(t, "Portal")
 		b.noPage(t)
 		must(t, b.Surround(t.Context(), "home"))
+		b.netd(t, "Tunnel")
+	})
+	b.scenario(t, "no network but a card without driver", func(t *testing.T) {
+		must(t, b.Uplink(t.Context(), "wired", false))
+		b.netd(t, "Dark")
+		b.killAll(t)
+		// What can be seen of a card that the kernel has no driver for is said.
+		b.until(t, "the card to be named", func(ctx context.Context) bool {
+			s, err := b.network(ctx)
+			return err == nil && s.State == netd.Dark && len(s.Unserved) == 1 && s.Unserved[0].ID == "10ec:8029" && strings.Contains(s.Detail, s.Unserved[0].String())
+		})
+		must(t, b.Uplink(t.Context(), "wired", true))
 		b.netd(t, "Tunnel")
 	})
 	for _, name := range []string{"udp-blocked", "mtu-1280"} {
