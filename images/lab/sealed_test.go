@@ -90,7 +90,8 @@ func TestSealedBoot(t *testing.T) {
 		must(t, b.StartGateway(t.Context()))
 		b.untilConsole(t, "release 1-lab is being fetched")
 		b.slots(t, "a", "a", update.Armed)
-		must(t, b.Cut(t.Context())) // told the firmware, not restarted
+		b.untilConsole(t, "release 1-lab is in slot b and is tried at the next start") // BootNext is written after the record
+		must(t, b.Cut(t.Context()))                                                    // told the firmware, not restarted
 	})
 	b.bootStep(t, "trial of the update is good, power cut in the raise", func(t *testing.T) {
 		_, err := b.Again(t.Context(), Boot{Stay: true})
