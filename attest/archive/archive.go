@@ -98,7 +98,8 @@ type place struct {
 
 type request struct {
 	Entry
-	done chan error
+	digest attest.Digest // SHA-256 of Data
+	done   chan error
 }
 
 // Open opens or creates the archive in a directory, which no other process may
@@ -170,7 +171,7 @@ func (a *Archive) Append(ctx context.Context, e Entry) error {
 	if len(e.Data) > maxRecord/2 {
 		return fmt.Errorf("archive: entry of %d bytes, at most %d", len(e.Data), maxRecord/2)
 	}
-	r := &request{e, make(chan error, 1)}
+	r := &request{e, sha256.Sum256(e.Data), make(chan error, 1)}
 	select {
 	case a.queue <- r:
 		return <-r.done // one write, which nothing else holds up
@@ -218,7 +219,7 @@ func (a *Archive) writeAll(batch []*request) error {
 		return fmt.Errorf("archive: %w", err)
 	}
 	for _, r := range batch {
-		if err := w.add(r.Entry); err != nil {
+		if err := w.add(r.Entry, r.digest); err != nil {
 			return fmt.Errorf("archive: %w", err)
 		}
 	}

@@ -27,8 +27,8 @@ func (p Position) Before(q Position) bool {
 type Stored struct {
 	ID     ID
 	Device attest.Digest
-	Time   time.Time // to the millisecond
-	Data   []byte
+	Time   time.Time     // to the millisecond
+	Digest attest.Digest // SHA-256 of its data, which Get returns
 	At     Position
 	Next   Position // of the entry after it
 }
@@ -97,15 +97,8 @@ func (a *Archive) stored(s *segment, at Position) (Stored, error) {
 	if err != nil {
 		return Stored{}, fmt.Errorf("archive: %w", err)
 	}
-	if len(e.Device) != len(attest.Digest{}) {
-		return Stored{}, fmt.Errorf("archive: %w: device id of %d bytes", errDamaged, len(e.Device))
-	}
-	data, err := a.read(s, at.Offset)
-	if err != nil {
-		return Stored{}, fmt.Errorf("archive: %w", err)
-	}
 	next := Position{at.Segment, at.Offset + headSize + int64(len(body))}
-	return Stored{ID(e.ID), attest.Digest(e.Device), time.UnixMilli(e.Time), data, at, next}, nil
+	return Stored{ID(e.ID), attest.Digest(e.Device), time.UnixMilli(e.Time), attest.Digest(e.Digest), at, next}, nil
 }
 
 // Keep keeps entries from a position on, whatever the retention says, until it

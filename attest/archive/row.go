@@ -11,6 +11,8 @@ import (
 
 	"github.com/fxamacker/cbor/v2"
 	"golang.org/x/sys/unix"
+
+	"sekisho/attest"
 )
 
 // row is all segments of one kind: full ones, oldest first, and the one that
@@ -177,8 +179,8 @@ func index(data, part []byte) int {
 
 // add adds an entry. The archive's own writer is the only one that changes
 // what is known, so it may read that.
-func (w *writer) add(e Entry) error {
-	x := entry{ID: e.ID[:], Device: e.Device[:], Time: e.Time.UnixMilli()}
+func (w *writer) add(e Entry, digest attest.Digest) error {
+	x := entry{ID: e.ID[:], Device: e.Device[:], Time: e.Time.UnixMilli(), Digest: digest[:]}
 	rest := e.Data
 	for len(rest) > 0 { // the parts in their order
 		at, which := -1, Part{}

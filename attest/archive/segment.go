@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"github.com/fxamacker/cbor/v2"
+
+	"sekisho/attest"
 )
 
 // A segment is a file of records: length of the body (4 bytes, big endian) ‖
@@ -44,7 +46,8 @@ type entry struct {
 	_      struct{} `cbor:",toarray"`
 	ID     []byte
 	Device []byte
-	Time   int64 // ms since 1970
+	Time   int64  // ms since 1970
+	Digest []byte // SHA-256 of the data, for who follows and needs no more
 	Parts  []part
 }
 
@@ -229,8 +232,8 @@ func decode(body []byte) (e entry, err error) {
 	if err := cbor.Unmarshal(body[1:], &e); err != nil {
 		return e, fmt.Errorf("%w: %w", errDamaged, err)
 	}
-	if len(e.ID) != idSize {
-		return e, fmt.Errorf("%w: id of %d bytes", errDamaged, len(e.ID))
+	if len(e.ID) != idSize || len(e.Device) != len(attest.Digest{}) || len(e.Digest) != len(attest.Digest{}) {
+		return e, fmt.Errorf("%w: id of %d bytes, device of %d, digest of %d", errDamaged, len(e.ID), len(e.Device), len(e.Digest))
 	}
 	return e, nil
 }

@@ -2,7 +2,6 @@ package auditlog
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"time"
@@ -43,7 +42,7 @@ const (
 
 // leafOf is the leaf of a stored report.
 func leafOf(e archive.Stored) Leaf {
-	return Leaf{e.ID, e.Device, e.Time, sha256.Sum256(e.Data), e.At}
+	return Leaf{e.ID, e.Device, e.Time, e.Digest, e.At}
 }
 
 func (l Leaf) encode() ([]byte, error) {
