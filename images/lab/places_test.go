@@ -1,12 +1,14 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"net"
 	"net/http"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -98,6 +100,17 @@ func TestPlaces(t *testing.T) {
 			b.netd(t, "Tunnel")
 		})
 	}
+	b.scenario(t, "vsock ports, none of which is published here", func(t *testing.T) {
+		a, err := b.Call(t.Context(), hook.Request{Target: hook.Work, Timeout: time.Minute, Argv: []string{"labguest", "ports", "-for", "15s"}})
+		must(t, err)
+		count, answered, _ := strings.Cut(strings.TrimSpace(string(a.Stdout)), " answered")
+		tried, err := strconv.Atoi(strings.TrimPrefix(count, "tried "))
+		if err != nil || tried < 100 || answered != "" {
+			t.Errorf("%q %q, %v", a.Stdout, a.Stderr, err)
+		}
+		t.Logf("%s", bytes.TrimSpace(a.Stdout))
+	})
+	t.Run("asleep at home, awake in the office", b.suspended)
 	// Last: the work domain is asked to switch itself off, and with it goes the
 	// laptop.
 	t.Run("shutdown by the link", func(t *testing.T) {
@@ -118,6 +131,33 @@ func TestPlaces(t *testing.T) {
 			t.Error("the laptop did not go off by itself: the console does not say so")
 		}
 	})
+}
+
+// suspended suspends the laptop to RAM (ACPI S3), moves its cable to the office
+// while it sleeps, and wakes it. The clock chip goes on meanwhile.
+func (b *bench) suspended(t *testing.T) {
+	t.Cleanup(func() {
+		if t.Failed() {
+			b.evidence(context.WithoutCancel(t.Context()), t)
+		}
+	})
+	a, err := b.Call(t.Context(), hook.Request{Target: hook.Host, Detach: true, Argv: []string{"/bbin/gosh", "-c", "echo mem > /sys/power/state"}})
+	if err != nil || a.Error != "" {
+		t.Fatalf("suspend: %v %s", err, a.Error)
+	}
+	b.until(t, "the laptop to sleep", func(ctx context.Context) bool {
+		s, err := qmp(ctx, "query-status", nil)
+		return err == nil && bytes.Contains(s, []byte("suspended"))
+	})
+	must(t, b.Surround(t.Context(), "office"))
+	begin := time.Now()
+	_, err = qmp(t.Context(), "system_wakeup", nil)
+	must(t, err)
+	b.netd(t, "Office")
+	t.Logf("Office seen %.1f s after the wake-up", time.Since(begin).Seconds())
+	must(t, b.Surround(t.Context(), "home"))
+	b.netd(t, "Tunnel")
+	b.cleanUplink(t, true)
 }
 
 // netd waits until netd is in a state and returns its status.

@@ -8,6 +8,7 @@
 //	labguest serve
 //	labguest probe [-n COUNT] [-every D] [-o FILE] TOKEN ADDRESS:PORT...
 //	labguest dial [-wait D] PORT < BYTES
+//	labguest ports [-for D]
 //	labguest stream [-frames] [-tcp ADDRESS:PORT | -vsock PORT] BYTES
 //
 // Description:
@@ -17,6 +18,8 @@
 //	       the kernel took; SIGTERM ends it early
 //	dial   connects to a vsock PORT of the host domain, sends standard input, then
 //	       reads until the end or for D; prints "refused", or what happened
+//	ports  connects to vsock ports of the host domain: the low ones, those around
+//	       powers of two, and others at random for D; prints which answered
 package main
 
 import (
@@ -36,7 +39,7 @@ import (
 
 func main() {
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: labguest serve | probe [-n COUNT] [-every D] [-o FILE] TOKEN ADDRESS:PORT... | dial [-wait D] PORT | stream [-frames] [-tcp ADDRESS:PORT | -vsock PORT] BYTES\nthe lab's hand in the stand-in work domain; lab images only ("+hook.PortName+")")
+		fmt.Fprintln(os.Stderr, "usage: labguest serve | probe [-n COUNT] [-every D] [-o FILE] TOKEN ADDRESS:PORT... | dial [-wait D] PORT | ports [-for D] | stream [-frames] [-tcp ADDRESS:PORT | -vsock PORT] BYTES\nthe lab's hand in the stand-in work domain; lab images only ("+hook.PortName+")")
 	}
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
@@ -49,6 +52,8 @@ func main() {
 		err = probe(ctx, args[1:])
 	case len(args) > 1 && args[0] == "dial":
 		err = dial(ctx, args[1:])
+	case len(args) > 0 && args[0] == "ports":
+		err = ports(ctx, args[1:])
 	case len(args) > 1 && args[0] == "stream":
 		err = send(ctx, args[1:])
 	default:

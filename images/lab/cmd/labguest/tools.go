@@ -9,9 +9,11 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"sekisho/guestlink"
@@ -75,6 +77,37 @@ func dial(ctx context.Context, args []string) error {
 	}
 	received, err := io.Copy(io.Discard, conn)
 	fmt.Printf("received %d bytes, error %v\n", received, err)
+	return nil
+}
+
+// ports looks for listeners.
+func ports(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("ports", flag.ExitOnError)
+	limit := flags.Duration("for", 10*time.Second, "how long")
+	flags.Parse(args)
+	list := []uint32{guestlink.PortPackets}
+	for n := range 32 {
+		list = append(list, 1<<n-1, 1<<n, 1<<n+1)
+	}
+	for port := range uint32(2048) {
+		list = append(list, port)
+	}
+	tried, answered := map[uint32]bool{}, []uint32{}
+	for end := time.Now().Add(*limit); time.Now().Before(end) && ctx.Err() == nil; {
+		port := rand.Uint32()
+		if len(list) > 0 {
+			port, list = list[0], list[1:]
+		}
+		if tried[port] {
+			continue
+		}
+		tried[port] = true
+		if conn, err := vsock.Dial(ctx, guestlink.HostCID, port); err == nil {
+			conn.Close()
+			answered = append(answered, port)
+		}
+	}
+	fmt.Printf("tried %d answered %s\n", len(tried), strings.Trim(fmt.Sprint(answered), "[]"))
 	return nil
 }
 
