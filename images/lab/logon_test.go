@@ -56,7 +56,7 @@ type desk struct {
 // Kerberos: with a finger, the PIN and an affirming result, and not otherwise.
 func TestLogon(t *testing.T) {
 	if os.Getenv("SEKISHO_LOGON") == "" {
-		t.Skip("this boot was never seen to end, so it is no part of make test yet: SEKISHO_LOGON=1 runs it")
+		t.Skip("builds an image of its own and takes some ten minutes, so it is no part of make test: SEKISHO_LOGON=1 runs it")
 	}
 	b := realLab(t, func(l *Lab) { l.Link, l.Logon = attest.LinkSerial, true })
 	// The page is read before anybody has signed in: a server of the city's for
