@@ -49,6 +49,10 @@ func TestBoot(t *testing.T) {
 		b.untilState(t, "netd", "Tunnel", "")
 	})
 	b.untilPage(t)
+	b.until(t, "the page over IPv6", func(ctx context.Context) bool {
+		a, err := b.Exec(ctx, hook.Work, "fetch", "-timeout", "3s", PageURL6)
+		return err == nil && a.Exit == 0 && string(a.Stdout) == pageText
+	})
 	b.cleanUplink(t, true)
 
 	b.scenario(t, "nothing wrong", func(t *testing.T) {})

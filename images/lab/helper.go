@@ -18,6 +18,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"strings"
 	"sync"
@@ -77,10 +78,21 @@ func ServePage(ctx context.Context) error {
 		defer mu.Unlock()
 		json.NewEncoder(w).Encode(counts)
 	})
-	s := http.Server{Addr: pageAddress.String(), Handler: mux, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second,
+	s := http.Server{Handler: mux, ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second,
 		IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10}
 	defer context.AfterFunc(ctx, func() { s.Close() })()
-	if err := s.ListenAndServe(); ctx.Err() == nil {
+	ended := make(chan error, 2)
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer s.Close()
+	for _, a := range []netip.AddrPort{pageAddress6, pageAddress} { // the last is waited for
+		listener, err := net.Listen("tcp", a.String())
+		if err != nil {
+			return fmt.Errorf("page: %w", err)
+		}
+		all.Go(func() { ended <- s.Serve(listener) })
+	}
+	if err := <-ended; ctx.Err() == nil {
 		return fmt.Errorf("page: %w", err)
 	}
 	return nil

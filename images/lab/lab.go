@@ -6,6 +6,7 @@
 //	  laptop (QEMU)               verifier 203.0.113.10:443     page 10.254.0.80:80
 //	    │ tap "uplink"            gateway  203.0.113.20:443       │
 //	  192.168.50.1, DHCP ──veth── 203.0.113.0/24 ─────veth── 10.254.0.0/24
+//	                                                         fd00:254::/64
 //
 // Addresses are those of RFC 5737 and private use; nothing leaves the machine.
 // One lab runs at a time: its namespaces and sockets have fixed names.
@@ -41,11 +42,13 @@ var (
 	verifierAddress = netip.MustParseAddrPort("203.0.113.10:443")
 	gatewayAddress  = netip.MustParseAddrPort("203.0.113.20:443")
 	pageAddress     = netip.MustParseAddrPort("10.254.0.80:80")
+	pageAddress6    = netip.MustParseAddrPort("[fd00:254::80]:80")
 	probeAddress    = netip.MustParseAddrPort("10.254.0.80:7007")
 	homePrefix      = netip.MustParsePrefix("192.168.50.0/24")
 	airPrefix       = netip.MustParsePrefix("192.168.60.0/24")
 	ltePrefix       = netip.MustParsePrefix("192.168.70.0/24")
 	innerPool       = netip.MustParsePrefix("10.80.0.0/16")
+	innerPool6      = netip.MustParsePrefix("fd00:80::/112")
 )
 
 const (
@@ -53,6 +56,8 @@ const (
 	gatewayName  = "gateway.sekisho.example"
 	// PageURL is the page that only the gateway can reach.
 	PageURL = "http://10.254.0.80/"
+	// PageURL6 is the same over IPv6.
+	PageURL6 = "http://[fd00:254::80]/"
 	// laptopMAC is the hardware address of the laptop's uplink.
 	laptopMAC = "52:54:00:5e:c1:50"
 	// airMAC is that of the card behind the laptop's simulated access point

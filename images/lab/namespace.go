@@ -44,6 +44,9 @@ const topology = `
 -n sekisho-site  link set lgwan0 up
 -n sekisho-lgwan link set site0 up
 -n sekisho-lgwan route add 10.80.0.0/16 via 10.254.0.1
+-n sekisho-site  address add fd00:254::1/64 dev lgwan0 nodad
+-n sekisho-lgwan address add fd00:254::80/64 dev site0 nodad
+-n sekisho-lgwan route add fd00:80::/112 via fd00:254::1
 
 -n sekisho-home  tuntap add dev air mode tap
 -n sekisho-home  address add 192.168.60.1/24 dev air
@@ -60,8 +63,8 @@ const topology = `
 // settings are written below /proc/sys of each namespace, before its links.
 var settings = map[string][]string{
 	"home":  {"net/ipv6/conf/all/disable_ipv6=1", "net/ipv6/conf/default/disable_ipv6=1", "net/ipv4/ip_forward=1"},
-	"site":  {"net/ipv6/conf/all/disable_ipv6=1", "net/ipv6/conf/default/disable_ipv6=1", "net/ipv4/ip_forward=1"},
-	"lgwan": {"net/ipv6/conf/all/disable_ipv6=1", "net/ipv6/conf/default/disable_ipv6=1"},
+	"site":  {"net/ipv6/conf/default/accept_ra=0", "net/ipv4/ip_forward=1"},
+	"lgwan": {"net/ipv6/conf/default/accept_ra=0"},
 }
 
 // siteRules keep LGWAN out of reach from home: only what came out of the

@@ -36,7 +36,7 @@ func (l *Lab) startSite(ctx context.Context, b Boot) error {
 	}
 	if err := writeJSON(l.lab("gateway.json"), map[string]any{
 		"listen": gatewayAddress, "certificate": l.lab("pki", "gateway.pem"), "key": l.lab("pki", "gateway.key"),
-		"client_ca": l.lab("pki", "device-ca.pem"), "pool": innerPool, "leases": filepath.Join(dir, "leases.json"),
+		"client_ca": l.lab("pki", "device-ca.pem"), "pool": innerPool, "pool6": innerPool6, "leases": filepath.Join(dir, "leases.json"),
 		"tun": "sekisho0", "lgwan": "lgwan0", "status": filepath.Join(runDir, "gateway.sock"),
 	}); err != nil {
 		return err
