@@ -177,6 +177,7 @@ func setUpHost() error {
 		if err != nil {
 			return err
 		}
+		a.Flags |= unix.IFA_F_NODAD // an IPv6 address is good at once
 		if err := netlink.AddrAdd(l, a); err != nil {
 			return err
 		}

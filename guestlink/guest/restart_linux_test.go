@@ -2,7 +2,9 @@ package guest
 
 import (
 	"bytes"
+	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -20,7 +22,9 @@ func TestKilledHostEnd(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "link")
 	start := func() (pid int) {
 		pid, lines := end(t, w.host, "host-kept", socket)
-		lines.Scan() // listening
+		if !lines.Scan() { // listening
+			t.Fatal("the host end ended at once")
+		}
 		go io.Copy(io.Discard, readerOf(lines))
 		return pid
 	}
@@ -61,9 +65,11 @@ func TestKilledHostEnd(t *testing.T) {
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
+	untilDead(t, pid) // before that it has the device
 	if device() != before {
 		t.Fatal("work0 is another device")
 	}
+	guest.SetWriteDeadline(time.Now().Add(time.Minute))
 	rest := make(chan error, 1)
 	go func() { _, err := guest.Write(sent[4<<20:]); rest <- err }()
 	start()
@@ -75,5 +81,24 @@ func TestKilledHostEnd(t *testing.T) {
 	}
 	if device() != before {
 		t.Fatal("work0 is another device")
+	}
+}
+
+// untilDead waits until of a killed process nothing is left but a zombie's
+// first thread: it has nothing open any more.
+func untilDead(t *testing.T, pid int) {
+	t.Helper()
+	late := time.After(time.Minute)
+	for {
+		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		threads, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		if err != nil || bytes.Contains(data, []byte("State:\tZ")) && len(threads) == 1 {
+			return
+		}
+		select {
+		case <-late:
+			t.Fatalf("process %d does not end", pid)
+		case <-time.After(time.Millisecond):
+		}
 	}
 }
