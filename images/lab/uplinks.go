@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -149,7 +150,10 @@ func (l *Lab) CheckOthers() (map[string]capture.Report, error) {
 	out := map[string]capture.Report{}
 	for _, name := range []string{"air", "lte"} {
 		allow := allowed()
-		allow.Wireless = name == "air"
+		if name == "air" {
+			allow.Wireless = true
+			allow.Firmware, _ = net.ParseMAC(airMAC) // a constant
+		}
 		r, err := checkFile(l.run(name+".pcap"), allow)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
