@@ -10,13 +10,18 @@ import (
 	"path/filepath"
 
 	"sekisho/attest"
+	"sekisho/images/lab/hook"
 )
 
 // access.go is the organisation's networks with 802.1X: the CA of the laptops'
 // network identities, an authentication server (hostapd's own), and a switch that
 // asks it.
 
-const radiusName = "radius.sekisho.example"
+const (
+	radiusName = "radius.sekisho.example"
+	// CitySSID is the organisation's own Wi-Fi network.
+	CitySSID = "city"
+)
 
 // accessPKI makes the CA of network identities and the authentication server's
 // certificates on first use.
@@ -48,7 +53,7 @@ func (l *Lab) networkAccess() (*attest.NetworkAccess, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lab: %w", err)
 	}
-	return &attest.NetworkAccess{Server: radiusName, CA: string(ca), Wired: true}, nil
+	return &attest.NetworkAccess{Server: radiusName, CA: string(ca), Wired: true, SSIDs: []string{CitySSID}}, nil
 }
 
 // authenticator is hostapd's configuration of an authentication server that
@@ -65,6 +70,13 @@ func (l *Lab) authenticator(dir string) (conf string, files map[string]string, e
 	in := func(name string) string { return filepath.Join(dir, name) }
 	return fmt.Sprintf("ieee8021x=1\neap_server=1\neap_user_file=%s\nca_cert=%s\nserver_cert=%s\nprivate_key=%s\n",
 		in("users"), in("network-ca.pem"), in("radius.pem"), in("radius.key")), files, nil
+}
+
+// Enterprise is an access point of the organisation's network for the radio of
+// a number: WPA2-Enterprise, EAP-TLS.
+func (l *Lab) Enterprise(number int) (hook.Air, error) {
+	conf, files, err := l.authenticator(hook.AirDir(number))
+	return hook.Air{Conf: accessPoint(CitySSID) + "wpa=2\nwpa_key_mgmt=WPA-EAP\nrsn_pairwise=CCMP\nieee80211w=1\n" + conf, Files: files}, err
 }
 
 // portShut keeps the laptop from the home's DHCP server, as a switch's port does

@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -34,13 +35,13 @@ func accessPoint(ssid string) string {
 }
 
 // WPA3 is hostapd's configuration of an access point with WPA3-Personal.
-func WPA3(ssid, passphrase string) string {
-	return accessPoint(ssid) + fmt.Sprintf("wpa=2\nwpa_key_mgmt=SAE\nrsn_pairwise=CCMP\nieee80211w=2\nsae_pwe=2\nsae_password=%s\n", passphrase)
+func WPA3(ssid, passphrase string) hook.Air {
+	return hook.Air{Conf: accessPoint(ssid) + fmt.Sprintf("wpa=2\nwpa_key_mgmt=SAE\nrsn_pairwise=CCMP\nieee80211w=2\nsae_pwe=2\nsae_password=%s\n", passphrase)}
 }
 
 // HiddenWPA2 is that of an access point with WPA2-Personal that does not announce itself.
-func HiddenWPA2(ssid, passphrase string) string {
-	return accessPoint(ssid) + fmt.Sprintf("ignore_broadcast_ssid=1\nwpa=2\nwpa_key_mgmt=WPA-PSK\nrsn_pairwise=CCMP\nwpa_passphrase=%s\n", passphrase)
+func HiddenWPA2(ssid, passphrase string) hook.Air {
+	return hook.Air{Conf: accessPoint(ssid) + fmt.Sprintf("ignore_broadcast_ssid=1\nwpa=2\nwpa_key_mgmt=WPA-PSK\nrsn_pairwise=CCMP\nwpa_passphrase=%s\n", passphrase)}
 }
 
 // Uplink plugs an uplink in or out. The Wi-Fi network is saved in the laptop too.
@@ -63,10 +64,14 @@ func (l *Lab) Uplink(ctx context.Context, name string, up bool) error {
 	return fmt.Errorf("lab: uplink %q: want one of %q", name, Uplinks())
 }
 
-// AirUp puts an access point with hostapd's configuration conf on the air by the
-// radio of a number, 1 or 2, in place of what was there.
-func (l *Lab) AirUp(ctx context.Context, number int, conf string) error {
-	return l.air(ctx, "up", number, []byte(conf))
+// AirUp puts an access point on the air by the radio of a number, 1 or 2, in
+// place of what was there.
+func (l *Lab) AirUp(ctx context.Context, number int, a hook.Air) error {
+	in, err := json.Marshal(a)
+	if err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	return l.air(ctx, "up", number, in)
 }
 
 // AirDown takes the access point of a number off the air, if there is one.

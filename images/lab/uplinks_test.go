@@ -191,6 +191,14 @@ func TestUplinks(t *testing.T) {
 			t.Errorf("want %s and not %s:\n%s", cafeSSID, WifiSSID, list)
 		}
 	})
+	b.scenario(t, "the organisation's Wi-Fi: EAP-TLS with the kept identity", func(t *testing.T) {
+		city, err := b.Enterprise(2)
+		must(t, err)
+		must(t, b.AirUp(t.Context(), 2, city))
+		must(t, b.AirDown(t.Context(), 1))
+		b.untilNetwork(t, CitySSID)
+		b.untilUplink(t, netd.KindWifi)
+	})
 	b.scenario(t, "a switch that asks for 802.1X", func(t *testing.T) {
 		plug("wifi", false)
 		must(t, b.GuardPort(t.Context()))

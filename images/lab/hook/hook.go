@@ -39,6 +39,15 @@ const (
 	maxArguments = 256
 )
 
+// Air is an access point for labhook to put on the air.
+type Air struct {
+	Conf  string            `json:"conf"`            // hostapd's configuration, but for interface and bridge
+	Files map[string]string `json:"files,omitempty"` // that it names, in AirDir
+}
+
+// AirDir is where the files of the access point of a number, 1 or 2, are.
+func AirDir(number int) string { return fmt.Sprintf("/run/air/%d", number) }
+
 // Target is where a request is carried out.
 type Target string
 

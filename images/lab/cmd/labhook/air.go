@@ -5,9 +5,11 @@ package main
 import (
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sekisho/hostos/boot"
+	"sekisho/images/lab/hook"
 )
 
 // nl80211 commands and attributes (linux/nl80211.h).
@@ -36,32 +39,41 @@ const (
 
 // air puts an access point on the air, or takes it off: the first or the second
 // one. Of three simulated radios one stays with the host domain, the others move
-// into the namespace air, whose network card leads to the lab. hostapd's
-// configuration, but for interface and bridge, comes on standard input.
+// into the namespace air, whose network card leads to the lab. A hook.Air in
+// JSON comes on standard input.
 func air(_ context.Context, args []string) error {
 	if len(args) != 2 || args[1] != "1" && args[1] != "2" {
 		return errors.New("usage: labhook air up|down 1|2")
 	}
+	number := int(args[1][0] - '0')
 	switch args[0] {
 	case "up":
-		conf, err := io.ReadAll(io.LimitReader(os.Stdin, 64<<10))
-		if err != nil {
-			return err
+		var a hook.Air
+		if err := json.NewDecoder(io.LimitReader(os.Stdin, 64<<10)).Decode(&a); err != nil {
+			return fmt.Errorf("access point: %w", err)
 		}
-		return airUp(args[1], conf)
+		return airUp(number, a)
 	case "down":
-		return airDown(airDir(args[1]))
+		return airDown(hook.AirDir(number))
 	}
 	return fmt.Errorf("air: %q: want up or down", args[0])
 }
 
-// airDir holds what belongs to the access point of a number.
-func airDir(number string) string { return "/run/air/" + number }
+// opensslConf has hostapd do without OpenSSL's module of legacy algorithms,
+// which is not in the image.
+const opensslConf = "openssl_conf = init\n[init]\nproviders = providers\n[providers]\ndefault = default\n[default]\nactivate = 1\n"
 
-func airUp(number string, conf []byte) error {
-	airDir := airDir(number)
+func airUp(number int, a hook.Air) error {
+	airDir := hook.AirDir(number)
 	if err := errors.Join(os.MkdirAll(airDir, 0o700), airDown(airDir)); err != nil {
 		return err
+	}
+	files := map[string]string{"openssl.cnf": opensslConf}
+	maps.Copy(files, a.Files)
+	for name, text := range files {
+		if err := os.WriteFile(filepath.Join(airDir, filepath.Base(name)), []byte(text), 0o600); err != nil {
+			return err
+		}
 	}
 	p, err := kmodule.NewProber(kmodule.ProbeOpts{})
 	if err != nil {
@@ -84,11 +96,13 @@ func airUp(number string, conf []byte) error {
 			return err
 		}
 		file := filepath.Join(airDir, "hostapd.conf")
-		text := fmt.Sprintf("interface=%s\nbridge=br0\ndriver=nl80211\n%s", radio, conf)
+		text := fmt.Sprintf("interface=%s\nbridge=br0\ndriver=nl80211\n%s", radio, a.Conf)
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			return err
 		}
-		out, err = exec.Command("/usr/sbin/hostapd", "-B", "-P", filepath.Join(airDir, "pid"), "-f", filepath.Join(airDir, "log"), file).CombinedOutput()
+		hostapd := exec.Command("/usr/sbin/hostapd", "-B", "-P", filepath.Join(airDir, "pid"), "-f", filepath.Join(airDir, "log"), file)
+		hostapd.Env = append(os.Environ(), "OPENSSL_CONF="+filepath.Join(airDir, "openssl.cnf"))
+		out, err = hostapd.CombinedOutput()
 		return err
 	})
 	if err != nil {
@@ -168,7 +182,7 @@ func moveRadio(number int) error {
 
 // prepareAir joins the card to a bridge, and returns the name of the first or
 // second radio.
-func prepareAir(number string) (radio string, err error) {
+func prepareAir(number int) (radio string, err error) {
 	var radios []string
 	for _, f := range []string{"all", "default"} {
 		if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+f+"/disable_ipv6", []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -202,7 +216,7 @@ func prepareAir(number string) (radio string, err error) {
 		return "", fmt.Errorf("radios %q in the namespace air, want two", radios)
 	}
 	slices.Sort(radios)
-	return radios[number[0]-'1'], nil
+	return radios[number-1], nil
 }
 
 // inAir runs f on a thread in the namespace air, which ends with it.
