@@ -190,6 +190,8 @@ func TestUplinks(t *testing.T) {
 		if !strings.Contains(list, strconv.Quote(cafeSSID)) || strings.Contains(list, strconv.Quote(WifiSSID)) {
 			t.Errorf("want %s and not %s:\n%s", cafeSSID, WifiSSID, list)
 		}
+		b.untilWork(t)
+		b.untilPage(t)
 	})
 	b.scenario(t, "the organisation's Wi-Fi: EAP-TLS with the kept identity", func(t *testing.T) {
 		city, err := b.Enterprise(2)
