@@ -68,6 +68,19 @@ func TestBoot(t *testing.T) {
 		b.untilState(t, "netd", "Tunnel", "") // what was proved holds until the certificate lapses
 		must(t, b.StartVerifier(t.Context()))
 	})
+	b.scenario(t, "device suspended and resumed", func(t *testing.T) {
+		device, err := b.deviceID(t.Context())
+		must(t, err)
+		begin := time.Now()
+		_, err = b.attestctl(t.Context(), nil, "suspend", "device", device, "-reason", "drill")
+		must(t, err)
+		b.untilState(t, "netd", "Attesting", "")
+		t.Logf("the tunnel was seen closed %.1f s after the suspension", time.Since(begin).Seconds())
+		b.noPage(t)
+		_, err = b.attestctl(t.Context(), nil, "resume", "device", device)
+		must(t, err)
+		b.untilState(t, "netd", "Tunnel", "")
+	})
 	b.scenario(t, "certificate lapses, verifier away", func(t *testing.T) {
 		must(t, b.Kill(t.Context(), "verifier"))
 		end := b.untilLapse(t)

@@ -477,8 +477,8 @@ func (d *desk) cardPermit(ctx context.Context, stdin, device, user, do string, m
 }
 
 // deviceID is the one laptop's id.
-func (d *desk) deviceID(ctx context.Context) (string, error) {
-	out, err := d.attestctl(ctx, nil, "device", "list", "-json")
+func (b *bench) deviceID(ctx context.Context) (string, error) {
+	out, err := b.attestctl(ctx, nil, "device", "list", "-json")
 	if err != nil {
 		return "", err
 	}
@@ -486,7 +486,7 @@ func (d *desk) deviceID(ctx context.Context) (string, error) {
 		ID string `json:"device_id"`
 	}
 	if err := json.Unmarshal(out, &list); err != nil || len(list) != 1 {
-		return "", err
+		return "", fmt.Errorf("%d devices, want one: %v", len(list), err)
 	}
 	return list[0].ID, nil
 }

@@ -34,7 +34,7 @@ type authority struct {
 // the organisation's configuration. The CA is part of the image, so all of it
 // stays as it is until out/ is removed.
 func (l *Lab) preparePKI() error {
-	if err := errors.Join(l.officePKI(), l.accessPKI()); err != nil {
+	if err := errors.Join(l.officePKI(), l.accessPKI(), l.feedPKI()); err != nil {
 		return err
 	}
 	if exist(l.lab("pki", "made")) {
@@ -63,6 +63,24 @@ func (l *Lab) preparePKI() error {
 		return err
 	}
 	return l.writeOrganization()
+}
+
+// feedPKI makes the gateway's certificate for the verifier's stream of
+// revocations, and its CA, on first use.
+func (l *Lab) feedPKI() error {
+	if exist(l.lab("pki", "gateway-client.pem")) {
+		return nil
+	}
+	ca, err := l.issue("gateway-ca", nil, &x509.Certificate{
+		Subject: pkix.Name{Organization: []string{labOrganization}, CommonName: "Sekisho Lab gateways CA"},
+		IsCA:    true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign})
+	if err != nil {
+		return err
+	}
+	_, err = l.issue("gateway-client", &ca, &x509.Certificate{
+		Subject:  pkix.Name{CommonName: gatewayName},
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	return err
 }
 
 // officePKI makes the office CA and its beacon's certificate on first use.

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"sekisho/attest"
 	"sekisho/images/disk"
 )
 
@@ -38,6 +39,10 @@ func (l *Lab) startSite(ctx context.Context, b Boot) error {
 		"listen": gatewayAddress, "certificate": l.lab("pki", "gateway.pem"), "key": l.lab("pki", "gateway.key"),
 		"client_ca": l.lab("pki", "device-ca.pem"), "pool": innerPool, "pool6": innerPool6, "leases": filepath.Join(dir, "leases.json"),
 		"tun": "sekisho0", "lgwan": "lgwan0", "status": filepath.Join(runDir, "gateway.sock"),
+		"revocations": map[string]any{
+			"verifiers": []attest.Endpoint{{Address: verifierAddress, ServerName: verifierName}}, "organization": labOrganization,
+			"ca": l.lab("pki", "ca.pem"), "certificate": l.lab("pki", "gateway-client.pem"), "key": l.lab("pki", "gateway-client.key"), "signer": l.reportKey(),
+		},
 	}); err != nil {
 		return err
 	}
@@ -47,8 +52,18 @@ func (l *Lab) startSite(ctx context.Context, b Boot) error {
 	if err := l.publishPolicy(ctx, b); err != nil {
 		return err
 	}
+	key, err := l.attestctl(ctx, nil, "report", "key")
+	if err != nil {
+		return err
+	}
+	if err := writeFile(l.reportKey(), key, 0o644); err != nil {
+		return err
+	}
 	return l.StartGateway(ctx)
 }
+
+// reportKey is the file of the key that the verifier's reports are verified by.
+func (l *Lab) reportKey() string { return l.lab("site", "report.pub") }
 
 // labOrganization is whose laptop it is.
 const labOrganization = "Sekisho Lab"
@@ -66,7 +81,7 @@ func (l *Lab) verifierConfig(b Boot, policyKeys []string) map[string]any {
 		"ca_certificate": l.lab("pki", "device-ca.pem"), "ca_key": l.lab("pki", "device-ca.key"),
 		"network_ca_certificate": l.lab("pki", "network-ca.pem"), "network_ca_key": l.lab("pki", "network-ca.key"),
 		"ek_roots": l.ekRoots(), "policy_keys": policyKeys, "policy_threshold": policyThreshold,
-		"store": l.lab("site", "registry"), "escrow": true, "approvers": l.approversFile(), "certificate_lifetime": life.String(),
+		"gateway_ca": l.lab("pki", "gateway-ca.pem"), "store": l.lab("site", "registry"), "escrow": true, "approvers": l.approversFile(), "certificate_lifetime": life.String(),
 	}
 }
 
