@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -59,18 +58,20 @@ func air(_ context.Context, args []string) error {
 	return fmt.Errorf("air: %q: want up or down", args[0])
 }
 
-// opensslConf has hostapd do without OpenSSL's module of legacy algorithms,
-// which is not in the image.
-const opensslConf = "openssl_conf = init\n[init]\nproviders = providers\n[providers]\ndefault = default\n[default]\nactivate = 1\n"
+// opensslConf has hostapd's TLS do without OpenSSL's module of legacy
+// algorithms, which is not in the image.
+const opensslConf = "openssl_conf = openssl_init\n\n[openssl_init]\nproviders = provider_sect\n\n[provider_sect]\ndefault = default_sect\n\n[default_sect]\nactivate = 1\n"
 
 func airUp(number int, a hook.Air) error {
 	airDir := hook.AirDir(number)
 	if err := errors.Join(os.MkdirAll(airDir, 0o700), airDown(airDir)); err != nil {
 		return err
 	}
-	files := map[string]string{"openssl.cnf": opensslConf}
-	maps.Copy(files, a.Files)
-	for name, text := range files {
+	openssl := filepath.Join(airDir, "openssl.cnf")
+	if err := os.WriteFile(openssl, []byte(opensslConf), 0o600); err != nil {
+		return err
+	}
+	for name, text := range a.Files {
 		if err := os.WriteFile(filepath.Join(airDir, filepath.Base(name)), []byte(text), 0o600); err != nil {
 			return err
 		}
@@ -101,7 +102,9 @@ func airUp(number int, a hook.Air) error {
 			return err
 		}
 		hostapd := exec.Command("/usr/sbin/hostapd", "-B", "-P", filepath.Join(airDir, "pid"), "-f", filepath.Join(airDir, "log"), file)
-		hostapd.Env = append(os.Environ(), "OPENSSL_CONF="+filepath.Join(airDir, "openssl.cnf"))
+		if len(a.Files) > 0 { // an authentication server, which speaks TLS
+			hostapd.Env = append(os.Environ(), "OPENSSL_CONF="+openssl)
+		}
 		out, err = hostapd.CombinedOutput()
 		return err
 	})
